@@ -1,0 +1,35 @@
+.PHONY: setup quickstart test test-slow check format lock clean
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/installed ## Create .venv with the pinned packages
+
+.venv/installed: requirements/cpu.txt requirements/gpu.txt requirements/uv-version pyproject.toml scripts/setup.sh
+	@scripts/setup.sh
+
+quickstart: setup ## Run the whole job on the embedded task; about five minutes
+	@$(PY) pipelines/full.py --config configs/quickstart.yaml
+
+test: setup ## Run the tests
+	@$(PY) -m pytest
+
+test-slow: setup ## Run the tests that take minutes each
+	@$(PY) -m pytest -m slow
+
+check: setup ## Format, lint and types, without changing anything
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/ty check
+
+format: setup ## Format and fix what can be fixed
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+lock: setup ## Renew the pinned requirements from pyproject.toml
+	@scripts/lock.sh
+
+clean: ## Remove runs and caches, not the environment
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis

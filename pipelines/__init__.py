@@ -1,0 +1,1 @@
+"""The job, and one script for each part of it."""

@@ -1,0 +1,12 @@
+"""Sample the base model. Finished stages are reused.
+
+python pipelines/sample.py --config configs/quickstart.yaml [key=value ...]
+"""
+
+import sys
+
+from pipelines.full import stages
+from spo_ray.cli import script
+
+if __name__ == "__main__":
+    sys.exit(script(stages, "sample", "Sample the base model."))

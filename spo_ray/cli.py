@@ -1,0 +1,87 @@
+"""Command lines: ``spo-ray`` and the scripts in ``pipelines/``. Exit codes: 0, 1 failure, 2 bad input, 130 stopped."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from spo_ray import __version__
+from spo_ray.config import load
+from spo_ray.errors import UserError
+from spo_ray.run import Run, say
+
+Stages = Callable[[Run], Iterator[str]]
+ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"])]
+USAGE = "Overrides are dotted keys of the configuration: methods.spo.lambda_sft=5"
+
+
+def script(stages: Stages, until: str, description: str) -> int:
+    """The command line of one script in ``pipelines/``: run the job up to a stage; gives the exit code."""
+    app = App(help=f"{description}\n\n{USAGE}", version=__version__)
+
+    @app.default
+    def job(*overrides: str, config: ConfigPath) -> int:
+        return guarded(lambda: follow(stages, config, overrides, until))
+
+    return int(app() or 0)
+
+
+def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: str) -> None:
+    """Load the configuration and run the job's stages up to the named one."""
+    run = Run(load(config, overrides))
+    reached = []
+    for stage in stages(run):
+        reached.append(stage)
+        if stage == until:
+            break
+    else:
+        raise UserError(f"this job has no stage {until!r}; its stages: {', '.join(reached)}")
+    say("job", f"{until} finished; results in {os.path.relpath(run.root)}")
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Run and translate the outcome into an exit code; bad input gives its message without a traceback."""
+    try:
+        work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished stages are kept: the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {error}\nfinished stages are kept: the same command goes on from there", file=sys.stderr)
+        return 1
+    return 0
+
+
+app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", version=__version__)
+
+
+@app.command
+def run(*overrides: str, config: ConfigPath, until: str = "report") -> int:
+    """Run the whole job, or the job up to a stage; finished stages are reused.
+
+    Parameters
+    ----------
+    overrides
+        Dotted keys of the configuration, such as methods.spo.lambda_sft=5.
+    config
+        A file from configs/, or one of your own.
+    until
+        data, sample, sft, pairs, reference, train, evaluate or report.
+
+    """
+    from pipelines.full import stages
+
+    return guarded(lambda: follow(stages, config, overrides, until))
+
+
+def main() -> None:
+    """Console script."""
+    sys.exit(app() or 0)

@@ -1,0 +1,398 @@
+"""The configuration schema: one YAML file, complete, plus dotted overrides.
+
+``load(path, overrides)`` gives one frozen :class:`Config`. An unknown key is an error that names its line and the
+nearest valid key. Every field is documented where it stands.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
+
+from spo_ray.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+SftReduction = Literal["sum", "token_mean"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class RayConfig(_Section):
+    """Which cluster to use."""
+
+    address: str | None = None
+    """Cluster to join; None joins the one named by ``RAY_ADDRESS``, else starts a local one."""
+    num_cpus: PositiveInt | None = None
+    """Logical CPUs of a cluster started here; None: the cores, and at least 4."""
+    worker_logs: bool = False
+    """Show what the workers print; errors are shown in any case."""
+
+
+class ToyData(_Section):
+    """The embedded word problems, generated from the seed."""
+
+    type: Literal["toy"] = "toy"
+    train_questions: PositiveInt = 500
+    test_questions: PositiveInt = 320
+
+
+class Gsm8kData(_Section):
+    """GSM8K: ``train.jsonl`` and ``test.jsonl`` with ``question`` and ``answer`` (ending in ``#### N``)."""
+
+    type: Literal["gsm8k"] = "gsm8k"
+    path: Path
+    train_questions: PositiveInt | None = None
+    """Random questions to keep; None: all."""
+    test_questions: PositiveInt | None = None
+    skip_missing_gold: bool = False
+    """Quarantine questions without a gold answer instead of refusing the file."""
+
+
+class PreferenceData(_Section):
+    """Ready preference pairs: ``train.jsonl`` (or one file) with ``prompt``, ``chosen``, ``rejected``."""
+
+    type: Literal["preference"] = "preference"
+    path: Path
+    train_pairs: PositiveInt | None = None
+    """Random pairs to train on; None: all that are not held out."""
+    test_pairs: PositiveInt = 100
+    """Pairs held out for evaluation."""
+
+
+DataConfig = Annotated[ToyData | Gsm8kData | PreferenceData, Field(discriminator="type")]
+
+
+class ModelConfig(_Section):
+    """The base model and its adapters."""
+
+    path: str
+    """A local directory, or a hub id."""
+    chat_template: str | None = None
+    """Jinja text that replaces the tokenizer's template."""
+    trust_remote_code: bool = False
+    lora_rank: PositiveInt = 8
+    lora_alpha: PositiveInt = 16
+    lora_targets: str | list[str] = "all-linear"
+
+
+class SamplingConfig(_Section):
+    """Sampling the policy, for the SFT set and for the rejected responses."""
+
+    samples: PositiveInt = 8
+    """Responses per question, the K of pass@K."""
+    temperature: PositiveFloat = 0.7
+    max_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 64
+    """Questions per engine call, and per output file."""
+
+
+class EngineConfig(_Section):
+    """The generation engines, for sampling and evaluation."""
+
+    type: Literal["auto", "vllm", "transformers"] = "auto"
+    replicas: PositiveInt = 1
+    """Engines, each an actor of its own."""
+    cpus: PositiveFloat = 1.0
+    """Logical CPUs per engine."""
+    gpus: NonNegativeFloat = 0.0
+    """GPUs per engine."""
+    dtype: Dtype = "float32"
+    max_model_len: PositiveInt = 1024
+    """Prompt plus response, in tokens."""
+    memory_gib: PositiveFloat = 1.0
+    """KV-cache of vLLM's CPU build; on a GPU vLLM takes its usual share."""
+
+
+class SftDataConfig(_Section):
+    """Which questions and responses make the SFT set."""
+
+    pass_k: PositiveInt = 1
+    """The k of the pass@k that chooses questions (unbiased estimate from all samples)."""
+    max_pass: Fraction = 0.5
+    """Questions with a pass@k of at most this are chosen."""
+    responses_per_question: PositiveInt = 2
+    teachers: list[Literal["gold", "samples"]] = Field(default=["samples", "gold"], min_length=1)
+    """Where correct responses come from, in order of preference."""
+
+
+class PairsConfig(_Section):
+    """How preference pairs are made from the SFT model's samples."""
+
+    per_question: PositiveInt = 1
+
+
+class TrainConfig(_Section):
+    """What SFT and every preference method share."""
+
+    num_workers: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = 1.0
+    use_gpu: bool = False
+    """One GPU per worker."""
+    precision: Dtype = "float32"
+    """Compute type; parameters and optimizer states are float32."""
+    max_length: PositiveInt = 1024
+    """Prompt plus completion, in tokens; longer rows are quarantined."""
+    max_grad_norm: PositiveFloat = 1.0
+    warmup_ratio: Fraction = 0.1
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: NonNegativeFloat = 0.0
+    parallel_methods: PositiveInt = 1
+    """Preference methods trained at the same time."""
+
+
+class SftConfig(_Section):
+    """Supervised fine-tuning of all backbone weights."""
+
+    lr: PositiveFloat = 2e-5
+    epochs: PositiveInt = 3
+    batch_size: PositiveInt = 8
+
+
+class PreferenceConfig(_Section):
+    """What every preference method shares, so that methods differ in their gradient alone."""
+
+    lr_theta: PositiveFloat = 1e-5
+    """Learning rate of the backbone."""
+    lr_phi: PositiveFloat = 1e-5
+    """Learning rate of the adapters."""
+    epochs: PositiveInt = 3
+    batch_size: PositiveInt = 4
+    probe_every: PositiveInt = 10
+    """Steps between measurements of the log-probabilities of ``probe_pairs`` fixed pairs."""
+    probe_pairs: PositiveInt = 64
+
+
+class Nll(_Section):
+    """-log pi(y_w) alone."""
+
+    type: Literal["nll"]
+    sft_reduction: SftReduction = "sum"
+
+
+class Dpo(_Section):
+    """DPO."""
+
+    type: Literal["dpo"]
+    beta: PositiveFloat = 0.5
+
+
+class DpoNll(_Section):
+    """DPO + mu * L_SFT, on all parameters."""
+
+    type: Literal["dpo_nll"]
+    beta: PositiveFloat = 0.5
+    mu: NonNegativeFloat = 1.0
+    sft_reduction: SftReduction = "sum"
+
+
+class SimPo(_Section):
+    """SimPO; the margin is absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
+
+    type: Literal["simpo"]
+    beta: PositiveFloat = 2.0
+    margin: NonNegativeFloat = 1.0
+
+
+class Inner(_Section):
+    """SPO's lower level: K gradient steps on the SFT loss."""
+
+    steps: Annotated[int, Field(ge=0)] = 1
+    """K; 0 drops term (b)."""
+    eta: PositiveFloat = 2e-5
+    mode: Literal["rescaled", "literal"] = "rescaled"
+
+
+class Spo(_Section):
+    """Stable Preference Optimization around a base loss."""
+
+    type: Literal["spo"]
+    base: Literal["dpo", "simpo"] = "dpo"
+    beta: PositiveFloat = 0.5
+    margin: NonNegativeFloat = 0.0
+    """For base simpo."""
+    lambda_sft: NonNegativeFloat = 1.0
+    gamma: NonNegativeFloat = 0.0
+    inner: Inner = Inner()
+    sft_reduction: SftReduction = "sum"
+    norm_scope: Literal["all", "backbone", "adapters"] = "all"
+    hinge: Literal["batch", "pair"] = "batch"
+
+
+def _not_reserved(name: str) -> str:
+    if name in {"base", "sft"}:
+        raise ValueError(f"{name!r} is the name of a checkpoint that every run has")
+    return name
+
+
+MethodName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$"), AfterValidator(_not_reserved)]
+MethodConfig = Annotated[Nll | Dpo | DpoNll | SimPo | Spo, Field(discriminator="type")]
+
+
+class EvalConfig(_Section):
+    """Accuracy on held-out questions by generation."""
+
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    """One sampled answer per question and seed."""
+    temperature: PositiveFloat = 0.7
+    max_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 256
+    """Questions per engine call."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's folder under ``output``."""
+    output: Path = Path("runs")
+    seed: int = 0
+    ray: RayConfig = RayConfig()
+    data: DataConfig
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    sft_data: SftDataConfig = SftDataConfig()
+    pairs: PairsConfig = PairsConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    methods: dict[MethodName, MethodConfig] = Field(min_length=1)
+    eval: EvalConfig = EvalConfig()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key.sub=value`` overrides and validate.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or wrong.
+
+    """
+    yaml = YAML(typ="rt")
+    try:
+        tree = yaml.load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no configuration file {path}: see configs/ for complete examples") from error
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"{path} can't be read as YAML: {error}") from error
+    if not isinstance(tree, CommentedMap):
+        raise UserError(f"{path} must hold a mapping of configuration keys")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(_plain(tree))
+    except ValidationError as error:
+        raise UserError(_explain(error, tree, str(path))) from error
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    return [_plain(value) for value in node] if isinstance(node, list) else node
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} must look like key.sub=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = CommentedMap()
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} holds a value, not a section")
+    try:
+        node[last] = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise UserError(f"override {override!r}: the value is no YAML: {error}") from error
+
+
+def _explain(error: ValidationError, tree: CommentedMap, path: str) -> str:
+    lines = []
+    for item in error.errors():
+        where = [part for part in item["loc"] if part != "[key]"]
+        key = _drop_tags(where, tree)
+        line = _line(tree, key)
+        text = f"{path}{f':{line}' if line else ''}: {'.'.join(map(str, key))}: "
+        if item["type"] == "extra_forbidden":
+            known = _fields(key[:-1], tree)
+            near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            text += f"unknown key; {hint}"
+        else:
+            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+            text += item["msg"] + given
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def _drop_tags(where: Sequence[int | str], tree: Any) -> list[int | str]:
+    """Pydantic puts a union's tag into the location; keep only what stands in the file, and the last part."""
+    kept: list[int | str] = []
+    node = tree
+    for index, part in enumerate(where):
+        inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+        if inside:
+            node = node[part]
+        elif index < len(where) - 1:
+            continue
+        kept.append(part)
+    return kept
+
+
+def _line(tree: Any, key: Sequence[int | str]) -> int | None:
+    """Line (from 1) of the deepest part of ``key`` that stands in the file."""
+    line, node = None, tree
+    for part in key:
+        position = getattr(node, "lc", None)
+        if position is None or not isinstance(node, dict) or part not in node:
+            break
+        found = (position.data or {}).get(part)
+        line = found[0] + 1 if found else line
+        node = node[part]
+    return line
+
+
+def _fields(key: Sequence[int | str], tree: Any) -> list[str]:
+    """Valid field names of the section at ``key``."""
+    model: Any = Config
+    node = tree
+    for part in key:
+        node = node[part]
+        annotation = model.model_fields[part].annotation if str(part) in model.model_fields else model
+        model = _section(annotation, node)
+    return list(model.model_fields)
+
+
+def _section(annotation: Any, node: Any) -> Any:
+    """The section class that an annotation means for this node of the file."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    candidates = _leaf_sections(annotation)
+    tagged = [c for c in candidates if node.get("type") in getattr(c.model_fields["type"].annotation, "__args__", ())]
+    return (tagged or candidates)[0]
+
+
+def _leaf_sections(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [leaf for argument in getattr(annotation, "__args__", ()) for leaf in _leaf_sections(argument)]

@@ -1,0 +1,1 @@
+"""The mathematics: pure PyTorch and standard library."""

@@ -1,0 +1,1 @@
+"""Questions, samples and pairs, on Ray Data."""

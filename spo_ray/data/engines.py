@@ -1,0 +1,189 @@
+"""Generation engines behind one small interface: vLLM, or plain transformers where vLLM can't be installed."""
+
+import gc
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from spo_ray.config import EngineConfig
+from spo_ray.core.logps import completion_logps
+from spo_ray.model.checkpoint import read_probe
+from spo_ray.model.collate import collate
+from spo_ray.model.load import load_model
+from spo_ray.model.tokenise import ChatTokenizer
+
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Largest difference per token (nats) between the engine's and the trainer's log-probability of the probe text."""
+
+
+class Completion(NamedTuple):
+    """One generated response."""
+
+    text: str
+    logp: float
+    """Summed log-probability at temperature 1, nats, the end token included."""
+    tokens: int
+    finished: bool
+
+
+class Engine(Protocol):
+    """Serves one checkpoint."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        """``n`` completions for each prompt (token ids); temperature 0 is greedy; ``seeds`` has one seed a prompt."""
+        ...
+
+    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> float:
+        """Log-probability (nats) of a given completion."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory, so that the same process can serve another checkpoint."""
+        ...
+
+
+def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer) -> Engine:
+    """Load a checkpoint, and compare the engine with the trainer on the checkpoint's probe text if it has one.
+
+    Raises:
+        RuntimeError: the engine's log-probabilities are not the trainer's.
+
+    """
+    engine: Engine = ENGINES[kind](path, config, chat)
+    probe = read_probe(path)
+    if probe is not None:
+        difference = abs(engine.score(probe["prompt_ids"], probe["completion_ids"]) - probe["logp"])
+        per_token = difference / len(probe["completion_ids"])
+        if not per_token <= PROBE_TOLERANCE[config.dtype]:
+            engine.close()
+            raise RuntimeError(
+                f"{kind} gives {path} another log-probability than the trainer did ({per_token:.2g} nats a token): "
+                "its weights are stale or its precision is too low"
+            )
+    return engine
+
+
+class VllmEngine:
+    """vLLM in this process."""
+
+    def __init__(self, path: str, config: EngineConfig, chat: ChatTokenizer) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.memory_gib))))
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import LLM
+
+        self.chat = chat
+        # vLLM 0.32's CPU build rewinds the random generator of a seeded request whose prompt it has split, and a CPU
+        # generator cannot rewind; unsplit prompts avoid that.
+        cpu_only = {} if torch.cuda.is_available() else {"enforce_eager": True, "enable_chunked_prefill": False}
+        self.llm = LLM(
+            model=path,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            enable_prefix_caching=True,
+            seed=0,
+            **cpu_only,
+        )
+
+    def generate(
+        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        from vllm import SamplingParams, TokensPrompt
+
+        parameters = [
+            SamplingParams(
+                n=n,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+                logprobs=0,
+                stop_token_ids=self.chat.stop_ids,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        inputs = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
+        return [[self._completion(c) for c in sorted(o.outputs, key=lambda c: c.index)] for o in outputs]
+
+    def _completion(self, output) -> Completion:  # noqa: ANN001 (vLLM's CompletionOutput; not importable without vLLM)
+        ids = list(output.token_ids)
+        return Completion(self.chat.decode(ids), output.cumulative_logprob, len(ids), output.finish_reason == "stop")
+
+    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> float:
+        from vllm import SamplingParams, TokensPrompt
+
+        ids = [*prompt_ids, *completion_ids]
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        (output,) = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], [parameters], use_tqdm=False)
+        positions = range(len(prompt_ids), len(ids))
+        return sum(output.prompt_logprobs[i][ids[i]].logprob for i in positions)
+
+    def close(self) -> None:
+        # A fresh engine for each checkpoint: reloading weights into a running one silently keeps old weights on CPU.
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class TransformersEngine:
+    """``generate`` of transformers."""
+
+    def __init__(self, path: str, config: EngineConfig, chat: ChatTokenizer) -> None:
+        self.chat = chat
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(path, config.dtype).to(self.device).eval()
+        self.limit = config.max_model_len
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        width = max(map(len, prompts))
+        pad = self.chat.pad_id
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        torch.manual_seed(seeds[0])
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=min(max_tokens, self.limit - width),
+            num_return_sequences=n,
+            eos_token_id=self.chat.stop_ids,
+            pad_token_id=pad,
+            **options,
+        )
+        flat = [self._cut(row) for row in output[:, width:].tolist()]
+        rows = [(prompts[i // n], answer) for i, answer in enumerate(flat)]
+        batch = {key: value.to(self.device) for key, value in collate(rows, pad).items()}
+        logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        done = [
+            Completion(self.chat.decode(answer), logp, len(answer), answer[-1] in self.chat.stop_ids)
+            for answer, logp in zip(flat, logps.tolist(), strict=True)
+        ]
+        return [done[i : i + n] for i in range(0, len(done), n)]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        ends = [i for i, token in enumerate(ids) if token in self.chat.stop_ids]
+        return ids[: ends[0] + 1] if ends else ids
+
+    @torch.inference_mode()
+    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> float:
+        batch = collate([(prompt_ids, completion_ids)], self.chat.pad_id)
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        return logps.item()
+
+    def close(self) -> None:
+        del self.model
+
+
+ENGINES = {"vllm": VllmEngine, "transformers": TransformersEngine}

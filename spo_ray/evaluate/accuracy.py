@@ -1,0 +1,120 @@
+"""Accuracy on held-out questions by generation, with evaluation actors that serve one checkpoint after another."""
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from spo_ray import rows
+from spo_ray.config import Config
+from spo_ray.core.scoring import extract, is_correct
+from spo_ray.core.stats import mean_interval, mean_std, wilson
+from spo_ray.data.sample import choose, row_seed
+from spo_ray.run import Artifact, Ledger, Run, write_rows
+from spo_ray.shards import Row
+
+
+def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) -> dict[str, Artifact]:
+    """Answer every question greedily and once per seed with each checkpoint (:class:`rows.EvalRow`)."""
+    config = run.config
+    kind, why = choose(config.engine)
+    table = questions.rows()
+    actors: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    remote = ray.remote(num_cpus=config.engine.cpus, num_gpus=config.engine.gpus)(Evaluator)
+    started: list[Any] = []
+
+    def build(out: Path, ledger: Ledger, method: str, checkpoint: Artifact) -> None:
+        try:
+            actor = actors.get_nowait()
+        except queue.Empty:
+            actor = remote.remote(kind, config)
+            started.append(actor)
+        answers = ray.get(actor.answer.remote(method, str(checkpoint.path), table))
+        actors.put(actor)
+        ledger.read, ledger.kept = len(table), len(answers)
+        ledger.facts["engine"] = f"{kind} ({why})"
+        write_rows(out / "part-0.parquet", answers, rows.EvalRow)
+
+    def stage(method: str, checkpoint: Artifact) -> Artifact:
+        return run.stage(
+            f"eval_{method}",
+            lambda out, ledger: build(out, ledger, method, checkpoint),
+            config={
+                "engine": kind,
+                "dtype": config.engine.dtype,
+                "max_model_len": config.engine.max_model_len,
+                "chat_template": config.model.chat_template,
+                **config.eval.model_dump(),
+            },
+            inputs={"model": checkpoint, "questions": questions},
+        )
+
+    try:
+        with ThreadPoolExecutor(config.engine.replicas) as threads:
+            futures = {name: threads.submit(stage, name, checkpoint) for name, checkpoint in checkpoints.items()}
+            return {name: future.result() for name, future in futures.items()}
+    finally:
+        for actor in started:
+            ray.kill(actor)
+
+
+class Evaluator:
+    """One engine process."""
+
+    def __init__(self, kind: str, config: Config) -> None:
+        self.kind, self.config = kind, config
+
+    def answer(self, method: str, model: str, questions: list[Row]) -> list[Row]:
+        """Greedy answers (seed None) and one sampled answer per seed, graded."""
+        from spo_ray.data.engines import open_engine
+        from spo_ray.model.tokenise import ChatTokenizer
+
+        settings = self.config.eval
+        chat = ChatTokenizer.load(model, self.config.model.chat_template)
+        engine = open_engine(self.kind, model, self.config.engine, chat)
+        prompts = [chat.prompt_ids(row["prompt"]) for row in questions]
+        found: list[Row] = []
+        for seed in (None, *settings.seeds):
+            for start in range(0, len(questions), settings.batch_size):
+                part = questions[start : start + settings.batch_size]
+                answers = engine.generate(
+                    prompts[start : start + settings.batch_size],
+                    n=1,
+                    temperature=0.0 if seed is None else settings.temperature,
+                    max_tokens=settings.max_tokens,
+                    seeds=[row_seed("eval", seed, row["id"]) for row in part],
+                )
+                found += [_graded(method, seed, row, texts[0].text) for row, texts in zip(part, answers, strict=True)]
+        engine.close()
+        return found
+
+
+def _graded(method: str, seed: int | None, question: Row, response: str) -> Row:
+    extracted = extract(response)
+    correct = is_correct(extracted, question["gold"])
+    key = {"id": question["id"], "method": method, "seed": seed}
+    return key | {"response": response, "extracted": extracted, "correct": correct}
+
+
+def accuracies(answers: list[Row]) -> dict[str, Any]:
+    """``accuracy_greedy`` (Wilson interval) and ``accuracy_sampled`` (mean and standard deviation over seeds)."""
+    greedy = [row["correct"] for row in answers if row["seed"] is None]
+    low, high = wilson(sum(greedy), len(greedy))
+    seeds = sorted({row["seed"] for row in answers} - {None})
+    sampled = {seed: {row["id"]: row["correct"] for row in answers if row["seed"] == seed} for seed in seeds}
+    mean, std = mean_std([sum(graded.values()) / len(graded) for graded in sampled.values()])
+    by_question = [sum(graded[i] for graded in sampled.values()) / len(seeds) for i in sampled[seeds[0]]]
+    sampled_low, sampled_high = mean_interval(by_question)
+    return {
+        "accuracy_greedy": {"value": sum(greedy) / len(greedy), "low": low, "high": high, "n": len(greedy)},
+        "accuracy_sampled": {
+            "value": mean,
+            "std": std,
+            "low": sampled_low,
+            "high": sampled_high,
+            "seeds": seeds,
+            "n": len(by_question),
+        },
+    }

@@ -1,0 +1,38 @@
+"""Token lists to right-padded tensor batches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo_ray.core.logps import IGNORE
+
+
+def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
+    """(prompt ids, completion ids) rows to ``input_ids``, ``labels`` and ``attention_mask``, each [B, T] int64."""
+    length = max(len(prompt) + len(completion) for prompt, completion in rows)
+    input_ids = torch.full((len(rows), length), pad_id)
+    labels = torch.full((len(rows), length), IGNORE)
+    attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
+    for i, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        input_ids[i, :end] = torch.tensor([*prompt, *completion])
+        labels[i, len(prompt) : end] = torch.tensor([*completion])
+        attention_mask[i, :end] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """Tokenised pair rows (:class:`spo_ray.rows.TokenisedPair`) to the batch that ``spo_gradients`` takes.
+
+    Chosen and rejected are padded apart; reference log-probabilities are float64 [B], absent where the rows have none.
+    """
+    batch = {}
+    for side in ("chosen", "rejected"):
+        tensors = collate([(row["prompt_ids"], row[f"{side}_ids"]) for row in rows], pad_id)
+        batch |= {f"{side}_{key}": value for key, value in tensors.items()}
+        if f"ref_{side}_logps" in rows[0]:
+            values = [row[f"ref_{side}_logps"] for row in rows]
+            batch[f"ref_{side}_logps"] = torch.tensor(values, dtype=torch.float64)
+    return batch

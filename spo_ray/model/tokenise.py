@@ -1,0 +1,86 @@
+"""Chat templates, completion boundaries and length limits, all at the token level.
+
+A prompt is templated once and tokenised; a completion is tokenised apart and closed with exactly one end-of-turn token.
+So no token ever spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from spo_ray.errors import UserError
+
+Message = dict[str, str]
+_PROBE = "completion-boundary"
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer with the few operations that training and sampling need.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or no end-of-turn token can be found.
+
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            name = tokenizer.name_or_path or "the tokenizer"
+            raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
+        self.tokenizer = tokenizer
+        self.end_id = _end_of_turn(tokenizer)
+        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
+    ) -> "ChatTokenizer":
+        """Load from a directory or the hub; ``chat_template`` (Jinja text) replaces the tokenizer's own."""
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if chat_template:
+            tokenizer.chat_template = chat_template
+        return cls(tokenizer)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a generation: end of turn, and end of text where it differs."""
+        eos = self.tokenizer.eos_token_id
+        return sorted({self.end_id} | ({int(eos)} if eos is not None else set()))
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt (a user turn, or whole chat messages) up to the assistant's opening."""
+        text = self.tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, tokenize=False)
+        return self._encode(str(text))
+
+    def completion_ids(self, text: str) -> list[int]:
+        """Token ids of a completion, closed with one end-of-turn token; empty for blank text."""
+        if not text.strip():
+            return []
+        ids = self._encode(text)
+        return ids if ids[-1] == self.end_id else [*ids, self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _messages(prompt: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    """The first special token that the template puts after an assistant's answer, else the end-of-text token."""
+    turn = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
+    text = str(tokenizer.apply_chat_template(turn, tokenize=False))
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
+    for token in after:
+        if token in special:
+            return int(token)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
+    return int(tokenizer.eos_token_id)

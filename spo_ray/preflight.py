@@ -1,0 +1,32 @@
+"""What can be refused before anything long starts."""
+
+from pathlib import Path
+
+from spo_ray.config import Config
+from spo_ray.data.sample import choose
+from spo_ray.errors import UserError
+from spo_ray.run import say
+
+
+def preflight(config: Config) -> None:
+    """Check that the model and its chat template are there, and choose the engine.
+
+    ``organisation/name`` is taken for a hub id unless a local folder ``organisation`` exists.
+
+    Raises:
+        UserError: saying what is missing.
+
+    """
+    name = config.model.path
+    path = Path(name)
+    is_hub_id = len(path.parts) == 2 and not path.parent.is_dir() and not path.is_absolute()
+    if not is_hub_id and not (path / "config.json").is_file():
+        raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
+    from spo_ray.model.tokenise import ChatTokenizer  # takes seconds to import
+
+    try:
+        ChatTokenizer.load(name, config.model.chat_template, config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of {name} can't be loaded: {str(error).splitlines()[0]}") from error
+    engine, why = choose(config.engine)
+    say("engine", f"{engine} ({why})")

@@ -1,0 +1,56 @@
+"""Figures as inline SVG."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+
+from spo_ray.run import STEP_LOG
+
+CHOSEN, REJECTED = "#1b7837", "#c51b7d"
+
+
+def log_probability_figure(checkpoints: dict[str, Path]) -> str:
+    """Mean log pi of chosen and rejected responses on the probe pairs against the step, one panel a method."""
+    records = []
+    for method, path in checkpoints.items():
+        for line in (path / STEP_LOG).read_text().splitlines():
+            record = json.loads(line)
+            for side in ("chosen", "rejected"):
+                value = record.get(f"probe/logps/{side}")
+                if value is not None:
+                    records.append({"method": method, "step": record["step"], "side": side, "logp": value})
+    color = alt.Color("side:N", title=None, scale=alt.Scale(domain=["chosen", "rejected"], range=[CHOSEN, REJECTED]))
+    lines = (
+        alt.Chart(alt.Data(values=records))
+        .mark_line(strokeWidth=2)
+        .encode(
+            x=alt.X("step:Q", title="step"),
+            y=alt.Y("logp:Q", title="mean log π(y|x), nats", scale=alt.Scale(type="symlog")),
+            color=color,
+        )
+    )
+    chart = lines.properties(width=220, height=150).facet(
+        facet=alt.Facet("method:N", title=None, sort=list(checkpoints)), columns=3
+    )
+    return _svg(chart)
+
+
+def accuracy_figure(methods: dict[str, Any]) -> str:
+    """Greedy accuracy with its 95% interval, one row a method."""
+    records = [
+        {"method": name, **entry["accuracy_greedy"]} for name, entry in methods.items() if entry["accuracy_greedy"]
+    ]
+    y = alt.Y("method:N", title=None, sort=list(methods))
+    base = alt.Chart(alt.Data(values=records))
+    x = alt.X("low:Q", title="accuracy, greedy, 95% interval", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True))
+    bars = base.mark_rule(strokeWidth=3, color="#7a8ca5").encode(x=x, x2="high:Q", y=y)
+    points = base.mark_point(filled=True, size=70, color="#1f3b64").encode(x="value:Q", y=y)
+    return _svg((bars + points).properties(width=520, height=28 * len(records)))
+
+
+def _svg(chart: Any) -> str:
+    """SVG without a background, so that it sits on any page."""
+    return vl_convert.vegalite_to_svg(chart.configure(background="transparent").to_json())

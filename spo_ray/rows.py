@@ -1,0 +1,109 @@
+"""The rows that cross from one stage to the next, as Parquet columns.
+
+One row stands for one question wherever samples are concerned, with its responses in lists: then pass@K, the choice
+of questions and the pairing are all row-wise and need no shuffle.
+"""
+
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+
+
+class Prompt(TypedDict):
+    """A question with its gold answer."""
+
+    id: str
+    prompt: str
+    gold: str
+    """The reference solution, ending in the gold answer."""
+
+
+class SftQuestion(Prompt):
+    """A question chosen for SFT with its correct responses."""
+
+    responses: list[str]
+
+
+class Samples(SftQuestion):
+    """A question with the policy's samples; ``responses`` is carried along (empty before the SFT set exists)."""
+
+    samples: list[str]
+    sample_logps: list[float]
+    """Sum of token log-probabilities (nats, at temperature 1) of each sample, the end token included."""
+    sample_tokens: list[int]
+    finished: list[bool]
+    """Whether each sample ended with the end-of-turn token."""
+
+
+class Scored(Samples):
+    """Samples with their grades."""
+
+    extracted: list[str | None]
+    correct: list[bool]
+
+
+class Pair(TypedDict):
+    """A preference pair as text."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+class TokenisedPair(TypedDict):
+    """A preference pair as token ids, completions closed with the end-of-turn token."""
+
+    id: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class ReferencedPair(TokenisedPair):
+    """A tokenised pair with the reference model's log-probabilities (nats, summed over the completion)."""
+
+    ref_chosen_logps: float
+    ref_rejected_logps: float
+
+
+class SftRow(TypedDict):
+    """A tokenised SFT example."""
+
+    id: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+class EvalRow(TypedDict):
+    """One generated answer to one held-out question."""
+
+    id: str
+    method: str
+    seed: int | None
+    """None: greedy."""
+    response: str
+    extracted: str | None
+    correct: bool
+
+
+class Rejected(TypedDict):
+    """A quarantined row."""
+
+    id: str
+    reason: str
+    excerpt: str
+
+
+def schema(row: Any) -> pa.Schema:
+    """Arrow schema of one of the classes above: the same columns in every file, also where a file has no rows."""
+    return pa.schema([pa.field(name, _arrow(hint)) for name, hint in get_type_hints(row).items()])
+
+
+def _arrow(hint: Any) -> pa.DataType:
+    if get_origin(hint) is list:
+        return pa.list_(_arrow(get_args(hint)[0]))
+    for option in get_args(hint) or (hint,):
+        if option is not type(None):
+            return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[option]
+    raise TypeError(f"no Arrow type for {hint}")

