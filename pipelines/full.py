@@ -36,9 +36,8 @@ def stages(run: Run) -> Iterator[str]:
     if has_pairs:
         sft_source = train
     else:
-        samples = sample(run, "base_samples", base, train)
-        yield "sample"
-        sft_source = choose_sft_questions(run, score(run, "base_scores", samples))
+        sft_source = choose_sft_questions(run, score(run, "base_scores", sample(run, "base_samples", base, train)))
+    yield "sample"
 
     sft = train_sft(run, base, tokenise_sft(run, sft_source))
     yield "sft"

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -15,11 +15,12 @@ from spo_ray.errors import UserError
 from spo_ray.run import Run, say
 
 Stages = Callable[[Run], Iterator[str]]
+Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate", "report"]
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"])]
 USAGE = "Overrides are dotted keys of the configuration: methods.spo.lambda_sft=5"
 
 
-def script(stages: Stages, until: str, description: str) -> int:
+def script(stages: Stages, until: Part, description: str) -> int:
     """The command line of one script in ``pipelines/``: run the job up to a stage; gives the exit code."""
     app = App(help=f"{description}\n\n{USAGE}", version=__version__)
 
@@ -30,16 +31,13 @@ def script(stages: Stages, until: str, description: str) -> int:
     return int(app() or 0)
 
 
-def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: str) -> None:
+def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: Part) -> None:
     """Load the configuration and run the job's stages up to the named one."""
     run = Run(load(config, overrides))
-    reached = []
-    for stage in stages(run):
-        reached.append(stage)
-        if stage == until:
-            break
-    else:
-        raise UserError(f"this job has no stage {until!r}; its stages: {', '.join(reached)}")
+    with run.locked():
+        for stage in stages(run):
+            if stage == until:
+                break
     say("job", f"{until} finished; results in {os.path.relpath(run.root)}")
 
 
@@ -64,7 +62,7 @@ app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", version
 
 
 @app.command
-def run(*overrides: str, config: ConfigPath, until: str = "report") -> int:
+def run(*overrides: str, config: ConfigPath, until: Part = "report") -> int:
     """Run the whole job, or the job up to a stage; finished stages are reused.
 
     Parameters
@@ -74,8 +72,7 @@ def run(*overrides: str, config: ConfigPath, until: str = "report") -> int:
     config
         A file from configs/, or one of your own.
     until
-        data, sample, sft, pairs, reference, train, evaluate or report.
-
+        The part of the job to stop after.
     """
     from pipelines.full import stages
 

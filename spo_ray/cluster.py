@@ -21,7 +21,6 @@ def connect(config: Config) -> None:
 
     Raises:
         UserError: no cluster at the address, or too few resources; without this, Ray would wait for ever.
-
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -49,7 +48,6 @@ def check_plan(config: Config, nodes: list[dict[str, Any]]) -> None:
 
     Raises:
         UserError: naming the stage, what it needs, what there is, and the settings to change.
-
     """
     engine, train = config.engine, config.train
     workers = train.num_workers * train.parallel_methods

@@ -283,7 +283,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or wrong.
-
     """
     yaml = YAML(typ="rt")
     try:

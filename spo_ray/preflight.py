@@ -15,7 +15,6 @@ def preflight(config: Config) -> None:
 
     Raises:
         UserError: saying what is missing.
-
     """
     name = config.model.path
     path = Path(name)

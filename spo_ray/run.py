@@ -5,12 +5,14 @@ its configuration and its inputs' identities: a finished stage with the same ide
 A stage is written to a temporary name, synced and renamed, so a directory with a manifest is complete.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -75,6 +77,23 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = (config.output / config.name).absolute()
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Keep other processes out of the run's folder; the lock goes with the process, however it ends.
+
+        Raises:
+            UserError: another process is at work there.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is working in {self.root}: wait for it, or set another name="
+                ) from error
+            yield
 
     def stage(
         self,

@@ -1,18 +1,17 @@
 """Row-mapping stages on Ray Data, written as Parquet shards by the tasks that made the rows.
 
-Rows never pass through the driver: it only sees each shard's counts, which is also the progress report. A shard is
-named by its first row, so a retried task replaces its own file and no row is written twice.
+What travels through Ray Data are shards: which rows to read, and how many came out. Rows never pass through the driver,
+and one operator does all the work, which spares the start of more worker processes. A retried task replaces its own
+file, so no row is written twice.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
@@ -79,33 +78,25 @@ def map_shards(
         batch_size: rows per call, and input rows per shard.
         pool: actors; None runs stateless tasks.
         arguments: for ``mapper``.
-
     """
-    files = [part for part in source.parts if pq.read_metadata(part).num_rows]
-    if not files:
+    shards = _plan(source, batch_size)
+    if not shards:
         return
-    total = sum(pq.read_metadata(part).num_rows for part in files)
-    dataset = ray.data.read_parquet(files)
-    if total > batch_size:  # otherwise reading and mapping are one task
-        dataset = dataset.repartition(target_num_rows_per_block=batch_size)
+    dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
     write = {"out": str(out), "kind": kind}
     if pool is None:
-        stats = dataset.map_batches(
-            partial(_map_and_write, mapper=mapper(**arguments), **write),
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            num_cpus=1,
-        )
+        task = partial(_map_and_write, mapper=mapper(**arguments), **write)
+        stats = dataset.map(task, num_cpus=1)
     else:
-        stats = dataset.map_batches(
-            _Actor,
+        actor: Any = _Actor  # Ray's annotation knows functions only
+        stats = dataset.map(
+            actor,
             fn_constructor_kwargs={"mapper": mapper, "arguments": arguments, **write},
-            batch_size=batch_size,
-            batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=pool.actors),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
         )
+    total = sum(shard["rows"] for shard in shards)
     for done in _progress(name, stats.iter_rows(), total):
         ledger.read += done["read"]
         ledger.kept += done["kept"]
@@ -118,21 +109,39 @@ class _Actor:
     def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: str, kind: Any) -> None:
         self.write = partial(_map_and_write, mapper=mapper(**arguments), out=out, kind=kind)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.write(batch)
+    def __call__(self, shard: Row) -> Row:
+        return self.write(shard)
 
 
-def _map_and_write(batch: pa.Table, mapper: Mapper, out: str, kind: Any) -> pa.Table:
-    table = batch.to_pylist()
+def _plan(source: Artifact, batch_size: int) -> list[Row]:
+    """Shards of at most ``batch_size`` rows, each with the file pieces (path, first row, rows) that it is made of."""
+    shards: list[Row] = []
+    room = 0
+    for file in source.parts:
+        start, left = 0, pq.read_metadata(file).num_rows
+        while left:
+            if not room:
+                shards.append({"name": f"{len(shards):05d}", "rows": 0, "pieces": []})
+                room = batch_size
+            taken = min(room, left)
+            shards[-1]["pieces"].append({"file": file, "start": start, "rows": taken})
+            shards[-1]["rows"] += taken
+            start, left, room = start + taken, left - taken, room - taken
+    return shards
+
+
+def _map_and_write(shard: Row, mapper: Mapper, out: str, kind: Any) -> Row:
+    table: list[Row] = []
+    for piece in shard["pieces"]:
+        table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
     kept, rejected = mapper(table)
-    shard = hashlib.sha256(table[0]["id"].encode()).hexdigest()[:16]
-    write_rows(Path(out) / f"part-{shard}.parquet", kept, kind)
+    write_rows(Path(out) / f"part-{shard['name']}.parquet", kept, kind)
     if rejected:
-        write_rows(Path(out) / f"rejected-{shard}.parquet", rejected, rows.Rejected)
-    return pa.Table.from_pylist([{"read": len(table), "kept": len(kept)}])
+        write_rows(Path(out) / f"rejected-{shard['name']}.parquet", rejected, rows.Rejected)
+    return {"read": len(table), "kept": len(kept)}
 
 
-def _progress(name: str, stats: Iterator[Row], total: int) -> Iterator[Row]:
+def _progress(name: str, stats: Iterable[Row], total: int) -> Iterator[Row]:
     done, kept, last = 0, 0, time.monotonic()
     for row in stats:
         yield row

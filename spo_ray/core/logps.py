@@ -28,7 +28,6 @@ def token_logps(model: nn.Module, input_ids: Tensor, labels: Tensor, attention_m
 
     Raises:
         ValueError: a row without completion tokens, or whose first token belongs to the completion.
-
     """
     targets = labels[:, 1:]
     mask = targets != IGNORE

@@ -102,7 +102,6 @@ def bind(base: str | Callable[..., Any], **available: Any) -> Callable[..., Any]
 
     Raises:
         ValueError: an unknown name.
-
     """
     if isinstance(base, str):
         if base not in LOSSES:

@@ -13,7 +13,7 @@ preference method trains through this one function.
 Gradients are means over the pairs of the batch, summed over data-parallel ranks by ``all_reduce``.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +84,6 @@ def spo_gradients(
 
     Raises:
         ValueError: an unknown base, option or parameter name, a negative ``inner_steps``, or an empty completion.
-
     """
     _check(inner_steps, norm_scope, hinge, inner_mode, sft_reduction)
     with _scored(model, [*backbone, *adapters]) as params:
@@ -307,7 +306,7 @@ def _check(inner_steps: int, norm_scope: str, hinge: str, inner_mode: str, sft_r
 
 
 @contextmanager
-def _scored(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
+def _scored(model: nn.Module, names: Sequence[str]) -> Generator[dict[str, nn.Parameter]]:
     """Dropout off, and gradients for the named parameters alone; everything is put back at the end."""
     every = dict(model.named_parameters())
     missing = [name for name in names if name not in every]
@@ -331,7 +330,7 @@ def _scored(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, nn.Par
 
 
 @contextmanager
-def _restored(params: Sequence[Tensor]) -> Iterator[Gradients]:
+def _restored(params: Sequence[Tensor]) -> Generator[Gradients]:
     """Keep a copy of the parameters and write it back: subtracting a move again would not be exact."""
     saved = [p.detach().clone() for p in params]
     try:
@@ -350,7 +349,8 @@ class _KeepFloat64(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = torch.Tensor.double if func is torch.Tensor.float else func
+        if func is torch.Tensor.float:
+            return args[0].double()
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
         return func(*args, **kwargs)

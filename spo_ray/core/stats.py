@@ -11,7 +11,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
     Raises:
         ValueError: fewer than ``k`` samples.
-
     """
     if not 0 < k <= n:
         raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
@@ -23,7 +22,6 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
 
     Raises:
         ValueError: ``n`` is not positive.
-
     """
     if n <= 0:
         raise ValueError("an interval needs at least one observation")

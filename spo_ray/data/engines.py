@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -51,7 +51,6 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 
     Raises:
         RuntimeError: the engine's log-probabilities are not the trainer's.
-
     """
     engine: Engine = ENGINES[kind](path, config, chat)
     probe = read_probe(path)
@@ -80,7 +79,9 @@ class VllmEngine:
         self.chat = chat
         # vLLM 0.32's CPU build rewinds the random generator of a seeded request whose prompt it has split, and a CPU
         # generator cannot rewind; unsplit prompts avoid that.
-        cpu_only = {} if torch.cuda.is_available() else {"enforce_eager": True, "enable_chunked_prefill": False}
+        cpu_only: dict[str, Any] = (
+            {} if torch.cuda.is_available() else {"enforce_eager": True, "enable_chunked_prefill": False}
+        )
         self.llm = LLM(
             model=path,
             dtype=config.dtype,
@@ -111,7 +112,7 @@ class VllmEngine:
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
         return [[self._completion(c) for c in sorted(o.outputs, key=lambda c: c.index)] for o in outputs]
 
-    def _completion(self, output) -> Completion:  # noqa: ANN001 (vLLM's CompletionOutput; not importable without vLLM)
+    def _completion(self, output: Any) -> Completion:
         ids = list(output.token_ids)
         return Completion(self.chat.decode(ids), output.cumulative_logprob, len(ids), output.finish_reason == "stop")
 
@@ -121,8 +122,8 @@ class VllmEngine:
         ids = [*prompt_ids, *completion_ids]
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         (output,) = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], [parameters], use_tqdm=False)
-        positions = range(len(prompt_ids), len(ids))
-        return sum(output.prompt_logprobs[i][ids[i]].logprob for i in positions)
+        positions: Any = output.prompt_logprobs
+        return sum(positions[i][ids[i]].logprob for i in range(len(prompt_ids), len(ids)))
 
     def close(self) -> None:
         # A fresh engine for each checkpoint: reloading weights into a running one silently keeps old weights on CPU.

@@ -55,7 +55,6 @@ def choose(config: EngineConfig) -> tuple[str, str]:
 
     Raises:
         UserError: vLLM is asked for and not installed.
-
     """
     installed = importlib.util.find_spec("vllm") is not None
     if config.type == "vllm" and not installed:

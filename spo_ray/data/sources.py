@@ -22,7 +22,6 @@ def load_data(run: Run, split: Split) -> Artifact:
 
     Raises:
         UserError: a missing or empty file, or questions without a gold answer.
-
     """
     data = run.config.data
     reader, kind = READERS[data.type]
@@ -66,7 +65,7 @@ def _gsm8k(data: Gsm8kData, split: Split, seed: int, ledger: Ledger) -> Iterator
 def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Pair]:
     """One file serves both splits: a seeded shuffle holds out the first ``test_pairs``."""
     columns = ("prompt", "chosen", "rejected")
-    found = [rows.Pair(id=i, **row) for i, row in _jsonl(_file(data.path, "train"), "pair", columns, ledger)]
+    found: list[Any] = [{"id": i} | row for i, row in _jsonl(_file(data.path, "train"), "pair", columns, ledger)]
     if len(found) <= data.test_pairs:
         raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out")
     random.Random(seed).shuffle(found)

@@ -22,7 +22,7 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
     kind, why = choose(config.engine)
     table = questions.rows()
     actors: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    remote = ray.remote(num_cpus=config.engine.cpus, num_gpus=config.engine.gpus)(Evaluator)
+    remote: Any = ray.remote(num_cpus=config.engine.cpus, num_gpus=config.engine.gpus)(Evaluator)
     started: list[Any] = []
 
     def build(out: Path, ledger: Ledger, method: str, checkpoint: Artifact) -> None:

@@ -1,19 +1,19 @@
 """Optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-Group = tuple[list[Tensor], float]
+Group = tuple[Sequence[Tensor], float]
 """(parameters, learning rate)."""
 
 
 def make_optimizer(groups: Iterable[Group], weight_decay: float) -> torch.optim.AdamW:
     """AdamW with one learning rate for each group (equations 12 to 14)."""
-    return torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups if p], weight_decay=weight_decay)
+    return torch.optim.AdamW([{"params": list(p), "lr": lr} for p, lr in groups if p], weight_decay=weight_decay)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, kind: str, total_steps: int, warmup_ratio: float) -> LambdaLR:

@@ -21,7 +21,6 @@ class ChatTokenizer:
 
     Raises:
         UserError: the tokenizer has no chat template, or no end-of-turn token can be found.
-
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -37,7 +36,7 @@ class ChatTokenizer:
         cls, path: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
     ) -> "ChatTokenizer":
         """Load from a directory or the hub; ``chat_template`` (Jinja text) replaces the tokenizer's own."""
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if chat_template:
             tokenizer.chat_template = chat_template
         return cls(tokenizer)

@@ -23,14 +23,11 @@ def log_probability_figure(checkpoints: dict[str, Path]) -> str:
                 if value is not None:
                     records.append({"method": method, "step": record["step"], "side": side, "logp": value})
     color = alt.Color("side:N", title=None, scale=alt.Scale(domain=["chosen", "rejected"], range=[CHOSEN, REJECTED]))
-    lines = (
-        alt.Chart(alt.Data(values=records))
-        .mark_line(strokeWidth=2)
-        .encode(
-            x=alt.X("step:Q", title="step"),
-            y=alt.Y("logp:Q", title="mean log π(y|x), nats", scale=alt.Scale(type="symlog")),
-            color=color,
-        )
+    base: Any = alt.Chart(alt.Data(values=records))
+    lines = base.mark_line(strokeWidth=2).encode(
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("logp:Q", title="mean log π(y|x), nats", scale=alt.Scale(type="symlog")),
+        color=color,
     )
     chart = lines.properties(width=220, height=150).facet(
         facet=alt.Facet("method:N", title=None, sort=list(checkpoints)), columns=3
@@ -44,7 +41,7 @@ def accuracy_figure(methods: dict[str, Any]) -> str:
         {"method": name, **entry["accuracy_greedy"]} for name, entry in methods.items() if entry["accuracy_greedy"]
     ]
     y = alt.Y("method:N", title=None, sort=list(methods))
-    base = alt.Chart(alt.Data(values=records))
+    base: Any = alt.Chart(alt.Data(values=records))
     x = alt.X("low:Q", title="accuracy, greedy, 95% interval", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True))
     bars = base.mark_rule(strokeWidth=3, color="#7a8ca5").encode(x=x, x2="high:Q", y=y)
     points = base.mark_point(filled=True, size=70, color="#1f3b64").encode(x="value:Q", y=y)

@@ -12,13 +12,22 @@ from spo_ray.run import MANIFEST, Artifact, Ledger, Run, say, write_json
 SHOWN_QUESTIONS = 8
 STYLE = """
 :root{--ink:#1c2430;--paper:#fff;--faint:#66707f;--line:#d8dde5;--panel:#f6f7f9}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem} p.note{color:var(--faint);font-size:.9rem}
-.scroll{overflow-x:auto} table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
-th,td{text-align:right;padding:.3rem .7rem;border-bottom:1px solid var(--line)} th:first-child,td:first-child{text-align:left}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem}
+body{margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}
+h2{font-size:1.15rem;margin-top:2.2rem}
+p.note{color:var(--faint);font-size:.9rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
+th,td{text-align:right;padding:.3rem .7rem;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child{text-align:left}
 td.text,th.text{text-align:left;vertical-align:top;min-width:9rem;font-size:.85rem;white-space:pre-wrap}
-.right{color:#1b7837}.wrong{color:#b2182b} .fell{color:#b2182b;font-weight:600} .rose{color:#1b7837}
-svg{max-width:100%;height:auto;background:#fff;border-radius:6px} footer{margin-top:3rem;color:var(--faint);font-size:.85rem}
+.right{color:#1b7837}
+.wrong{color:#b2182b}
+.fell{color:#b2182b;font-weight:600}
+.rose{color:#1b7837}
+svg{max-width:100%;height:auto;background:#fff;border-radius:6px}
+footer{margin-top:3rem;color:var(--faint);font-size:.85rem}
 """
 
 
@@ -73,8 +82,9 @@ def _describe(run: Run) -> str:
     config = run.config
     p = config.preference
     return (
-        f"{config.data.type} data, model {config.model.path}, seed {config.seed}; every method: {p.epochs} epochs, batch "
-        f"{p.batch_size}, learning rates {p.lr_theta:g} (backbone) and {p.lr_phi:g} (adapters), from the same SFT checkpoint"
+        f"{config.data.type} data, model {config.model.path}, seed {config.seed}. Every method: {p.epochs} epochs, "
+        f"batch {p.batch_size}, learning rates {p.lr_theta:g} (backbone) and {p.lr_phi:g} (adapters), from the same "
+        "SFT checkpoint."
     )
 
 

@@ -64,20 +64,18 @@ def _fit(run: Run, name: str, loop: Callable[[dict[str, Any]], None], job: Job) 
 
     Raises:
         RuntimeError: a worker failed; the message is the worker's own error.
-
     """
     config, records = run.config.train, Path(job.out) / ".ray_train"
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
+    options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
+        "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=config.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {}),
         ),
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
-        run_config=RunConfig(name="train", storage_path=str(records)),
-    )
+        "torch_config": TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        "run_config": RunConfig(name="train", storage_path=str(records)),
+    }
+    trainer = TorchTrainer(loop, train_loop_config={"job": job}, **options)
     finished = threading.Event()
     watcher = threading.Thread(target=_follow, args=(name, Path(job.out) / STEP_LOG, finished), daemon=True)
     watcher.start()

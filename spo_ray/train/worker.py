@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from spo_ray.core.spo import spo_gradients
 from spo_ray.model.checkpoint import export_merged
 from spo_ray.model.collate import collate, collate_pairs
 from spo_ray.model.load import add_adapters, load_model, parameter_groups
-from spo_ray.model.optim import make_optimizer, make_schedule
+from spo_ray.model.optim import Group, make_optimizer, make_schedule
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.run import STEP_LOG, write_json
 from spo_ray.train.job import Job
@@ -142,8 +143,8 @@ def run_preference(task: Job) -> None:
 
 
 def optimise(
-    params: list[Tensor],
-    groups: Sequence[tuple[list[Tensor], float]],
+    params: Sequence[Tensor],
+    groups: Sequence[Group],
     batches: Sequence[Sequence[int]],
     gradients: Callable[[Sequence[int]], tuple[list[Tensor], Metrics]],
     config: TrainConfig,
@@ -158,7 +159,6 @@ def optimise(
 
     Raises:
         FloatingPointError: a gradient that is not finite.
-
     """
     optimizer = make_optimizer(groups, config.weight_decay)
     schedule = make_schedule(optimizer, config.schedule, len(batches), config.warmup_ratio)
@@ -214,7 +214,6 @@ def check_reference(
 
     Raises:
         RuntimeError: they differ; the DPO loss would not start at ln 2.
-
     """
     rows = rank.share(table[:SCORING_BATCH])
     difference = tokens = 0.0

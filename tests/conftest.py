@@ -1,0 +1,50 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_base() -> Path:
+    return ROOT / "assets" / "toy_base"
+
+
+@pytest.fixture(scope="session")
+def chat(toy_base):
+    from spo_ray.model.tokenise import ChatTokenizer
+
+    return ChatTokenizer.load(toy_base)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real GSM8K and UltraFeedback rows, which are not part of the project."""
+    path = Path(os.environ.get("SPO_SHARED_DATA", ROOT.parent / "shared" / "data")).resolve()
+    if not path.is_dir():
+        pytest.skip(f"no shared data in {path}: set SPO_SHARED_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """A real Ray cluster of one node, shared by the tests that need one."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    """The repository as working directory: shipped configs name paths relative to it."""
+    monkeypatch.chdir(ROOT)
+    return ROOT

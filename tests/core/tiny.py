@@ -1,0 +1,101 @@
+"""A tiny float64 model with adapters, and an oracle for the SPO gradient by double backward."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from spo_ray.core.logps import completion_logps
+from spo_ray.core.losses import bind, sft_loss
+from spo_ray.core.spo import _KeepFloat64
+
+VOCABULARY = 50
+
+
+def tiny_model(seed=0, dtype=torch.float64):
+    """Two layers, LoRA with dropout (which must be off during a step), nothing at its initial value."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    lora = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+    model = get_peft_model(Qwen2ForCausalLM(config), lora).to(dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    names = [name for name, _ in model.named_parameters()]
+    return model, [n for n in names if ".lora_" not in n], [n for n in names if ".lora_" in n]
+
+
+def tiny_batch(pairs=3, seed=1):
+    """Prompts and completions of several lengths, right-padded."""
+    rng = torch.Generator().manual_seed(seed)
+    batch = {}
+    for side, width in (("chosen", 10), ("rejected", 12)):
+        ids = torch.randint(0, VOCABULARY, (pairs, width), generator=rng)
+        labels, mask = ids.clone(), torch.ones_like(ids)
+        for i in range(pairs):
+            labels[i, : 3 + i] = -100
+            if i:
+                labels[i, -i:], mask[i, -i:] = -100, 0
+        batch |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": mask}
+        batch[f"ref_{side}_logps"] = -torch.rand(pairs, generator=rng, dtype=torch.float64) * 4 - 30
+    return batch
+
+
+def swapped(batch):
+    """The same pairs with chosen and rejected exchanged."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {next(k.replace(side, other[side]) for side in other if side in k): v for k, v in batch.items()}
+
+
+def objective_gradient(model, batch, backbone, adapters, **o):
+    """Gradient of F by exact differentiation: double backward for R, real inner steps for the lower level."""
+    named = dict(model.named_parameters())
+    params, n = [named[k] for k in (*backbone, *adapters)], len(backbone)
+    scope = {"all": params, "backbone": params[:n], "adapters": params[n:]}[o["norm_scope"]]
+
+    def logps(side):
+        return completion_logps(model, *(batch[f"{side}_{k}"] for k in ("input_ids", "labels", "attention_mask")))
+
+    def norm(value):
+        grads = torch.autograd.grad(value, scope, create_graph=True)
+        return torch.sqrt(sum((g * g).sum() for g in grads))
+
+    model.eval()
+    with sdpa_kernel(SDPBackend.MATH), _KeepFloat64():
+        (u_w, n_w), (u_l, n_l) = logps("chosen"), logps("rejected")
+        base = bind(o["base"], beta=o["beta"], margin=o["margin"], chosen_lengths=n_w, rejected_lengths=n_l)
+        loss = base(u_w, u_l, batch["ref_chosen_logps"], batch["ref_rejected_logps"])[0]
+        if o["hinge"] == "batch":
+            hinge = torch.relu(norm(u_w.mean()) - norm(u_l.mean()))
+        else:
+            hinge = sum(torch.relu(norm(a) - norm(b)) for a, b in zip(u_w, u_l, strict=True)) / len(u_w)
+        total = loss + o["gamma"] * hinge + o["lambda_sft"] * sft_loss(u_w, n_w, o["sft_reduction"])
+        grads = list(torch.autograd.grad(total, params))
+        saved = [p.detach().clone() for p in params]
+        for _ in range(o["inner_steps"]):
+            step = torch.autograd.grad(sft_loss(*logps("chosen"), o["sft_reduction"]), params[:n])
+            with torch.no_grad():
+                for p, g in zip(params[:n], step, strict=True):
+                    p.sub_(o["eta"] * g)
+        hat = torch.autograd.grad(sft_loss(*logps("chosen"), o["sft_reduction"]), params[n:])
+        with torch.no_grad():
+            for p, value in zip(params, saved, strict=True):
+                p.copy_(value)
+    for i, g in enumerate(hat):
+        grads[n + i] = grads[n + i] - o["lambda_sft"] * g
+    model.train()
+    return grads, hinge.item()
+
+
+def relative_error(found, truth):
+    """Euclidean distance of two gradients over the norm of the second."""
+    difference = sum(((a - b) ** 2).sum() for a, b in zip(found, truth, strict=True))
+    return (difference / sum((b * b).sum() for b in truth)).sqrt().item()
