@@ -71,6 +71,18 @@ class Ledger:
         self.rejected.append({"id": row_id, "reason": reason, "excerpt": str(excerpt)[:200]})
 
 
+@dataclass
+class OpenStage:
+    """A stage that is being built."""
+
+    name: str
+    digest: str
+    identity: dict[str, Any]
+    scratch: Path
+    ledger: Ledger = field(default_factory=Ledger)
+    started: float = field(default_factory=time.time)
+
+
 class Run:
     """One run's folder, and the stages in it."""
 
@@ -108,6 +120,14 @@ class Run:
         ``config`` is everything besides ``inputs`` that the output depends on. Whatever ``build`` raises leaves
         earlier stages, and an earlier version of this one, as they were.
         """
+        opened = self.open(name, config=config, inputs=inputs)
+        if isinstance(opened, Artifact):
+            return opened
+        build(opened.scratch, opened.ledger)
+        return self.close(opened)
+
+    def open(self, name: str, *, config: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> "Artifact | OpenStage":
+        """The finished stage if it can be reused, else an empty directory to build it in; see :meth:`stage`."""
         identity = {
             "stage": name,
             "version": __version__,
@@ -116,29 +136,31 @@ class Run:
             "inputs": {key: artifact.digest for key, artifact in inputs.items()},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        final = self.root / name
-        if _identity(final) == digest:
+        if _identity(self.root / name) == digest:
             say(name, "reused")
-            return Artifact(final, digest)
+            return Artifact(self.root / name, digest)
         say(name, "starts")
-        started, ledger = time.time(), Ledger()
         scratch = self.root / ".unfinished" / name
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        build(scratch, ledger)
+        return OpenStage(name, digest, identity, scratch)
+
+    def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
+        """Write the manifest and put the stage in its place; ``wall_s`` if it is not the time since it was opened."""
+        ledger = stage.ledger
         if ledger.rejected:
-            write_rows(scratch / REJECTED, ledger.rejected, rows.Rejected)
-        manifest = identity | {
-            "digest": digest,
+            write_rows(stage.scratch / REJECTED, ledger.rejected, rows.Rejected)
+        manifest = stage.identity | {
+            "digest": stage.digest,
             "rows": {"read": ledger.read, "kept": ledger.kept, "dropped": _count(ledger.rejected)},
             "facts": ledger.facts,
             "versions": versions(),
-            "wall_s": round(time.time() - started, 2),
+            "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
         }
-        write_json(scratch / MANIFEST, manifest)
-        _replace(scratch, final)
-        say(name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
-        return Artifact(final, digest)
+        write_json(stage.scratch / MANIFEST, manifest)
+        _replace(stage.scratch, self.root / stage.name)
+        say(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
+        return Artifact(self.root / stage.name, stage.digest)
 
 
 def external(path: str | Path) -> Artifact:

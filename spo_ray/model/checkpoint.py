@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from spo_ray.core.logps import completion_logps
@@ -26,10 +25,10 @@ def export_merged(model: nn.Module, chat: ChatTokenizer, path: Path, probe: tupl
     batch = {key: value.to(device) for key, value in collate([probe], chat.pad_id).items()}
     with torch.inference_mode():
         logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
-    merged: Any = model
-    if isinstance(model, PeftModel):
-        merged = model.merge_and_unload()
-    merged.save_pretrained(path)
+    saved: Any = model
+    if hasattr(saved, "merge_and_unload"):  # PEFT's wrapper
+        saved = saved.merge_and_unload()
+    saved.save_pretrained(path)
     chat.tokenizer.save_pretrained(path)
     record = {"prompt_ids": probe[0], "completion_ids": probe[1], "logp": logps.item()}
     (path / PROBE).write_text(json.dumps(record))

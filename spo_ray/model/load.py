@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -25,6 +24,8 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> nn.M
 
     Dropout is 0: differences of gradients between two passes of a step must not be noise.
     """
+    from peft import LoraConfig, get_peft_model  # takes seconds to import, and only training needs it
+
     torch.manual_seed(seed)
     lora = LoraConfig(
         r=config.lora_rank,

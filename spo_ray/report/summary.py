@@ -7,6 +7,7 @@ from typing import Any
 from spo_ray.core.stats import wilson
 from spo_ray.evaluate.accuracy import accuracies
 from spo_ray.run import Artifact, Run, versions
+from spo_ray.train.job import RESULT
 
 NO_CHANGE = {"delta_logp_chosen": None, "delta_logp_rejected": None}
 
@@ -29,7 +30,7 @@ def summarise(run: Run, methods: dict[str, Artifact], answers: dict[str, Artifac
 
 
 def _log_probabilities(checkpoint: Path) -> dict[str, Any]:
-    result = json.loads((checkpoint / "result.json").read_text())
+    result = json.loads((checkpoint / RESULT).read_text())
     found = {key: result["train"][key] for key in NO_CHANGE} | {"pairs": result["train"]["n"], "steps": result["steps"]}
     if "held_out" in result:
         held_out = result["held_out"]

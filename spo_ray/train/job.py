@@ -6,6 +6,9 @@ from typing import Any
 from spo_ray.config import Config
 from spo_ray.run import Artifact
 
+RESULT = "result.json"
+"""A job's results; written last, so its presence means that the job is finished."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -18,18 +21,13 @@ class Job:
     out: str
     """Directory for the checkpoint and the metrics."""
     method: str | None = None
+    """A name in ``config.methods``; None: SFT."""
     held_out: Artifact | None = None
 
 
-def sft_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry for SFT."""
-    from spo_ray.train.worker import run_sft
+def train_loop(arguments: dict[str, Any]) -> None:
+    """Ray Train's entry: the jobs, one after another."""
+    from spo_ray.train.worker import run_job
 
-    run_sft(arguments["job"])
-
-
-def preference_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry for a preference method."""
-    from spo_ray.train.worker import run_preference
-
-    run_preference(arguments["job"])
+    for job in arguments["jobs"]:
+        run_job(job)

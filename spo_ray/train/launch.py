@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,47 +10,68 @@ from typing import Any
 from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from spo_ray.run import STEP_LOG, Artifact, Ledger, Run, say
-from spo_ray.train.job import Job, preference_loop, sft_loop
+from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
+from spo_ray.train.job import RESULT, Job, train_loop
 
 REPORT_EVERY_S = 5.0
 
 
 def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     """Supervised fine-tuning of the base model; a merged checkpoint."""
-    config = run.config
-    settings = {"sft": config.sft.model_dump(), "train": _identity(run)}
-
-    def build(out: Path, ledger: Ledger) -> None:
-        ledger.read = ledger.kept = len(rows.rows())
-        _fit(run, "sft", sft_loop, Job(config, str(model.path), rows, str(out)))
-
-    return run.stage("sft", build, config=settings, inputs={"model": model, "rows": rows})
+    settings = {"sft": run.config.sft.model_dump(), "train": _identity(run)}
+    stage = run.open("sft", config=settings, inputs={"model": model, "rows": rows})
+    return stage if isinstance(stage, Artifact) else _train(run, [stage], model, rows)["sft"]
 
 
 def train_methods(run: Run, model: Artifact, pairs: Artifact, held_out: Artifact | None = None) -> dict[str, Artifact]:
-    """Every configured preference method, each from the SFT checkpoint on the same pairs; merged checkpoints."""
-    names = list(run.config.methods)
-    with ThreadPoolExecutor(run.config.train.parallel_methods) as threads:
-        futures = {name: threads.submit(_train_method, run, name, model, pairs, held_out) for name in names}
-        return {name: future.result() for name, future in futures.items()}
+    """Every configured preference method, each from the SFT checkpoint on the same pairs; merged checkpoints.
 
-
-def _train_method(run: Run, name: str, model: Artifact, pairs: Artifact, held_out: Artifact | None) -> Artifact:
-    config, stage = run.config, f"method_{name}"
-    settings = {
-        "method": config.methods[name].model_dump(),
-        "preference": config.preference.model_dump(),
-        "train": _identity(run),
-        "lora": config.model.model_dump(include={"lora_rank", "lora_alpha", "lora_targets"}),
-    }
+    Methods share a group of workers, one after another: starting a group takes far longer than a small model's
+    training. ``train.parallel_methods`` groups work side by side.
+    """
+    config = run.config
     inputs = {"model": model, "pairs": pairs} | ({} if held_out is None else {"held_out": held_out})
+    stages = {
+        name: run.open(
+            f"method_{name}",
+            config={
+                "method": method.model_dump(),
+                "preference": config.preference.model_dump(),
+                "train": _identity(run),
+                "lora": config.model.model_dump(include={"lora_rank", "lora_alpha", "lora_targets"}),
+            },
+            inputs=inputs,
+        )
+        for name, method in config.methods.items()
+    }
+    pending = [stage for stage in stages.values() if isinstance(stage, OpenStage)]
+    groups = [pending[i :: config.train.parallel_methods] for i in range(config.train.parallel_methods)]
+    trained: dict[str, Artifact] = {}
+    with ThreadPoolExecutor(len(groups)) as threads:
+        for future in [threads.submit(_train, run, group, model, pairs, held_out) for group in groups if group]:
+            trained |= future.result()
+    return {n: s if isinstance(s, Artifact) else trained[s.name] for n, s in stages.items()}
 
-    def build(out: Path, ledger: Ledger) -> None:
-        ledger.read = ledger.kept = len(pairs.rows())
-        _fit(run, stage, preference_loop, Job(config, str(model.path), pairs, str(out), name, held_out))
 
-    return run.stage(stage, build, config=settings, inputs=inputs)
+def _train(
+    run: Run, stages: list[OpenStage], model: Artifact, rows: Artifact, held_out: Artifact | None = None
+) -> dict[str, Artifact]:
+    """Train stages one after another in one group of workers; those that finished count, even if a later one fails."""
+    count = len(rows.rows())
+    jobs = []
+    for stage in stages:
+        stage.ledger.read = stage.ledger.kept = count
+        method = stage.name.removeprefix("method_") if stage.name != "sft" else None
+        jobs.append(Job(run.config, str(model.path), rows, str(stage.scratch), method, held_out))
+    closed = {}
+    try:
+        _fit(run, jobs, [stage.name for stage in stages])
+    finally:
+        for stage in stages:
+            if (stage.scratch / RESULT).exists():
+                result = json.loads((stage.scratch / RESULT).read_text())
+                closed[stage.name] = run.close(stage, wall_s=result["wall_s"])
+    return closed
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -59,13 +79,14 @@ def _identity(run: Run) -> dict[str, Any]:
     return run.config.train.model_dump(exclude={"parallel_methods", "cpus_per_worker"})
 
 
-def _fit(run: Run, name: str, loop: Callable[[dict[str, Any]], None], job: Job) -> None:
-    """Run a loop to its end. Ray Train's own records are of no use afterwards: the loop leaves all results in job.out.
+def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:
+    """Run jobs to their end. Ray Train's own records are of no use afterwards: all results are in the jobs' folders.
 
     Raises:
         RuntimeError: a worker failed; the message is the worker's own error.
     """
-    config, records = run.config.train, Path(job.out) / ".ray_train"
+    config, records = run.config.train, run.root / ".unfinished" / f".ray_train_{names[0]}"
+    shutil.rmtree(records, ignore_errors=True)
     options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
@@ -75,9 +96,9 @@ def _fit(run: Run, name: str, loop: Callable[[dict[str, Any]], None], job: Job) 
         "torch_config": TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         "run_config": RunConfig(name="train", storage_path=str(records)),
     }
-    trainer = TorchTrainer(loop, train_loop_config={"job": job}, **options)
+    trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)
     finished = threading.Event()
-    watcher = threading.Thread(target=_follow, args=(name, Path(job.out) / STEP_LOG, finished), daemon=True)
+    watcher = threading.Thread(target=_follow, args=(jobs, names, finished), daemon=True)
     watcher.start()
     try:
         trainer.fit()
@@ -90,16 +111,22 @@ def _fit(run: Run, name: str, loop: Callable[[dict[str, Any]], None], job: Job) 
     shutil.rmtree(records, ignore_errors=True)
 
 
-def _follow(name: str, log: Path, finished: threading.Event) -> None:
-    """Print the newest line of a growing step log every few seconds."""
-    shown = 0
+def _follow(jobs: list[Job], names: list[str], finished: threading.Event) -> None:
+    """Print the newest line of the growing step logs every few seconds."""
+    shown: dict[str, str] = {}
     while not finished.wait(REPORT_EVERY_S):
-        lines = log.read_text().splitlines() if log.exists() else []
-        if len(lines) > max(1, shown):
-            shown = len(lines)
-            try:
-                record = json.loads(lines[-1])
-            except ValueError:  # a line that is being written
-                continue
-            logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if "logps/chosen" in record else ""
-            say(name, f"step {record['step']}/{record['total_steps']}, loss {record['loss']:.4f}{logps}")
+        for job, name in zip(jobs, names, strict=True):
+            log = Path(job.out) / STEP_LOG
+            lines = log.read_text().splitlines() if log.exists() else []
+            if len(lines) > 1 and shown.get(name) != lines[-1]:
+                shown[name] = lines[-1]
+                _say_step(name, lines[-1])
+
+
+def _say_step(name: str, line: str) -> None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # it is being written
+        return
+    logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if "logps/chosen" in record else ""
+    say(name, f"step {record['step']}/{record['total_steps']}, loss {record['loss']:.4f}{logps}")

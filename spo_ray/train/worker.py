@@ -7,6 +7,7 @@ steps on the same global batches.
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from spo_ray.model.load import add_adapters, load_model, parameter_groups
 from spo_ray.model.optim import Group, make_optimizer, make_schedule
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.run import STEP_LOG, write_json
-from spo_ray.train.job import Job
+from spo_ray.train.job import RESULT, Job
 from spo_ray.train.methods import step_arguments
 
 Row = dict[str, Any]
@@ -65,9 +66,19 @@ class Rank:
         return items[self.index :: self.size]
 
 
-def run_sft(task: Job) -> None:
-    """Full-parameter SFT, token-mean loss over the global batch; leaves a merged checkpoint and ``log.jsonl``."""
-    config, rank = task.config, Rank.current()
+def run_job(job: Job) -> None:
+    """One training run; leaves a merged checkpoint, ``log.jsonl`` and ``result.json``."""
+    started, rank = time.time(), Rank.current()
+    train = run_sft if job.method is None else run_preference
+    result = train(job, rank)
+    ray.train.report({"steps": result["steps"]})
+    if rank.index == 0:
+        write_json(Path(job.out) / RESULT, result | {"wall_s": time.time() - started})
+
+
+def run_sft(task: Job, rank: Rank) -> dict[str, Any]:
+    """Full-parameter SFT, token-mean loss over the global batch."""
+    config = task.config
     chat = ChatTokenizer.load(task.model, config.model.chat_template)
     table = task.rows.rows()
     model = load_model(task.model, trust_remote_code=config.model.trust_remote_code).to(rank.device)
@@ -93,12 +104,12 @@ def run_sft(task: Job) -> None:
     optimise(params, groups, batches, gradients, config.train, rank, Path(task.out) / STEP_LOG)
     if rank.index == 0:
         export_merged(model, chat, Path(task.out), (table[0]["prompt_ids"], table[0]["completion_ids"]))
-    ray.train.report({"steps": len(batches)})
+    return {"steps": len(batches)}
 
 
-def run_preference(task: Job) -> None:
-    """One preference method from the SFT checkpoint; leaves a merged checkpoint, ``log.jsonl`` and ``result.json``."""
-    config, rank = task.config, Rank.current()
+def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
+    """One preference method from the SFT checkpoint."""
+    config = task.config
     method = config.methods[str(task.method)]
     chat = ChatTokenizer.load(task.model, config.model.chat_template)
     table = task.rows.rows()
@@ -137,9 +148,8 @@ def run_preference(task: Job) -> None:
     if task.held_out is not None:
         result["held_out"] = pair_means(model, chat, task.held_out.rows(), config.train, rank)
     if rank.index == 0:
-        write_json(Path(task.out) / "result.json", result)
         export_merged(model, chat, Path(task.out), (table[0]["prompt_ids"], table[0]["chosen_ids"]))
-    ray.train.report({"steps": len(batches)})
+    return result
 
 
 def optimise(

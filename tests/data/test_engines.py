@@ -1,0 +1,108 @@
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+
+from spo_ray.config import EngineConfig
+from spo_ray.core.logps import completion_logps
+from spo_ray.data.engines import open_engine
+from spo_ray.data.sample import choose
+from spo_ray.errors import UserError
+from spo_ray.model.checkpoint import PROBE, export_merged
+from spo_ray.model.collate import collate
+from spo_ray.model.load import load_model
+
+CONFIG = EngineConfig(max_model_len=256)
+QUESTIONS = ["Each of 5 boxes holds 7 pens. How many pens do the boxes hold?", "Ada owns 3 toys and finds 4 more."]
+ENGINES = [
+    pytest.param(
+        "vllm", marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+    ),
+    "transformers",
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(toy_base, chat, tmp_path_factory):
+    """Two different models with probes, as training exports them."""
+    probe = (chat.prompt_ids(QUESTIONS[0]), chat.completion_ids("5 * 7 = 35.\n#### 35"))
+    paths = []
+    for i in range(2):
+        model = load_model(toy_base)
+        torch.manual_seed(i)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02 * i)
+        paths.append(tmp_path_factory.mktemp(f"model{i}"))
+        export_merged(model, chat, paths[-1], probe)
+    return paths
+
+
+def trainer_logps(path, chat, prompts, texts):
+    model = load_model(path).eval()
+    batch = collate([(p, chat.completion_ids(t)) for p, t in zip(prompts, texts, strict=True)], chat.pad_id)
+    with torch.inference_mode():
+        return completion_logps(model, **batch)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_one_process_serves_several_checkpoints_with_the_trainers_log_probabilities(kind, checkpoints, chat):
+    prompts = [chat.prompt_ids(q) for q in QUESTIONS]
+    seen = []
+    for path in (*checkpoints, checkpoints[0]):
+        engine = open_engine(kind, str(path), CONFIG, chat)  # raises where the probe disagrees
+        greedy = engine.generate(prompts, n=1, temperature=0.0, max_tokens=64, seeds=[0, 0])
+        answers = [c[0] for c in greedy if c[0].finished]
+        assert answers
+        keep = [p for p, c in zip(prompts, greedy, strict=True) if c[0].finished]
+        logps, tokens = trainer_logps(path, chat, keep, [a.text for a in answers])
+        for answer, logp, count in zip(answers, logps.tolist(), tokens.tolist(), strict=True):
+            assert answer.tokens == count
+            assert abs(answer.logp - logp) / count < 1e-3
+        given = chat.completion_ids("5 + 7 = 12.\n#### 12")
+        expected, _ = trainer_logps(path, chat, prompts[:1], ["5 + 7 = 12.\n#### 12"])
+        assert abs(engine.score(prompts[0], given) - expected.item()) / len(given) < 1e-3
+        seen.append([c[0].logp for c in greedy])
+        engine.close()
+    assert seen[0] == pytest.approx(seen[2], abs=1e-4)
+    assert seen[0] != pytest.approx(seen[1], abs=1e-2)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_samples_repeat_with_their_seeds(kind, checkpoints, chat):
+    prompts = [chat.prompt_ids(q) for q in QUESTIONS]
+    engine = open_engine(kind, str(checkpoints[1]), CONFIG, chat)
+
+    def texts(seeds):
+        found = engine.generate(prompts, n=4, temperature=1.0, max_tokens=32, seeds=seeds)
+        assert [len(c) for c in found] == [4, 4]
+        return [[c.text for c in question] for question in found]
+
+    first = texts([5, 6])
+    assert first == texts([5, 6])
+    assert first != texts([7, 8])
+    assert len({text for question in first for text in question}) > 2
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_stale_weights_are_refused(kind, checkpoints, chat, tmp_path):
+    """The probe of one checkpoint beside the weights of another, as after a reload that did nothing."""
+    path = tmp_path / "stale"
+    shutil.copytree(checkpoints[1], path)
+    shutil.copy(checkpoints[0] / PROBE, path / PROBE)
+    with pytest.raises(RuntimeError, match="another log-probability than the trainer"):
+        open_engine(kind, str(path), CONFIG, chat)
+    assert json.loads((path / PROBE).read_text())["completion_ids"]
+
+
+def test_the_choice_of_an_engine_is_explained(monkeypatch):
+    assert choose(EngineConfig(type="transformers")) == ("transformers", "as configured")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kind, why = choose(EngineConfig())
+    assert kind == "transformers"
+    assert "not installed" in why
+    with pytest.raises(UserError, match=r"engine\.type=vllm, but vLLM is not installed"):
+        choose(EngineConfig(type="vllm"))

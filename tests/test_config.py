@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from spo_ray.config import Config, load
+from spo_ray.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_config_loads(path):
+    config = load(path)
+    assert config.methods
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_overrides_reach_nested_fields_and_take_yaml_values():
+    config = load(QUICKSTART, ["methods.spo.lambda_sft=5", "methods.spo.inner.eta=1e-6", "seed=3", "eval.seeds=[4, 5]"])
+    assert config.methods["spo"].lambda_sft == 5.0
+    assert config.methods["spo"].inner.eta == 1e-6
+    assert (config.seed, config.eval.seeds) == (3, [4, 5])
+
+
+def line_of(text):
+    return 1 + next(i for i, line in enumerate(QUICKSTART.read_text().splitlines()) if text in line)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (("  samples: 8", "  sampels: 8"), ["sampling.sampels", "did you mean 'samples'"]),
+        (
+            ("  parallel_methods: 2", "  paralel_methods: 2"),
+            ["train.paralel_methods", "did you mean 'parallel_methods'"],
+        ),
+        (
+            ("  dpo: {type: dpo, beta: 0.5}", "  dpo: {type: dpo, gamma: 1}"),
+            ["methods.dpo.gamma", "known keys: beta, type"],
+        ),
+        (("  epochs: 3", "  epochs: three"), ["sft.epochs", "valid integer", "'three'"]),
+        (("  max_pass: 0.5", "  max_pass: 1.5"), ["sft_data.max_pass", "less than or equal to 1"]),
+    ],
+    ids=["typo", "typo2", "foreign", "type", "range"],
+)
+def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
+    path = tmp_path / "broken.yaml"
+    path.write_text(QUICKSTART.read_text().replace(*change, 1))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    for message in [f"{path}:{line_of(change[0])}:", *messages]:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed"], "must look like key.sub=value"),
+        (["seed.x=1"], "holds a value, not a section"),
+        (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),
+        (["methods.new={type: ppo}"], "methods.new"),
+        (["sampling.smaples=3"], "did you mean 'samples'"),
+        (["train={}", "trian.num_workers=2"], "did you mean 'train'"),
+        (["name=../elsewhere"], "name"),
+    ],
+)
+def test_wrong_overrides_are_refused(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load(QUICKSTART, overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "mapping"), ("a: [", "can't be read as YAML")])
+def test_files_that_are_no_mapping(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(path)
+    with pytest.raises(UserError, match="no configuration file"):
+        load(tmp_path / "absent.yaml")

@@ -1,0 +1,49 @@
+"""``ray start --head`` and ``ray job submit``, as on a cluster."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .helpers import SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def head(tmp_path):
+    """A head node on ports of its own, with token authentication."""
+    port, dashboard = free_port(), free_port()
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    environment.pop("RAY_ADDRESS", None)
+    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    # Two logical CPUs are the least that the plan fits in.
+    command = [RAY, "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += ["--dashboard-host=127.0.0.1", f"--temp-dir=/tmp/ray-{os.getpid()}"]
+    started = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True)
+
+
+def test_the_job_runs_when_submitted(head, tmp_path):
+    job = [Path(sys.executable).name, "pipelines/full.py", "--config", "configs/quickstart.yaml", f"output={tmp_path}"]
+    job += [*SMALL, "data.train_questions=24", "methods={spo: {type: spo}}"]
+    environment = head | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "joined a cluster" in done.stdout
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["base", "sft", "spo"]

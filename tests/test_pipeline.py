@@ -1,0 +1,200 @@
+"""The whole job, for real: Ray, vLLM, training, evaluation and the report, on a small configuration."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from .helpers import SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = [sys.executable, "pipelines/full.py", "--config", "configs/quickstart.yaml"]
+
+
+def run(command, check=True, **options):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, **options)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run, which the tests below look at."""
+    output = tmp_path_factory.mktemp("runs")
+    arguments = [f"output={output}", *SMALL, "methods={dpo: {type: dpo}, spo: {type: spo}}"]
+    done = run([*FULL, *arguments])
+    return output / "quickstart", arguments, done.stdout
+
+
+def test_summary_has_every_method_with_its_figures(finished):
+    root, _, _ = finished
+    summary = json.loads((root / "summary.json").read_text())
+    assert list(summary["methods"]) == ["base", "sft", "dpo", "spo"]
+    for name, entry in summary["methods"].items():
+        greedy, sampled = entry["accuracy_greedy"], entry["accuracy_sampled"]
+        assert 0 <= greedy["low"] <= greedy["value"] <= greedy["high"] <= 1
+        assert (greedy["n"], sampled["n"], sampled["seeds"]) == (16, 16, [0])
+        answers = pq.read_table(root / f"eval_{name}" / "part-0.parquet").to_pylist()
+        right = [row["correct"] for row in answers if row["seed"] is None]
+        assert greedy["value"] == sum(right) / len(right)
+        for side in ("chosen", "rejected"):
+            assert (entry[f"delta_logp_{side}"] is None) == (name in ("base", "sft"))
+
+
+def test_stages_account_for_every_row(finished):
+    root, _, _ = finished
+    for path in root.glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        dropped = sum(manifest["rows"]["dropped"].values())
+        rejected = path.parent / "rejected.parquet"
+        assert (pq.read_metadata(rejected).num_rows if rejected.exists() else 0) == dropped
+    scored = pq.read_table(root / "base_scores").to_pylist() if (root / "base_scores").is_dir() else []
+    assert len({row["id"] for row in scored}) == 48
+    assert all(len(row["samples"]) == len(row["correct"]) == 4 for row in scored)
+    facts = json.loads((root / "base_scores" / "manifest.json").read_text())["facts"]
+    assert facts["pass@1"] == pytest.approx(sum(sum(r["correct"]) for r in scored) / 192)
+    assert facts["pass@4"] == pytest.approx(sum(any(r["correct"]) for r in scored) / 48)
+
+
+def test_pairs_are_sft_responses_against_wrong_samples(finished):
+    root, _, _ = finished
+    questions = {r["id"]: r for r in pq.read_table(root / "sft_scores").to_pylist()}
+    pairs = pq.read_table(root / "pairs").to_pylist()
+    assert pairs
+    for pair in pairs:
+        question = questions[pair["id"].rpartition("-")[0]]
+        assert pair["chosen"] in question["responses"]
+        graded = dict(zip((s.strip() for s in question["samples"]), question["correct"], strict=True))
+        assert graded[pair["rejected"]] is False
+
+
+def test_report_is_self_contained(finished):
+    root, _, _ = finished
+    page = (root / "report" / "index.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    for name in ("base", "sft", "dpo", "spo"):
+        assert f"<td>{name}</td>" in page
+
+
+def test_progress_is_reported_while_sampling_and_training(finished):
+    _, _, output = finished
+    assert re.search(r"engine: (vllm|transformers) \(", output)
+    assert re.search(r"base_samples: done in .*48 rows read, 48 kept", output)
+    assert "method_spo: done" in output
+
+
+def test_the_same_command_reuses_everything_and_a_change_redoes_its_part_only(finished):
+    _, arguments, _ = finished
+    again = run([*FULL, *arguments]).stdout
+    assert not re.search(r": starts$", again, re.M)
+    changed = run([sys.executable, "pipelines/train.py", *FULL[2:], *arguments, "methods.spo.lambda_sft=2"]).stdout
+    assert re.findall(r"(\w+): starts$", changed, re.M) == ["method_spo"]
+
+
+def test_the_exported_model_loads_anywhere(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root, _, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(root / "method_dpo")
+    tokenizer = AutoTokenizer.from_pretrained(root / "method_dpo")
+    chat = [{"role": "user", "content": "Each of 2 bags holds 3 pens. How many pens do the bags hold?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.dtype == torch.float32
+    assert model.generate(**inputs, max_new_tokens=8, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path):
+    arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
+    process = subprocess.Popen(
+        [*FULL, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if "base_samples: starts" in line:
+            break
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors[-2000:]
+    assert "finished stages are kept" in errors
+    done = sorted(p.parent.name for p in (tmp_path / "quickstart").glob("*/manifest.json"))
+    assert done == ["data_test", "data_train"]
+    again = run([sys.executable, "pipelines/sample.py", *FULL[2:], *arguments]).stdout
+    assert "data_train: reused" in again
+    assert "base_samples: done" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.typo=1"], "unknown key"),
+        (["sft.epochs=many"], "valid integer"),
+        (["model.path=assets/absent"], "no model in assets/absent"),
+        (["data={type: gsm8k, path: absent}"], "no data file absent"),
+        (["ray.num_cpus=1"], "too few resources"),
+        (["train.num_workers=9"], "too few resources: training needs"),
+        (["engine.gpus=1"], "too few resources: sampling needs"),
+        (["ray.address=127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        (["name=../up"], "name"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_before_anything_long(tmp_path, arguments, message):
+    started = time.time()
+    done = run([*FULL, f"output={tmp_path}", *arguments], check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.time() - started < 120
+
+
+def test_a_model_without_chat_template_is_refused(tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(ROOT / "assets" / "toy_base", bare)
+    (bare / "chat_template.jinja").unlink()
+    done = run([*FULL, f"output={tmp_path}", f"model.path={bare}"], check=False)
+    assert done.returncode == 2
+    assert "has no chat template" in done.stderr
+
+
+def test_usage_errors_exit_with_2():
+    assert run([sys.executable, "pipelines/full.py"], check=False).returncode == 2
+    assert run([sys.executable, "pipelines/full.py", "--cnfig", "x"], check=False).returncode == 2
+
+
+def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
+    config = "configs/gsm8k/tiny-cpu.yaml"
+    arguments = [
+        f"output={tmp_path}",
+        f"data.path={shared_data}/gsm8k",
+        "data.train_questions=24",
+        "data.test_questions=8",
+    ]
+    run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
+    root = tmp_path / "gsm8k-tiny-cpu"
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 8
+    assert summary["methods"]["spo"]["pairs"] > 0
+    questions = {json.loads(line)["question"] for line in (shared_data / "gsm8k" / "train.jsonl").open()}
+    assert all(pair["prompt"] in questions for pair in pq.read_table(root / "pairs").to_pylist())
+
+
+def test_real_preference_pairs_run_through_the_whole_job(tmp_path, shared_data):
+    config = "configs/ultrafeedback/tiny-cpu.yaml"
+    arguments = [f"output={tmp_path}", f"data.path={shared_data}/ultrafeedback", "data.train_pairs=24"]
+    run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
+    root = tmp_path / "ultrafeedback-tiny-cpu"
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["methods"]["spo"]["accuracy_greedy"] is None
+    assert summary["methods"]["spo"]["held_out"]["reward_accuracy"]["n"] > 0
+    kept = json.loads((root / "pair_tokens" / "manifest.json").read_text())["rows"]
+    assert kept["read"] == 24 == kept["kept"] + sum(kept["dropped"].values())

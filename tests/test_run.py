@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spo_ray import rows
+from spo_ray.errors import UserError
+from spo_ray.run import Run, external, write_rows
+
+from .helpers import small_config
+
+
+@pytest.fixture
+def run(in_root, tmp_path):
+    return Run(small_config(tmp_path))
+
+
+def counting(calls, rejected=0):
+    def build(out, ledger):
+        calls.append(out)
+        ledger.read, ledger.kept = 2 + rejected, 2
+        for i in range(rejected):
+            ledger.reject(f"bad-{i}", "malformed", {"x": i})
+        write_rows(out / "part-0.parquet", [{"id": i, "prompt": "p", "gold": "g"} for i in "ba"], rows.Prompt)
+
+    return build
+
+
+def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(run, tmp_path):
+    calls = []
+    data = tmp_path / "data.txt"
+    data.write_text("one")
+    for config in ({"k": 1}, {"k": 1}, {"k": 2}, {"k": 2}):
+        run.stage("s", counting(calls), config=config, inputs={"data": external(data)})
+    assert len(calls) == 2
+    data.write_text("two")
+    artifact = run.stage("s", counting(calls), config={"k": 2}, inputs={"data": external(data)})
+    assert len(calls) == 3
+    run.stage("next", counting(calls), config={}, inputs={"s": artifact})
+    run.stage("next", counting(calls), config={}, inputs={"s": artifact})
+    assert len(calls) == 4
+    assert [row["id"] for row in artifact.rows()] == ["a", "b"]
+
+
+def test_a_failed_stage_leaves_the_finished_one_alone(run):
+    calls = []
+    first = run.stage("s", counting(calls), config={"k": 1}, inputs={})
+
+    def broken(out, ledger):
+        counting(calls)(out, ledger)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", broken, config={"k": 2}, inputs={})
+    assert run.stage("s", counting(calls), config={"k": 1}, inputs={}) == first
+    assert len(calls) == 2
+
+
+def test_manifest_and_rejected_rows(run):
+    artifact = run.stage("s", counting([], rejected=3), config={"k": 1}, inputs={})
+    manifest = json.loads((artifact.path / "manifest.json").read_text())
+    assert manifest["rows"] == {"read": 5, "kept": 2, "dropped": {"malformed": 3}}
+    assert manifest["config"] == {"k": 1}
+    assert manifest["versions"]["torch"].startswith("2.")
+    rejected = pq.read_table(artifact.path / "rejected.parquet").to_pylist()
+    assert rejected[0] == {"id": "bad-0", "reason": "malformed", "excerpt": "{'x': 0}"}
+
+
+def test_two_processes_never_share_a_run(run):
+    code = "import sys; from spo_ray.cli import guarded; from spo_ray.run import Run\n"
+    code += "from tests.helpers import small_config\n"
+    code += "def work():\n    with Run(small_config(sys.argv[1])).locked(): print('inside')\nsys.exit(guarded(work))"
+    command = [sys.executable, "-c", code, str(run.config.output)]
+    with run.locked():
+        other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "another process is working in" in other.stderr
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "inside\n"
+
+
+def test_schemas_keep_their_types_without_rows(tmp_path):
+    for kind in (rows.Prompt, rows.Samples, rows.Scored, rows.ReferencedPair, rows.EvalRow):
+        write_rows(tmp_path / "empty.parquet", [], kind)
+        assert pq.read_schema(tmp_path / "empty.parquet").equals(rows.schema(kind))
+    assert rows.schema(rows.Scored).field("extracted").type == pa.list_(pa.string())
+    assert rows.schema(rows.EvalRow).field("seed").type == pa.int64()
+
+
+def test_identity_of_external_files(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = external(folder).digest
+    assert external(folder).digest == first
+    (folder / "b").write_text("2")
+    assert external(folder).digest != first
+    assert external("organisation/name").digest != external("organisation/other").digest
+
+
+def test_no_rows_is_an_error_that_points_at_the_manifests():
+    from spo_ray.run import require_rows
+
+    with pytest.raises(UserError, match=r"no pairs: see the drop reasons"):
+        require_rows([], "pairs")

@@ -1,0 +1,153 @@
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spo_ray import rows
+from spo_ray.config import load
+from spo_ray.run import Artifact, Run, external, write_rows
+from spo_ray.train.launch import train_methods, train_sft
+from spo_ray.train.reference import reference_logps
+from spo_ray.train.worker import epoch_batches
+
+from ..helpers import small_config
+
+
+@pytest.mark.parametrize(("count", "size"), [(207, 4), (10, 3), (8, 4), (3, 8)])
+def test_every_row_once_an_epoch_in_even_batches(count, size):
+    batches = list(epoch_batches(count, size, epochs=3, seed=1))
+    per_epoch = len(batches) // 3
+    for epoch in range(3):
+        part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert Counter(i for batch in part for i in batch) == Counter(range(count))
+        assert max(map(len, part)) <= size
+        assert max(map(len, part)) - min(map(len, part)) <= 1
+    assert batches[:per_epoch] != batches[per_epoch : 2 * per_epoch]
+    assert batches == list(epoch_batches(count, size, epochs=3, seed=1))
+
+
+@pytest.fixture(scope="module")
+def pairs(chat, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = random.Random(0)
+    table = []
+    for i in range(21):
+        a, b = rng.randint(2, 30), rng.randint(2, 20)
+        table.append(
+            {
+                "id": f"{i:03d}",
+                "prompt_ids": chat.prompt_ids(f"Ada owns {a} pens and finds {b} more. How many pens does Ada own now?"),
+                "chosen_ids": chat.completion_ids(f"{a} + {b} = {a + b}.\n#### {a + b}"),
+                "rejected_ids": chat.completion_ids(f"{a} - {b} = {a - b}.\n#### {a - b}"),
+            }
+        )
+    write_rows(folder / "part-0.parquet", table, rows.TokenisedPair)
+    return Artifact(folder, "pairs")
+
+
+def weights(artifact):
+    state = load_file(artifact.path / "model.safetensors")
+    return torch.cat([tensor.double().flatten() for _, tensor in sorted(state.items())])
+
+
+METHOD_OVERRIDES = [
+    "methods.spo.gamma=0.0",
+    "methods.spo.inner.eta=1e-3",
+    "preference.lr_theta=1e-4",
+    "preference.lr_phi=1e-4",
+]
+
+
+def test_two_workers_take_the_steps_of_one(local_ray, in_root, toy_base, pairs, tmp_path):
+    """SFT, DPO and SPO with the same global batches; 21 pairs in batches of 4 give ranks unequal shares."""
+    base = external(toy_base)
+    trained = {}
+    for workers in (1, 2):
+        config = small_config(tmp_path / str(workers), f"train.num_workers={workers}", *METHOD_OVERRIDES)
+        run = Run(config)
+        sft_rows = tmp_path / f"sft{workers}"
+        sft_rows.mkdir()
+        table = [
+            {"id": r["id"], "prompt_ids": r["prompt_ids"], "completion_ids": r["chosen_ids"]} for r in pairs.rows()
+        ]
+        write_rows(sft_rows / "part-0.parquet", table, rows.SftRow)
+        sft = train_sft(run, base, Artifact(sft_rows, "sft"))
+        referenced = reference_logps(run, "reference", sft, pairs)
+        trained[workers] = {"sft": sft} | train_methods(run, sft, referenced)
+    for name in ("sft", "dpo", "spo"):
+        one, two = (weights(trained[workers][name]) for workers in (1, 2))
+        start = weights(trained[1]["sft"]) if name != "sft" else None
+        assert ((one - two).norm() / one.norm()).item() < 1e-5
+        if start is not None:
+            assert (one - start).norm() > 10 * (one - two).norm()
+    logs = {
+        workers: [json.loads(line) for line in (artifacts["spo"].path / "log.jsonl").read_text().splitlines()]
+        for workers, artifacts in trained.items()
+    }
+    for a, b in zip(logs[1], logs[2], strict=True):
+        for key in set(a) & {"loss", "grad_norm", "logps/chosen", "rewards/margins", "probe/logps/chosen"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
+
+
+def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy_base, pairs, tmp_path):
+    run = Run(small_config(tmp_path, "preference.lr_theta=1e-4", "preference.lr_phi=1e-4"))
+    base = external(toy_base)
+    referenced = reference_logps(run, "reference", base, pairs)
+    reference = {r["id"]: (r["ref_chosen_logps"], r["ref_rejected_logps"]) for r in referenced.rows()}
+    methods = train_methods(run, base, referenced, held_out=referenced)
+    for name, artifact in methods.items():
+        result = json.loads((artifact.path / "result.json").read_text())
+        log = [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in log] == list(range(7))
+        start = sum(w for w, _ in reference.values()) / len(reference)
+        assert log[0]["probe/logps/chosen"] == pytest.approx(start, abs=1e-3)
+        assert log[0]["probe/delta_logp_chosen"] == pytest.approx(0.0, abs=1e-3)
+        after = trained_means(artifact, pairs)
+        for side, index in (("chosen", 0), ("rejected", 1)):
+            before = sum(pair[index] for pair in reference.values()) / len(reference)
+            assert result["train"][f"delta_logp_{side}"] == pytest.approx(after[index] - before, abs=1e-3)
+        assert result["held_out"] == pytest.approx(result["train"])
+        if name == "dpo":
+            assert log[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def trained_means(artifact, pairs):
+    """Mean log-probabilities of the exported checkpoint, computed apart from the trainer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
+    means = []
+    for side in ("chosen_ids", "rejected_ids"):
+        total = 0.0
+        for row in pairs.rows():
+            ids = torch.tensor([row["prompt_ids"] + row[side]])
+            with torch.inference_mode():
+                logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
+            first = len(row["prompt_ids"]) - 1
+            total += logps[range(first, ids.shape[1] - 1), ids[0, first + 1 :]].sum().item()
+        means.append(total / len(pairs.rows()))
+    return means
+
+
+def test_reference_log_probabilities_of_another_model_are_refused(local_ray, in_root, toy_base, pairs, tmp_path):
+    run = Run(small_config(tmp_path))
+    base = external(toy_base)
+    referenced = reference_logps(run, "reference", base, pairs)
+    shifted = tmp_path / "shifted"
+    shifted.mkdir()
+    table = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 1.0} for row in referenced.rows()]
+    write_rows(shifted / "part-0.parquet", table, rows.ReferencedPair)
+    with pytest.raises(RuntimeError, match="differs from the stored reference"):
+        train_methods(run, base, Artifact(shifted, "shifted"))
+
+
+def test_bfloat16_compute_trains(local_ray, in_root, toy_base, pairs, tmp_path):
+    run = Run(small_config(tmp_path, "train.precision=bfloat16"))
+    base = external(toy_base)
+    methods = train_methods(run, base, reference_logps(run, "reference", base, pairs))
+    log = [json.loads(line) for line in (methods["spo"].path / "log.jsonl").read_text().splitlines()]
+    assert log[1]["loss"] == pytest.approx(0.6931, abs=0.02)
+    assert load("configs/quickstart.yaml").train.precision == "float32"
