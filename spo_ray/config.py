@@ -7,7 +7,7 @@ nearest valid key. Every field is documented where it stands.
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -373,13 +373,15 @@ def _line(tree: Any, key: Sequence[int | str]) -> int | None:
 
 def _fields(key: Sequence[int | str], tree: Any) -> list[str]:
     """Valid field names of the section at ``key``."""
-    model: Any = Config
+    annotation: Any = Config
     node = tree
     for part in key:
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            annotation = _section(annotation, node).model_fields[str(part)].annotation
         node = node[part]
-        annotation = model.model_fields[part].annotation if str(part) in model.model_fields else model
-        model = _section(annotation, node)
-    return list(model.model_fields)
+    return list(_section(annotation, node).model_fields)
 
 
 def _section(annotation: Any, node: Any) -> Any:

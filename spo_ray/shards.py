@@ -92,7 +92,7 @@ def map_shards(
         stats = dataset.map(
             actor,
             fn_constructor_kwargs={"mapper": mapper, "arguments": arguments, **write},
-            compute=ray.data.ActorPoolStrategy(size=pool.actors),
+            compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
         )
