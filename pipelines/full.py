@@ -60,7 +60,7 @@ def stages(run: Run) -> Iterator[str]:
     answers = {} if has_pairs else evaluate(run, {"base": base, "sft": sft} | methods, test)
     yield "evaluate"
 
-    write_report(run, methods, answers)
+    write_report(run, methods, answers, test)
     yield "report"
 
 

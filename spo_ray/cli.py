@@ -34,6 +34,11 @@ def script(stages: Stages, until: Part, description: str) -> int:
 def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: Part) -> None:
     """Load the configuration and run the job's stages up to the named one."""
     run = Run(load(config, overrides))
+    if not run.config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        say(
+            "job",
+            "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
+        )
     with run.locked():
         for stage in stages(run):
             if stage == until:

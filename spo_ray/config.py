@@ -87,7 +87,6 @@ class ModelConfig(_Section):
     """A local directory, or a hub id."""
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's template."""
-    trust_remote_code: bool = False
     lora_rank: PositiveInt = 8
     lora_alpha: PositiveInt = 16
     lora_targets: str | list[str] = "all-linear"

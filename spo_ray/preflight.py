@@ -24,7 +24,7 @@ def preflight(config: Config) -> None:
     from spo_ray.model.tokenise import ChatTokenizer  # takes seconds to import
 
     try:
-        ChatTokenizer.load(name, config.model.chat_template, config.model.trust_remote_code)
+        ChatTokenizer.load(name, config.model.chat_template)
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of {name} can't be loaded: {str(error).splitlines()[0]}") from error
     engine, why = choose(config.engine)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from spo_ray.run import Artifact
+
 from .helpers import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +58,7 @@ def test_stages_account_for_every_row(finished):
         dropped = sum(manifest["rows"]["dropped"].values())
         rejected = path.parent / "rejected.parquet"
         assert (pq.read_metadata(rejected).num_rows if rejected.exists() else 0) == dropped
-    scored = pq.read_table(root / "base_scores").to_pylist() if (root / "base_scores").is_dir() else []
+    scored = Artifact(root / "base_scores", "").rows()
     assert len({row["id"] for row in scored}) == 48
     assert all(len(row["samples"]) == len(row["correct"]) == 4 for row in scored)
     facts = json.loads((root / "base_scores" / "manifest.json").read_text())["facts"]
@@ -66,8 +68,8 @@ def test_stages_account_for_every_row(finished):
 
 def test_pairs_are_sft_responses_against_wrong_samples(finished):
     root, _, _ = finished
-    questions = {r["id"]: r for r in pq.read_table(root / "sft_scores").to_pylist()}
-    pairs = pq.read_table(root / "pairs").to_pylist()
+    questions = {r["id"]: r for r in Artifact(root / "sft_scores", "").rows()}
+    pairs = Artifact(root / "pairs", "").rows()
     assert pairs
     for pair in pairs:
         question = questions[pair["id"].rpartition("-")[0]]
@@ -185,7 +187,7 @@ def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
     assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 8
     assert summary["methods"]["spo"]["pairs"] > 0
     questions = {json.loads(line)["question"] for line in (shared_data / "gsm8k" / "train.jsonl").open()}
-    assert all(pair["prompt"] in questions for pair in pq.read_table(root / "pairs").to_pylist())
+    assert all(pair["prompt"] in questions for pair in Artifact(root / "pairs", "").rows())
 
 
 def test_real_preference_pairs_run_through_the_whole_job(tmp_path, shared_data):

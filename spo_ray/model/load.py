@@ -12,11 +12,9 @@ from spo_ray.config import ModelConfig
 logging.disable_progress_bar()
 
 
-def load_model(path: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
     """A causal language model from a directory or the hub, safetensors only."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> nn.Module:

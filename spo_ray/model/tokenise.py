@@ -32,11 +32,9 @@ class ChatTokenizer:
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
 
     @classmethod
-    def load(
-        cls, path: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
-    ) -> "ChatTokenizer":
+    def load(cls, path: str | Path, chat_template: str | None = None) -> "ChatTokenizer":
         """Load from a directory or the hub; ``chat_template`` (Jinja text) replaces the tokenizer's own."""
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
         if chat_template:
             tokenizer.chat_template = chat_template
         return cls(tokenizer)

@@ -29,8 +29,15 @@ def log_probability_figure(checkpoints: dict[str, Path]) -> str:
         y=alt.Y("logp:Q", title="mean log π(y|x), nats", scale=alt.Scale(type="symlog")),
         color=color,
     )
-    chart = lines.properties(width=220, height=150).facet(
-        facet=alt.Facet("method:N", title=None, sort=list(checkpoints)), columns=3
+    start = (
+        base.transform_filter("datum.step == 0")
+        .mark_rule(strokeDash=[4, 3], opacity=0.6)
+        .encode(y="logp:Q", color=color)
+    )
+    chart = (
+        (lines + start)
+        .properties(width=220, height=150)
+        .facet(facet=alt.Facet("method:N", title=None, sort=list(checkpoints)), columns=3)
     )
     return _svg(chart)
 
@@ -49,5 +56,5 @@ def accuracy_figure(methods: dict[str, Any]) -> str:
 
 
 def _svg(chart: Any) -> str:
-    """SVG without a background, so that it sits on any page."""
-    return vl_convert.vegalite_to_svg(chart.configure(background="transparent").to_json())
+    """SVG on white, so that it can be read on any page."""
+    return vl_convert.vegalite_to_svg(chart.configure(background="white").to_json())

@@ -10,6 +10,7 @@ from spo_ray.report.summary import summarise
 from spo_ray.run import MANIFEST, Artifact, Ledger, Run, say, write_json
 
 SHOWN_QUESTIONS = 8
+CHOSEN_CHANGE = "Δ log π chosen"
 STYLE = """
 :root{--ink:#1c2430;--paper:#fff;--faint:#66707f;--line:#d8dde5;--panel:#f6f7f9}
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem}
@@ -31,15 +32,16 @@ footer{margin-top:3rem;color:var(--faint);font-size:.85rem}
 """
 
 
-def write_report(run: Run, methods: dict[str, Artifact], answers: dict[str, Artifact]) -> None:
+def write_report(run: Run, methods: dict[str, Artifact], answers: dict[str, Artifact], questions: Artifact) -> None:
     """Write ``report/index.html`` and ``summary.json`` from the finished stages."""
     summary = summarise(run, methods, answers)
 
     def build(out: Path, ledger: Ledger) -> None:
         ledger.facts["summary"] = "../summary.json"
-        (out / "index.html").write_text(_page(run, summary, methods, answers), encoding="utf-8")
+        (out / "index.html").write_text(_page(run, summary, methods, answers, questions), encoding="utf-8")
 
     inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in answers.items()}
+    inputs["questions"] = questions
     report = run.stage("report", build, config={}, inputs=inputs)
     write_json(run.root / "summary.json", summary)
     for line in _text_table(summary["methods"]):
@@ -47,7 +49,9 @@ def write_report(run: Run, methods: dict[str, Artifact], answers: dict[str, Arti
     say("report", os.path.relpath(report.path / "index.html"))
 
 
-def _page(run: Run, summary: dict[str, Any], methods: dict[str, Artifact], answers: dict[str, Artifact]) -> str:
+def _page(
+    run: Run, summary: dict[str, Any], methods: dict[str, Artifact], answers: dict[str, Artifact], questions: Artifact
+) -> str:
     table = summary["methods"]
     sections = [
         f"<h1>{escape(run.config.name)}</h1>",
@@ -55,7 +59,8 @@ def _page(run: Run, summary: dict[str, Any], methods: dict[str, Artifact], answe
         "<h2>Results</h2>",
         _html_table(_header(table), _lines(table)),
         "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds. Δ log π: mean change on "
-        "the training pairs, in nats, from the SFT checkpoint to the end of the method's training.</p>",
+        "the training pairs, in nats, from the SFT checkpoint to the end of the method's training; red where the chosen "
+        "answers lose.</p>",
     ]
     if answers:
         sections += ["<h2>Accuracy</h2>", accuracy_figure(table)]
@@ -66,7 +71,7 @@ def _page(run: Run, summary: dict[str, Any], methods: dict[str, Artifact], answe
         "logarithmic scale. A falling green line is the preferred answers losing probability.</p>",
     ]
     if answers:
-        sections += ["<h2>Answers to held-out questions</h2>", _samples(answers)]
+        sections += ["<h2>Answers to held-out questions</h2>", _samples(answers, questions)]
     sections += ["<h2>Stages</h2>", _stages(run)]
     body = "\n".join(sections)
     versions = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
@@ -92,7 +97,7 @@ def _header(table: dict[str, Any]) -> list[str]:
     columns = ["method"]
     if table["base"]["accuracy_greedy"]:
         columns += ["greedy", "95% interval", "sampled"]
-    columns += ["Δ log π chosen", "Δ log π rejected"]
+    columns += [CHOSEN_CHANGE, "Δ log π rejected"]
     return [*columns, "held-out reward accuracy"] if any("held_out" in entry for entry in table.values()) else columns
 
 
@@ -117,12 +122,13 @@ def _lines(table: dict[str, Any]) -> list[list[str]]:
 
 def _html_table(header: list[str], lines: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(_cell(cell) for cell in line)}</tr>" for line in lines)
+    marked = {i for i, name in enumerate(header) if name == CHOSEN_CHANGE}
+    body = "".join(f"<tr>{''.join(_cell(cell, i in marked) for i, cell in enumerate(line))}</tr>" for line in lines)
     return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
 
 
-def _cell(text: str) -> str:
-    change = {"-": "fell", "+": "rose"}.get(text[:1], "")
+def _cell(text: str, marked: bool) -> str:
+    change = {"-": "fell", "+": "rose"}.get(text[:1], "") if marked else ""
     return f'<td class="{change}">{escape(text)}</td>' if change else f"<td>{escape(text)}</td>"
 
 
@@ -132,20 +138,21 @@ def _text_table(table: dict[str, Any]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _samples(answers: dict[str, Artifact]) -> str:
+def _samples(answers: dict[str, Artifact], questions: Artifact) -> str:
     greedy = {
         name: {row["id"]: row for row in artifact.rows() if row["seed"] is None} for name, artifact in answers.items()
     }
     first = next(iter(greedy.values()))
     differing = [i for i in first if len({rows[i]["correct"] for rows in greedy.values()}) > 1]
+    prompts = {row["id"]: row["prompt"] for row in questions.rows()}
     head = "".join(f"<th class=text>{escape(name)}</th>" for name in greedy)
     body = ""
     for question in (differing or list(first))[:SHOWN_QUESTIONS]:
         cells = (greedy[name][question] for name in greedy)
-        body += f"<tr><td>{escape(question)}</td>{''.join(_answer(row) for row in cells)}</tr>"
+        body += f"<tr><td class=text>{escape(prompts[question])}</td>{''.join(_answer(row) for row in cells)}</tr>"
     return (
         "<p class=note>Greedy answers to the first questions on which the methods disagree.</p>"
-        f"<div class=scroll><table><tr><th>question</th>{head}</tr>{body}</table></div>"
+        f"<div class=scroll><table><tr><th class=text>question</th>{head}</tr>{body}</table></div>"
     )
 
 

@@ -27,7 +27,6 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(config.train.use_gpu)),
             model=str(model.path),
             precision=config.train.precision,
-            trust_remote_code=config.model.trust_remote_code,
         )
 
     settings = {"precision": config.train.precision}

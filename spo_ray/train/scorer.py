@@ -14,11 +14,11 @@ SCORING_BATCH = 32
 class Scorer:
     """A mapper that holds the reference model."""
 
-    def __init__(self, model: str, precision: str, trust_remote_code: bool) -> None:
+    def __init__(self, model: str, precision: str) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pad_id = ChatTokenizer.load(model).pad_id
         self.precision = precision
-        self.model = load_model(model, trust_remote_code=trust_remote_code).to(self.device).eval()
+        self.model = load_model(model).to(self.device).eval()
 
     def __call__(self, table: list[Row]) -> Mapped:
         columns = {f"ref_{side}_logps": self.score(table, f"{side}_ids") for side in ("chosen", "rejected")}

@@ -81,7 +81,7 @@ def run_sft(task: Job, rank: Rank) -> dict[str, Any]:
     config = task.config
     chat = ChatTokenizer.load(task.model, config.model.chat_template)
     table = task.rows.rows()
-    model = load_model(task.model, trust_remote_code=config.model.trust_remote_code).to(rank.device)
+    model = load_model(task.model).to(rank.device)
     params = list(model.parameters())
 
     def gradients(indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
@@ -113,7 +113,7 @@ def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
     method = config.methods[str(task.method)]
     chat = ChatTokenizer.load(task.model, config.model.chat_template)
     table = task.rows.rows()
-    base = load_model(task.model, trust_remote_code=config.model.trust_remote_code)
+    base = load_model(task.model)
     model = add_adapters(base, config.model, config.seed).to(rank.device)
     backbone, adapters = parameter_groups(model)
     named = dict(model.named_parameters())
