@@ -59,8 +59,8 @@ def _page(
         "<h2>Results</h2>",
         _html_table(_header(table), _lines(table)),
         "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds. Δ log π: mean change on "
-        "the training pairs, in nats, from the SFT checkpoint to the end of the method's training; red where the chosen "
-        "answers lose.</p>",
+        "the training pairs, in nats, from the SFT checkpoint to the end of the method's training; red: chosen "
+        "answers lose probability.</p>",
     ]
     if answers:
         sections += ["<h2>Accuracy</h2>", accuracy_figure(table)]
