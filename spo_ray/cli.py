@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from spo_ray import __version__
 from spo_ray.config import load
 from spo_ray.errors import UserError
-from spo_ray.run import Run, say
+from spo_ray.run import Run, say, write_json
 
 Stages = Callable[[Run], Iterator[str]]
 Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate", "report"]
@@ -40,6 +40,7 @@ def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: Part
             "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
         )
     with run.locked():
+        write_json(run.root / "config.json", run.config.model_dump(mode="json"))
         for stage in stages(run):
             if stage == until:
                 break

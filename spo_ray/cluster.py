@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from typing import Any
 
 import ray
@@ -14,6 +15,8 @@ from spo_ray.run import say
 LOCAL_CPUS = 4
 """Logical CPUs of a local cluster at least: actors that hold one each must leave some for Ray Data's tasks."""
 DATA_TASK_CPUS = 1.0
+REACH_S = 10.0
+"""How long to wait for an answer from a cluster's address."""
 
 
 def connect(config: Config) -> None:
@@ -29,6 +32,7 @@ def connect(config: Config) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
+        _check_reachable(address)
         try:
             ray.init(address=address, **quiet)
         except ConnectionError as error:
@@ -52,10 +56,12 @@ def check_plan(config: Config, nodes: list[dict[str, Any]]) -> None:
         UserError: naming the stage, what it needs, what there is, and the settings to change.
     """
     engine, train = config.engine, config.train
-    workers = train.num_workers * train.parallel_methods
-    gpu = float(train.use_gpu)
+    has_gpus = any(node.get("GPU") for node in nodes)
+    workers = train.num_workers * min(train.parallel_methods, len(config.methods))
+    gpu = float(has_gpus if train.use_gpu is None else train.use_gpu)
+    engine_gpu = float(has_gpus) if engine.gpus is None else engine.gpus
     plans = [
-        ("sampling", engine.replicas, engine.cpus, engine.gpus, DATA_TASK_CPUS, "engine.replicas, engine.cpus"),
+        ("sampling", engine.replicas, engine.cpus, engine_gpu, DATA_TASK_CPUS, "engine.replicas, engine.cpus"),
         ("training", workers, train.cpus_per_worker, gpu, 0.0, "train.num_workers, train.parallel_methods"),
         ("reference", train.num_workers, train.cpus_per_worker, gpu, DATA_TASK_CPUS, "train.num_workers"),
     ]
@@ -69,6 +75,31 @@ def check_plan(config: Config, nodes: list[dict[str, Any]]) -> None:
                 f"{sum(node.get('GPU', 0.0) for node in nodes):g} GPUs: lower {settings}, raise ray.num_cpus on a "
                 "local cluster, or add nodes"
             )
+
+
+def engine_gpus(config: Config) -> float:
+    """GPUs per engine on the connected cluster."""
+    return float(_has_gpus()) if config.engine.gpus is None else config.engine.gpus
+
+
+def uses_gpu(config: Config) -> bool:
+    """Whether training workers get a GPU each on the connected cluster."""
+    return _has_gpus() if config.train.use_gpu is None else config.train.use_gpu
+
+
+def _has_gpus() -> bool:
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes before it gives up on an address."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
 
 
 def _slots(node: dict[str, Any], cpus: float, gpus: float) -> int:

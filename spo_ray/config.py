@@ -18,6 +18,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -67,7 +68,7 @@ class Gsm8kData(_Section):
 
 
 class PreferenceData(_Section):
-    """Ready preference pairs: ``train.jsonl`` (or one file) with ``prompt``, ``chosen``, ``rejected``."""
+    """Ready preference pairs: ``train.jsonl`` with ``prompt``, ``chosen``, ``rejected``."""
 
     type: Literal["preference"] = "preference"
     path: Path
@@ -111,8 +112,8 @@ class EngineConfig(_Section):
     """Engines, each an actor of its own."""
     cpus: PositiveFloat = 1.0
     """Logical CPUs per engine."""
-    gpus: NonNegativeFloat = 0.0
-    """GPUs per engine."""
+    gpus: NonNegativeFloat | None = None
+    """GPUs per engine; None: 1 where the cluster has GPUs. Below 1 it is a share of one, above 1 tensor parallelism."""
     dtype: Dtype = "float32"
     max_model_len: PositiveInt = 1024
     """Prompt plus response, in tokens."""
@@ -143,8 +144,8 @@ class TrainConfig(_Section):
 
     num_workers: PositiveInt = 1
     cpus_per_worker: PositiveFloat = 1.0
-    use_gpu: bool = False
-    """One GPU per worker."""
+    use_gpu: bool | None = None
+    """One GPU per worker; None: where the cluster has GPUs."""
     precision: Dtype = "float32"
     """Compute type; parameters and optimizer states are float32."""
     max_length: PositiveInt = 1024
@@ -276,6 +277,15 @@ class Config(_Section):
     methods: dict[MethodName, MethodConfig] = Field(min_length=1)
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Config":
+        if self.sft_data.pass_k > self.sampling.samples:
+            raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
+        for name in ("sft", "preference"):
+            if getattr(self, name).batch_size < self.train.num_workers:
+                raise ValueError(f"{name}.batch_size must be at least train.num_workers={self.train.num_workers}")
+        return self
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key.sub=value`` overrides and validate.
@@ -330,7 +340,7 @@ def _explain(error: ValidationError, tree: CommentedMap, path: str) -> str:
         where = [part for part in item["loc"] if part != "[key]"]
         key = _drop_tags(where, tree)
         line = _line(tree, key)
-        text = f"{path}{f':{line}' if line else ''}: {'.'.join(map(str, key))}: "
+        text = f"{path}{f':{line}' if line else ''}: " + (f"{'.'.join(map(str, key))}: " if key else "")
         if item["type"] == "extra_forbidden":
             known = _fields(key[:-1], tree)
             near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)

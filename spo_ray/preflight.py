@@ -1,5 +1,6 @@
 """What can be refused before anything long starts."""
 
+import json
 from pathlib import Path
 
 from spo_ray.config import Config
@@ -25,7 +26,21 @@ def preflight(config: Config) -> None:
 
     try:
         ChatTokenizer.load(name, config.model.chat_template)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {name} can't be loaded: {str(error).splitlines()[0]}") from error
+    except UserError:
+        raise
+    except Exception as error:  # missing files, but also any mistake in a chat template
+        raise UserError(f"the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
+    if not is_hub_id:
+        _check_files(config, path)
     engine, why = choose(config.engine)
     say("engine", f"{engine} ({why})")
+
+
+def _check_files(config: Config, path: Path) -> None:
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"no weights in {path}: only safetensors are loaded, and there is no *.safetensors file")
+    positions = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
+    lengths = {"train.max_length": config.train.max_length, "engine.max_model_len": config.engine.max_model_len}
+    for field, length in lengths.items():
+        if positions and length > positions:
+            raise UserError(f"{field}={length} is beyond the model's {positions} positions: lower it")

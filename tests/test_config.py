@@ -64,6 +64,8 @@ def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
         (["sampling.smaples=3"], "did you mean 'samples'"),
         (["train={}", "trian.num_workers=2"], "did you mean 'train'"),
         (["name=../elsewhere"], "name"),
+        (["sft_data.pass_k=9"], "pass_k=9 needs as many sampling.samples"),
+        (["train.num_workers=5"], "preference.batch_size must be at least train.num_workers=5"),
     ],
 )
 def test_wrong_overrides_are_refused(overrides, message):

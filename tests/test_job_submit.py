@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,18 +25,29 @@ def free_port():
 
 @pytest.fixture
 def head(tmp_path):
-    """A head node on ports of its own, with token authentication."""
+    """A head node on ports of its own, with token authentication; ends with its own processes only."""
     port, dashboard = free_port(), free_port()
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     environment.pop("RAY_ADDRESS", None)
     subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     # Two logical CPUs are the least that the plan fits in.
-    command = [RAY, "start", "--head", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += ["--dashboard-host=127.0.0.1", f"--temp-dir=/tmp/ray-{os.getpid()}"]
-    started = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert started.returncode == 0, started.stdout + started.stderr
+    log = (tmp_path / "head.log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.time() + 120
+    while not reachable(dashboard):
+        assert process.poll() is None and time.time() < deadline, (tmp_path / "head.log").read_text()
+        time.sleep(0.5)
     yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=60)
+
+
+def reachable(port):
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_the_job_runs_when_submitted(head, tmp_path):

@@ -120,24 +120,43 @@ def test_the_exported_model_loads_anywhere(finished):
     assert model.generate(**inputs, max_new_tokens=8, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_an_interrupt_keeps_what_is_finished(tmp_path):
-    arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
+def interrupted(arguments, line):
+    """Exit code and standard error of the whole job, sent Ctrl-C two seconds after it printed ``line``."""
     process = subprocess.Popen(
         [*FULL, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    for line in process.stdout:
-        if "base_samples: starts" in line:
+    for printed in process.stdout:
+        if line in printed:
             break
     time.sleep(2)
     os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors[-2000:]
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def test_an_interrupt_keeps_what_is_finished(tmp_path):
+    arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
+    code, errors = interrupted(arguments, "base_samples: starts")
+    assert code == 130, errors[-2000:]
     assert "finished stages are kept" in errors
-    done = sorted(p.parent.name for p in (tmp_path / "quickstart").glob("*/manifest.json"))
-    assert done == ["data_test", "data_train"]
-    again = run([sys.executable, "pipelines/sample.py", *FULL[2:], *arguments]).stdout
-    assert "data_train: reused" in again
-    assert "base_samples: done" in again
+    assert finished_stages(tmp_path) == ["data_test", "data_train"]
+    code, errors = interrupted(arguments, "sft: starts")
+    assert code == 130, errors[-2000:]
+    assert finished_stages(tmp_path) == sorted(
+        ["data_test", "data_train", "base_samples", "base_scores", "sft_questions", "sft_tokens"]
+    )
+
+
+def finished_stages(output):
+    return sorted(p.parent.name for p in (output / "quickstart").glob("*/manifest.json"))
+
+
+def test_an_interrupt_while_methods_train(finished):
+    root, arguments, _ = finished
+    before = finished_stages(root.parent)
+    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: starts")
+    assert code == 130, errors[-2000:]
+    assert finished_stages(root.parent) == before
 
 
 @pytest.mark.parametrize(

@@ -53,11 +53,11 @@ def nll(
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
     *,
-    chosen_lengths: Tensor,
+    mean_chosen_length: float,
     sft_reduction: SftReduction = "sum",
 ) -> tuple[Tensor, Metrics]:
     """``L_SFT`` on the chosen responses alone: mean of -log pi(y_w|x) (equation 72), or per token."""
-    return sft_loss(chosen_logps, chosen_lengths, sft_reduction), {}
+    return sft_loss(chosen_logps, mean_chosen_length, sft_reduction), {}
 
 
 def dpo_nll(
@@ -68,17 +68,21 @@ def dpo_nll(
     *,
     beta: float,
     mu: float,
-    chosen_lengths: Tensor,
+    mean_chosen_length: float,
     sft_reduction: SftReduction = "sum",
 ) -> tuple[Tensor, Metrics]:
     """``L_DPO + mu * L_SFT`` on all parameters; Pang et al., arXiv 2404.19733, which takes L_SFT per token."""
     loss, metrics = dpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta)
-    return loss + mu * sft_loss(chosen_logps, chosen_lengths, sft_reduction), metrics
+    return loss + mu * sft_loss(chosen_logps, mean_chosen_length, sft_reduction), metrics
 
 
-def sft_loss(logps: Tensor, lengths: Tensor, reduction: SftReduction) -> Tensor:
-    """``L_SFT`` of completions: minus the mean of the summed log-probabilities, or minus their total per token."""
-    return -logps.mean() if reduction == "sum" else -logps.sum() / lengths.sum()
+def sft_loss(logps: Tensor, mean_length: float, reduction: SftReduction) -> Tensor:
+    """``L_SFT`` of completions: minus the mean of the summed log-probabilities (``sum``), or that per token.
+
+    ``token_mean`` is the total over the total number of tokens, for which the mean length of the whole batch is needed:
+    one rank of several knows its own completions only.
+    """
+    return -logps.mean() if reduction == "sum" else -logps.mean() / mean_length
 
 
 def reward_metrics(rewards_chosen: Tensor, rewards_rejected: Tensor) -> Metrics:

@@ -5,13 +5,22 @@ from collections.abc import Sequence
 
 
 def correct_responses(
-    gold: str, samples: Sequence[str], correct: Sequence[bool], *, teachers: Sequence[str], limit: int
+    gold: str,
+    samples: Sequence[str],
+    correct: Sequence[bool],
+    finished: Sequence[bool],
+    *,
+    teachers: Sequence[str],
+    limit: int,
 ) -> list[str]:
     """Up to ``limit`` distinct correct responses to one question, by the order of ``teachers``.
 
-    ``samples`` gives the policy's own correct samples, ``gold`` the reference solution.
+    ``samples`` gives the policy's own correct samples that end by themselves, ``gold`` the reference solution.
     """
-    sources = {"gold": [gold], "samples": [s for s, ok in zip(samples, correct, strict=True) if ok]}
+    sources = {
+        "gold": [gold],
+        "samples": [s for s, ok, ended in zip(samples, correct, finished, strict=True) if ok and ended],
+    }
     found = dict.fromkeys(text.strip() for teacher in teachers for text in sources[teacher])
     return list(found)[:limit]
 

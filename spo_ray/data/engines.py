@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from transformers import GenerationConfig
 
 from spo_ray.config import EngineConfig
 from spo_ray.core.logps import completion_logps
@@ -79,16 +80,18 @@ class VllmEngine:
         self.chat = chat
         # vLLM 0.32's CPU build rewinds the random generator of a seeded request whose prompt it has split, and a CPU
         # generator cannot rewind; unsplit prompts avoid that.
-        cpu_only: dict[str, Any] = (
-            {} if torch.cuda.is_available() else {"enforce_eager": True, "enable_chunked_prefill": False}
-        )
+        hardware: dict[str, Any] = {"enforce_eager": True, "enable_chunked_prefill": False}
+        if torch.cuda.is_available():
+            gpus = config.gpus or 1.0
+            hardware = {"tensor_parallel_size": max(1, int(gpus)), "gpu_memory_utilization": 0.9 * min(1.0, gpus)}
         self.llm = LLM(
             model=path,
             dtype=config.dtype,
             max_model_len=config.max_model_len,
             enable_prefix_caching=True,
+            load_format="safetensors",
             seed=0,
-            **cpu_only,
+            **hardware,
         )
 
     def generate(
@@ -153,14 +156,18 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         torch.manual_seed(seeds[0])
         options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+        # A configuration of its own: the checkpoint's may bring a nucleus or a repetition penalty, which vLLM ignores.
+        settings = GenerationConfig(
             max_new_tokens=min(max_tokens, self.limit - width),
             num_return_sequences=n,
             eos_token_id=self.chat.stop_ids,
             pad_token_id=pad,
             **options,
+        )
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
         )
         flat = [self._cut(row) for row in output[:, width:].tolist()]
         rows = [(prompts[i // n], answer) for i, answer in enumerate(flat)]

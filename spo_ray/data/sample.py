@@ -5,6 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from spo_ray import rows
+from spo_ray.cluster import engine_gpus
 from spo_ray.config import EngineConfig, SamplingConfig
 from spo_ray.errors import UserError
 from spo_ray.run import Artifact, Ledger, Run, require_rows
@@ -22,7 +23,7 @@ def sample(run: Run, name: str, model: Artifact, questions: Artifact) -> Artifac
 
     def build(out: Path, ledger: Ledger) -> None:
         require_rows(questions.rows(), f"questions for {name}")
-        ledger.facts["engine"] = f"{kind} ({why})"
+        ledger.facts |= {"engine": f"{kind} ({why})", "model": str(model.path)}
         map_shards(
             name,
             questions,
@@ -31,7 +32,7 @@ def sample(run: Run, name: str, model: Artifact, questions: Artifact) -> Artifac
             mapper=_Sampler,
             kind=rows.Samples,
             batch_size=config.sampling.batch_size,
-            pool=Pool(config.engine.replicas, config.engine.cpus, config.engine.gpus),
+            pool=Pool(config.engine.replicas, config.engine.cpus, engine_gpus(config)),
             engine_kind=kind,
             model=str(model.path),
             engine=config.engine,

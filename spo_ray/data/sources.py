@@ -30,11 +30,15 @@ def load_data(run: Run, split: Split) -> Artifact:
         table = list(reader(data, split, run.config.seed, ledger))
         ledger.kept = len(table)
         ledger.read = len(table) + len(ledger.rejected)
+        ledger.facts["source"] = "generated" if isinstance(data, ToyData) else str(data.path)
         require_rows(table, f"usable {split} rows in the {data.type} data")
         write_rows(out / "part-0.parquet", table, kind)
 
+    settings = data.model_dump(mode="json", exclude={"path"})
+    if not isinstance(data, PreferenceData):  # there one split depends on the other's size
+        settings.pop("test_questions" if split == "train" else "train_questions")
     inputs = {} if isinstance(data, ToyData) else {"file": external(_file(data.path, _stem(data, split)))}
-    return run.stage(f"data_{split}", build, config=data.model_dump(mode="json", exclude={"path"}), inputs=inputs)
+    return run.stage(f"data_{split}", build, config=settings, inputs=inputs)
 
 
 def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
@@ -47,17 +51,17 @@ def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger) -> Iterator[row
 def _gsm8k(data: Gsm8kData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
     file = _file(data.path, split)
     found: list[rows.Prompt] = []
-    bare = 0
+    bare: list[str] = []
     for row_id, row in _jsonl(file, split, ("question", "answer"), ledger, may_be_empty="answer"):
         if gold_answer(row["answer"]) is None:
-            bare += 1
+            bare.append(row_id)
             ledger.reject(row_id, "no gold answer", row)
             continue
         found.append({"id": row_id, "prompt": row["question"], "gold": row["answer"]})
     if bare and not data.skip_missing_gold:
         raise UserError(
-            f"{file}: {bare} questions without a gold answer ('#### N' or a number), first "
-            f"{ledger.rejected[0]['id']}: add them, or set data.skip_missing_gold=true to leave these rows out"
+            f"{file}: {len(bare)} questions without a gold answer ('#### N' or a number), first "
+            f"{bare[0]}: add them, or set data.skip_missing_gold=true to leave these rows out"
         )
     return iter(_choose(found, data.train_questions if split == "train" else data.test_questions, seed))
 
@@ -86,7 +90,7 @@ def _stem(data: Gsm8kData | PreferenceData, split: Split) -> str:
 
 
 def _file(path: Path, stem: str) -> Path:
-    file = path if path.is_file() else path / f"{stem}.jsonl"
+    file = path / f"{stem}.jsonl"
     if not file.is_file():
         raise UserError(f"no data file {file}: set data.path to a folder with {stem}.jsonl")
     return file
@@ -103,7 +107,7 @@ def _jsonl(
             row_id = f"{prefix}-{number:06d}"
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 ledger.reject(row_id, "not JSON", line)
                 continue
             reason = _defect(row, columns, may_be_empty)
@@ -123,6 +127,10 @@ def _defect(row: Any, columns: tuple[str, ...], may_be_empty: str | None) -> str
             return f"{column!r} is no text"
         if not row[column].strip() and column != may_be_empty:
             return f"{column!r} is empty"
+        try:
+            row[column].encode()
+        except UnicodeEncodeError:
+            return f"{column!r} is not valid Unicode"
     return None
 
 

@@ -79,7 +79,12 @@ def _chooser(config: SftDataConfig) -> Mapper:
         if rate > config.max_pass:
             raise RowRejectedError(f"pass@{config.pass_k} above {config.max_pass}")
         responses = correct_responses(
-            row["gold"], row["samples"], row["correct"], teachers=config.teachers, limit=config.responses_per_question
+            row["gold"],
+            row["samples"],
+            row["correct"],
+            row["finished"],
+            teachers=config.teachers,
+            limit=config.responses_per_question,
         )
         if not responses:
             raise RowRejectedError(f"no correct response from {', '.join(config.teachers)}")

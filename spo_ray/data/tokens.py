@@ -6,7 +6,7 @@ from typing import Any
 
 from spo_ray import rows
 from spo_ray.run import Artifact, Ledger, Run, external, require_rows
-from spo_ray.shards import Mapper, Row, RowRejectedError, each_row, map_shards
+from spo_ray.shards import Mapped, Mapper, Row, RowRejectedError, each_row, map_shards
 
 ROWS_PER_SHARD = 2000
 
@@ -51,14 +51,20 @@ def _sft_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper:
 
     def tokenise(row: Row) -> list[Row]:
         prompt = chat.prompt_ids(row["prompt"])
-        responses = row.get("responses") or [row["chosen"]]
-        completions = [_checked(prompt, chat.completion_ids(text), limit) for text in responses]
-        return [
-            {"id": f"{row['id']}-{i}", "prompt_ids": prompt, "completion_ids": completion}
-            for i, completion in enumerate(completions)
-        ]
+        completion = _checked(prompt, chat.completion_ids(row["response"]), limit)
+        return [{"id": row["id"], "prompt_ids": prompt, "completion_ids": completion}]
 
-    return each_row(tokenise)
+    def mapper(batch: list[Row]) -> Mapped:
+        """Each response by itself: one that is too long must not take the others of its question along."""
+        return each_row(tokenise)(
+            [
+                {"id": f"{row['id']}-{i}", "prompt": row["prompt"], "response": response}
+                for row in batch
+                for i, response in enumerate(row.get("responses") or [row["chosen"]])
+            ]
+        )
+
+    return mapper
 
 
 def _pair_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper:
@@ -71,6 +77,8 @@ def _pair_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper
         sides = {
             f"{side}_ids": _checked(prompt, chat.completion_ids(row[side]), limit) for side in ("chosen", "rejected")
         }
+        if sides["chosen_ids"] == sides["rejected_ids"]:
+            raise RowRejectedError("chosen and rejected are the same")
         return [{"id": row["id"], "prompt_ids": prompt, **sides}]
 
     return each_row(tokenise)

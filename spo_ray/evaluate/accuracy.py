@@ -1,19 +1,24 @@
 """Accuracy on held-out questions by generation, with evaluation actors that serve one checkpoint after another."""
 
 import queue
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from spo_ray import rows
+from spo_ray.cluster import engine_gpus
 from spo_ray.config import Config
 from spo_ray.core.scoring import extract, is_correct
 from spo_ray.core.stats import mean_interval, mean_std, wilson
 from spo_ray.data.sample import choose, row_seed
+from spo_ray.parallel import run_parallel
 from spo_ray.run import Artifact, Ledger, Run, write_rows
 from spo_ray.shards import Row
+
+TOO_LONG = "[prompt longer than engine.max_model_len]"
+"""Stands for the answer to a question that the engine cannot take; counted as wrong."""
 
 
 def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) -> dict[str, Artifact]:
@@ -22,7 +27,7 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
     kind, why = choose(config.engine)
     table = questions.rows()
     actors: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    remote: Any = ray.remote(num_cpus=config.engine.cpus, num_gpus=config.engine.gpus)(Evaluator)
+    remote: Any = ray.remote(num_cpus=config.engine.cpus, num_gpus=engine_gpus(config))(Evaluator)
     started: list[Any] = []
 
     def build(out: Path, ledger: Ledger, method: str, checkpoint: Artifact) -> None:
@@ -32,8 +37,9 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
             actor = remote.remote(kind, config)
             started.append(actor)
         answers = ray.get(actor.answer.remote(method, str(checkpoint.path), table))
-        actors.put(actor)
+        actors.put(actor)  # not after a failure: that ends the evaluation
         ledger.read, ledger.kept = len(table), len(answers)
+        ledger.facts["too_long_counted_wrong"] = sum(row["response"] == TOO_LONG for row in answers)
         ledger.facts["engine"] = f"{kind} ({why})"
         write_rows(out / "part-0.parquet", answers, rows.EvalRow)
 
@@ -52,9 +58,8 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
         )
 
     try:
-        with ThreadPoolExecutor(config.engine.replicas) as threads:
-            futures = {name: threads.submit(stage, name, checkpoint) for name, checkpoint in checkpoints.items()}
-            return {name: future.result() for name, future in futures.items()}
+        calls = {name: partial(stage, name, checkpoint) for name, checkpoint in checkpoints.items()}
+        return run_parallel(calls, config.engine.replicas)
     finally:
         for actor in started:
             ray.kill(actor)
@@ -74,19 +79,24 @@ class Evaluator:
         settings = self.config.eval
         chat = ChatTokenizer.load(model, self.config.model.chat_template)
         engine = open_engine(self.kind, model, self.config.engine, chat)
-        prompts = [chat.prompt_ids(row["prompt"]) for row in questions]
+        every = [(row, chat.prompt_ids(row["prompt"])) for row in questions]
+        fitting = [(row, ids) for row, ids in every if len(ids) < self.config.engine.max_model_len - 1]
+        too_long = [row for row, ids in every if len(ids) >= self.config.engine.max_model_len - 1]
         found: list[Row] = []
         for seed in (None, *settings.seeds):
-            for start in range(0, len(questions), settings.batch_size):
-                part = questions[start : start + settings.batch_size]
+            found += [_graded(method, seed, row, TOO_LONG) for row in too_long]
+            for start in range(0, len(fitting), settings.batch_size):
+                part = fitting[start : start + settings.batch_size]
                 answers = engine.generate(
-                    prompts[start : start + settings.batch_size],
+                    [ids for _, ids in part],
                     n=1,
                     temperature=0.0 if seed is None else settings.temperature,
                     max_tokens=settings.max_tokens,
-                    seeds=[row_seed("eval", seed, row["id"]) for row in part],
+                    seeds=[row_seed("eval", seed, row["id"]) for row, _ in part],
                 )
-                found += [_graded(method, seed, row, texts[0].text) for row, texts in zip(part, answers, strict=True)]
+                found += [
+                    _graded(method, seed, row, texts[0].text) for (row, _), texts in zip(part, answers, strict=True)
+                ]
         engine.close()
         return found
 
@@ -112,8 +122,8 @@ def accuracies(answers: list[Row]) -> dict[str, Any]:
         "accuracy_sampled": {
             "value": mean,
             "std": std,
-            "low": sampled_low,
-            "high": sampled_high,
+            "low": max(0.0, sampled_low),
+            "high": min(1.0, sampled_high),
             "seeds": seeds,
             "n": len(by_question),
         },

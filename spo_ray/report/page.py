@@ -58,9 +58,9 @@ def _page(
         f"<p class=note>{escape(_describe(run))}</p>",
         "<h2>Results</h2>",
         _html_table(_header(table), _lines(table)),
-        "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds. Δ log π: mean change on "
-        "the training pairs, in nats, from the SFT checkpoint to the end of the method's training; red: chosen "
-        "answers lose probability.</p>",
+        "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds; interval over questions. "
+        "Δ log π: mean change on the training pairs, in nats, from the SFT checkpoint to the end of the method's "
+        "training; red: chosen answers lose probability.</p>",
     ]
     if answers:
         sections += ["<h2>Accuracy</h2>", accuracy_figure(table)]
@@ -96,7 +96,7 @@ def _describe(run: Run) -> str:
 def _header(table: dict[str, Any]) -> list[str]:
     columns = ["method"]
     if table["base"]["accuracy_greedy"]:
-        columns += ["greedy", "95% interval", "sampled"]
+        columns += ["greedy", "95% interval", "sampled", "95% interval"]
     columns += [CHOSEN_CHANGE, "Δ log π rejected"]
     return [*columns, "held-out reward accuracy"] if any("held_out" in entry for entry in table.values()) else columns
 
@@ -112,6 +112,7 @@ def _lines(table: dict[str, Any]) -> list[list[str]]:
                 f"{greedy['value']:.1%}",
                 f"{greedy['low']:.1%} – {greedy['high']:.1%}",
                 f"{sampled['value']:.1%} ± {sampled['std']:.1%}",
+                f"{sampled['low']:.1%} – {sampled['high']:.1%}",
             ]
         line += ["" if entry[k] is None else f"{entry[k]:+.2f}" for k in ("delta_logp_chosen", "delta_logp_rejected")]
         if reward := entry.get("held_out", {}).get("reward_accuracy"):

@@ -3,13 +3,16 @@
 import json
 import shutil
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from spo_ray.cluster import uses_gpu
+from spo_ray.errors import UserError
+from spo_ray.parallel import run_parallel
 from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
 from spo_ray.train.job import RESULT, Job, train_loop
 
@@ -20,7 +23,10 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     """Supervised fine-tuning of the base model; a merged checkpoint."""
     settings = {"sft": run.config.sft.model_dump(), "train": _identity(run)}
     stage = run.open("sft", config=settings, inputs={"model": model, "rows": rows})
-    return stage if isinstance(stage, Artifact) else _train(run, [stage], model, rows)["sft"]
+    if isinstance(stage, Artifact):
+        return stage
+    # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
+    return run_parallel({"sft": partial(_train, run, [stage], model, rows)}, 1)["sft"]["sft"]
 
 
 def train_methods(run: Run, model: Artifact, pairs: Artifact, held_out: Artifact | None = None) -> dict[str, Artifact]:
@@ -46,10 +52,10 @@ def train_methods(run: Run, model: Artifact, pairs: Artifact, held_out: Artifact
     }
     pending = [stage for stage in stages.values() if isinstance(stage, OpenStage)]
     groups = [pending[i :: config.train.parallel_methods] for i in range(config.train.parallel_methods)]
+    calls = {group[0].name: partial(_train, run, group, model, pairs, held_out) for group in groups if group}
     trained: dict[str, Artifact] = {}
-    with ThreadPoolExecutor(len(groups)) as threads:
-        for future in [threads.submit(_train, run, group, model, pairs, held_out) for group in groups if group]:
-            trained |= future.result()
+    for closed in run_parallel(calls, len(groups)).values():
+        trained |= closed
     return {n: s if isinstance(s, Artifact) else trained[s.name] for n, s in stages.items()}
 
 
@@ -58,6 +64,8 @@ def _train(
 ) -> dict[str, Artifact]:
     """Train stages one after another in one group of workers; those that finished count, even if a later one fails."""
     count = len(rows.rows())
+    for stage in stages:
+        _check_batches(run, stage.name, count)
     jobs = []
     for stage in stages:
         stage.ledger.read = stage.ledger.kept = count
@@ -74,6 +82,17 @@ def _train(
     return closed
 
 
+def _check_batches(run: Run, name: str, count: int) -> None:
+    """Every worker needs a row of every batch."""
+    section = "sft" if name == "sft" else "preference"
+    batch_size, workers = getattr(run.config, section).batch_size, run.config.train.num_workers
+    if count // -(-count // batch_size) < workers:
+        raise UserError(
+            f"{name}: {count} rows in batches of {batch_size} leave some of the {workers} workers without a row: "
+            f"raise {section}.batch_size, or lower train.num_workers"
+        )
+
+
 def _identity(run: Run) -> dict[str, Any]:
     """The training settings that change results."""
     return run.config.train.model_dump(exclude={"parallel_methods", "cpus_per_worker"})
@@ -85,15 +104,16 @@ def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:
     Raises:
         RuntimeError: a worker failed; the message is the worker's own error.
     """
+    use_gpu = uses_gpu(run.config)
     config, records = run.config.train, run.root / ".unfinished" / f".ray_train_{names[0]}"
     shutil.rmtree(records, ignore_errors=True)
     options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
-            use_gpu=config.use_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if config.use_gpu else {}),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}),
         ),
-        "torch_config": TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
         "run_config": RunConfig(name="train", storage_path=str(records)),
     }
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)

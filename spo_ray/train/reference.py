@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_ray import rows
+from spo_ray.cluster import uses_gpu
 from spo_ray.run import Artifact, Ledger, Run
 from spo_ray.shards import Mapper, Pool, map_shards
 
@@ -24,7 +25,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             mapper=_scorer,
             kind=rows.ReferencedPair,
             batch_size=1024,
-            pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(config.train.use_gpu)),
+            pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(uses_gpu(config))),
             model=str(model.path),
             precision=config.train.precision,
         )

@@ -90,7 +90,8 @@ def run_sft(task: Job, rank: Rank) -> dict[str, Any]:
         batch = rank.to_device(collate(rows, chat.pad_id))
         model.train()
         model.zero_grad()
-        logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        with autocast(config.train, rank):
+            logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
         loss = -logps.sum() / tokens.item()
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]

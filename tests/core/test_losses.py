@@ -36,13 +36,13 @@ def test_simpo_against_the_formula_and_without_a_reference():
 
 
 def test_sft_reductions_differ_by_the_length():
-    assert sft_loss(W, NW, "sum").item() == pytest.approx(5.5)
-    assert sft_loss(W, NW, "token_mean").item() == pytest.approx(11 / 7)
-    assert nll(W, L, RW, RL, chosen_lengths=NW, sft_reduction="token_mean")[0].item() == pytest.approx(11 / 7)
+    assert sft_loss(W, 3.5, "sum").item() == pytest.approx(5.5)
+    assert sft_loss(W, 3.5, "token_mean").item() == pytest.approx(11 / 7)
+    assert nll(W, L, RW, RL, mean_chosen_length=3.5, sft_reduction="token_mean")[0].item() == pytest.approx(11 / 7)
 
 
 def test_dpo_nll_is_the_sum_of_both():
-    loss, _ = dpo_nll(W, L, RW, RL, beta=0.5, mu=0.3, chosen_lengths=NW)
+    loss, _ = dpo_nll(W, L, RW, RL, beta=0.5, mu=0.3, mean_chosen_length=3.5)
     assert loss.item() == pytest.approx(dpo(W, L, RW, RL, beta=0.5)[0].item() + 0.3 * 5.5)
 
 

@@ -2,11 +2,15 @@ from spo_ray.core.pairs import correct_responses, wrong_against_sft
 
 
 def test_teachers_in_order_without_repeats():
-    samples, correct = ["b", "wrong", "c ", "b"], [True, False, True, True]
-    assert correct_responses("gold", samples, correct, teachers=["samples", "gold"], limit=2) == ["b", "c"]
-    assert correct_responses("gold", samples, correct, teachers=["gold", "samples"], limit=2) == ["gold", "b"]
-    assert correct_responses("gold", samples, [False] * 4, teachers=["samples", "gold"], limit=2) == ["gold"]
-    assert correct_responses("gold", samples, [False] * 4, teachers=["samples"], limit=2) == []
+    samples, correct, ended = ["b", "wrong", "c ", "cut"], [True, False, True, True], [True, True, True, False]
+    assert correct_responses("gold", samples, correct, ended, teachers=["samples", "gold"], limit=9) == [
+        "b",
+        "c",
+        "gold",
+    ]
+    assert correct_responses("gold", samples, correct, ended, teachers=["gold", "samples"], limit=2) == ["gold", "b"]
+    assert correct_responses("gold", samples, [False] * 4, ended, teachers=["samples", "gold"], limit=2) == ["gold"]
+    assert correct_responses("gold", samples, [False] * 4, ended, teachers=["samples"], limit=2) == []
 
 
 def test_wrong_samples_are_finished_distinct_and_not_empty():

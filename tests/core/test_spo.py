@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 
-from spo_ray.core.losses import dpo
+from spo_ray.core.losses import dpo, nll
 from spo_ray.core.spo import spo_gradients
 
 from .tiny import objective_gradient, relative_error, swapped, tiny_batch, tiny_model
@@ -140,7 +142,15 @@ def test_the_base_may_be_a_callable_of_log_probabilities():
     assert relative_error(by_name, function) == 0
 
 
-@pytest.mark.parametrize("case", [{"gamma": 0.3}, {"gamma": 0.3, "hinge": "pair"}, {"sft_reduction": "token_mean"}])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"gamma": 0.3},
+        {"gamma": 0.3, "hinge": "pair"},
+        {"sft_reduction": "token_mean"},
+        {"base": partial(nll, sft_reduction="token_mean"), "lambda_sft": 0.0},
+    ],
+)
 def test_ranks_add_up_to_the_whole_batch(case):
     """Two ranks with two and one pairs, stepped in lockstep by threads, against one process with all three."""
     import threading
@@ -188,3 +198,43 @@ def test_unknown_parameter_names_are_refused():
     model, backbone, adapters = tiny_model()
     with pytest.raises(ValueError, match="no parameter 'nothing'"):
         spo_gradients(model, tiny_batch(), backbone=[*backbone, "nothing"], adapters=adapters, **DEFAULTS)
+
+
+def gradient_of(model, names, batch, **options):
+    grads, metrics = spo_gradients(model, batch, backbone=names[0], adapters=names[1], **options)
+    return [g.double() for g in grads.values()], metrics
+
+
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 0.02), (True, 0.02)])
+def test_hinge_in_single_precision_and_under_autocast(autocast, tolerance):
+    """What gamma adds, against float64: under bfloat16 autocast the hinge's passes must leave autocast."""
+    double, *names = tiny_model()
+    single = tiny_model()[0].float()
+    added = {}
+    for batch in (tiny_batch(), swapped(tiny_batch())):
+        for gamma in (0.0, 1.0):
+            exact, metrics = gradient_of(double, names, batch, **DEFAULTS | {"gamma": gamma})
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                found, _ = gradient_of(single, names, batch, **DEFAULTS | {"gamma": gamma})
+            added[gamma] = (found, exact)
+        if metrics["spo/hinge_active"]:
+            break
+    found, exact = ([a - b for a, b in zip(added[1.0][i], added[0.0][i], strict=True)] for i in (0, 1))
+    assert relative_error(found, exact) < tolerance
+
+
+@pytest.mark.parametrize(("autocast", "cosine"), [(False, 0.999), (True, 0.9)])
+def test_value_term_at_the_papers_step_size(autocast, cosine):
+    """Term (b) at eta 2e-5 in float32 and under bfloat16 autocast, against float64's literal difference."""
+    double, *names = tiny_model()
+    single = tiny_model()[0].float()
+    options = DEFAULTS | {"sft_reduction": "token_mean", "eta": 2e-5, "lambda_sft": 1.0, "inner_steps": 1}
+    options["base"] = lambda a, b, c, d: (a * 0).sum()  # so that phi's gradient is (b) alone
+    n = len(names[0])
+    terms = []
+    for model, mode, use in ((double, "literal", False), (single, "rescaled", autocast)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=use):
+            grads, _ = gradient_of(model, names, tiny_batch(), **options, inner_mode=mode)
+        terms.append(torch.cat([g.flatten() for g in grads[n:]]))
+    assert torch.cosine_similarity(*terms, dim=0) > cosine
+    assert terms[1].norm() == pytest.approx(terms[0].norm().item(), rel=0.1)

@@ -71,21 +71,29 @@ def objective_gradient(model, batch, backbone, adapters, **o):
     model.eval()
     with sdpa_kernel(SDPBackend.MATH), _KeepFloat64():
         (u_w, n_w), (u_l, n_l) = logps("chosen"), logps("rejected")
-        base = bind(o["base"], beta=o["beta"], margin=o["margin"], chosen_lengths=n_w, rejected_lengths=n_l)
+        mean = n_w.double().mean().item()
+        base = bind(
+            o["base"],
+            beta=o["beta"],
+            margin=o["margin"],
+            chosen_lengths=n_w,
+            rejected_lengths=n_l,
+            mean_chosen_length=mean,
+        )
         loss = base(u_w, u_l, batch["ref_chosen_logps"], batch["ref_rejected_logps"])[0]
         if o["hinge"] == "batch":
             hinge = torch.relu(norm(u_w.mean()) - norm(u_l.mean()))
         else:
             hinge = sum(torch.relu(norm(a) - norm(b)) for a, b in zip(u_w, u_l, strict=True)) / len(u_w)
-        total = loss + o["gamma"] * hinge + o["lambda_sft"] * sft_loss(u_w, n_w, o["sft_reduction"])
+        total = loss + o["gamma"] * hinge + o["lambda_sft"] * sft_loss(u_w, mean, o["sft_reduction"])
         grads = list(torch.autograd.grad(total, params))
         saved = [p.detach().clone() for p in params]
         for _ in range(o["inner_steps"]):
-            step = torch.autograd.grad(sft_loss(*logps("chosen"), o["sft_reduction"]), params[:n])
+            step = torch.autograd.grad(sft_loss(logps("chosen")[0], mean, o["sft_reduction"]), params[:n])
             with torch.no_grad():
                 for p, g in zip(params[:n], step, strict=True):
                     p.sub_(o["eta"] * g)
-        hat = torch.autograd.grad(sft_loss(*logps("chosen"), o["sft_reduction"]), params[n:])
+        hat = torch.autograd.grad(sft_loss(logps("chosen")[0], mean, o["sft_reduction"]), params[n:])
         with torch.no_grad():
             for p, value in zip(params, saved, strict=True):
                 p.copy_(value)

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 from functools import partial
 
@@ -35,6 +36,13 @@ def run(source, tmp_path, mapper, **options):
     out.mkdir()
     map_shards("test", source, out, ledger, mapper=mapper, kind=rows.Prompt, **options)
     return Artifact(out, ""), ledger
+
+
+def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("spo_ray.shards.REPORT_EVERY_S", 0.0)
+    run(source, tmp_path, lengths, batch_size=25, every=101)
+    counts = [int(n) for n in re.findall(r"test: (\d+)/100 rows read", capsys.readouterr().out)]
+    assert counts == [25, 50, 75]
 
 
 @pytest.mark.parametrize("pool", [None, Pool(2, 1)])

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,8 @@ def test_malformed_rows_are_quarantined_with_their_reasons(in_root, tmp_path):
         json.dumps({"question": 5, "answer": "#### 1"}),
         "",
         json.dumps({"question": "  ", "answer": "#### 1"}),
+        '{"question": "half \\ud83d", "answer": "#### 1"}',
+        "[" * 100_000,
         json.dumps(GOOD | {"question": "3 + 3?"}),
     ]
     artifact = load_data(gsm8k(tmp_path, lines), "train")
@@ -44,8 +47,10 @@ def test_malformed_rows_are_quarantined_with_their_reasons(in_root, tmp_path):
         "train-000003": "no column 'answer'",
         "train-000004": "'question' is no text",
         "train-000006": "'question' is empty",
+        "train-000007": "'question' is not valid Unicode",
+        "train-000008": "not JSON",
     }
-    assert artifact.manifest["rows"] == {"read": 7, "kept": 2, "dropped": dict.fromkeys(sorted(reasons.values()), 1)}
+    assert artifact.manifest["rows"] == {"read": 9, "kept": 2, "dropped": dict(Counter(sorted(reasons.values())))}
 
 
 def test_questions_without_gold_are_refused_or_quarantined(in_root, tmp_path):
