@@ -33,9 +33,10 @@ INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-4, to
 """Relative move ||d|| / ||theta|| of term (b)'s rescaled difference: eta itself moves theta by less than rounding.
 
 Shorter moves drown in rounding, longer ones leave the linear range: on a 0.4M-parameter model the cosine with float64's
-term (b) is 1.000 in float32 at 1e-5 and 0.95 at 1e-3, and 0.998 under bfloat16 autocast at 3e-4, 0.98 at 1e-4 and 0.16 at
-1e-5.
+term (b) is 1.000 in float32 at 1e-5 and 0.95 at 1e-3; under bfloat16 autocast 0.998 at 3e-4 and 0.16 at 1e-5.
 """
+HESSIAN_STEP = {torch.float64: 1e-8, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+"""Relative move of the finite-difference Hessian-vector products in grad R."""
 
 
 def spo_gradients(

@@ -58,9 +58,9 @@ def _page(
         f"<p class=note>{escape(_describe(run))}</p>",
         "<h2>Results</h2>",
         _html_table(_header(table), _lines(table)),
-        "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds; interval over questions. "
-        "Δ log π: mean change on the training pairs, in nats, from the SFT checkpoint to the end of the method's "
-        "training; red: chosen answers lose probability.</p>",
+        "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds; interval over the "
+        "questions. Δ log π: mean change on the training pairs, in nats, from the SFT checkpoint to the end of the "
+        "method's training; red: chosen answers lose probability.</p>",
     ]
     if answers:
         sections += ["<h2>Accuracy</h2>", accuracy_figure(table)]
