@@ -204,7 +204,7 @@ class _Step:
     def add_hinge(
         self, total: Gradients, chosen: _Side, rejected: _Side, gamma: float, scope: slice, per_pair: bool
     ) -> Metrics:
-        """Gamma * grad R, added to ``total``."""
+        """The hinge, ``gamma * grad R``, added to ``total``."""
         with torch.autocast(self.params[0].device.type, enabled=False):  # bfloat16 passes would drown the differences
             return self.hinge_in_full_precision(total, chosen, rejected, gamma, scope, per_pair)
 
@@ -214,7 +214,7 @@ class _Step:
         """:meth:`add_hinge` without autocast."""
         if not per_pair:
             grad, excess, norms = self.hinge_gradient(chosen, rejected, scope, self.all_reduce)
-            _add(total, grad, gamma) if grad else None
+            _add(total[: len(grad)], grad, gamma)  # no gradient: the hinge is inactive
             return {"spo/R": excess, "spo/hinge_active": float(bool(grad)), **norms}
         sums = [torch.zeros_like(p) for p in self.params]
         tally = torch.zeros(4, dtype=torch.float64, device=self.params[0].device)
@@ -222,7 +222,7 @@ class _Step:
         for i in range(len(chosen)):
             grad, excess, norms = self.hinge_gradient(chosen.row(i), rejected.row(i), scope, _alone)
             tally += tally.new_tensor([excess, float(bool(grad)), *norms.values()]) / whole
-            _add(sums, grad, 1.0 / whole) if grad else None
+            _add(sums[: len(grad)], grad, 1.0 / whole)
         self.pairs = whole
         self.all_reduce([*sums, tally])
         _add(total, sums, gamma)
