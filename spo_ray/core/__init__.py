@@ -1,7 +1,7 @@
 """The mathematics: pure PyTorch and standard library.
 
-``from spo_ray.core import spo_gradients`` works like the long way through ``spo_ray.core.spo``; names are looked up when they
-are first used, so that grading a million answers never imports torch.
+``from spo_ray.core import spo_gradients`` is the short way to ``spo_ray.core.spo.spo_gradients``. Names are looked up
+when they are first used, so that grading a million answers never imports torch.
 """
 
 from importlib import import_module
