@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -27,15 +28,15 @@ def free_port():
 def head(tmp_path):
     """A head node on ports of its own, with token authentication; ends with its own processes only."""
     port, dashboard = free_port(), free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     environment.pop("RAY_ADDRESS", None)
-    subprocess.run([RAY, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     # Two logical CPUs are the least that the plan fits in.
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
-    command += ["--dashboard-host=127.0.0.1", f"--temp-dir=/tmp/ray-{os.getpid()}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--temp-dir=/tmp/ray-{os.getpid()}"]
     log = (tmp_path / "head.log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not reachable(dashboard):
         assert process.poll() is None and time.time() < deadline, (tmp_path / "head.log").read_text()
         time.sleep(0.5)
