@@ -56,7 +56,11 @@ def test_the_job_runs_when_submitted(head, tmp_path):
     job += [*SMALL, "data.train_questions=24", "methods={spo: {type: spo}}"]
     environment = head | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    for _ in range(20):  # the server answers before its job agent is there
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(5)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "joined a cluster" in done.stdout
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
