@@ -29,6 +29,7 @@ def head(tmp_path):
     """A head node on ports of its own, with token authentication; ends with its own processes only."""
     port, dashboard = free_port(), free_port()
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # as in an activated environment
     environment.pop("RAY_ADDRESS", None)
     # Two logical CPUs are the least that the plan fits in.
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={port}", f"--dashboard-port={dashboard}"]
@@ -42,7 +43,10 @@ def head(tmp_path):
         time.sleep(0.5)
     yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=60)
+    try:
+        process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def reachable(port):
@@ -52,12 +56,11 @@ def reachable(port):
 
 
 def test_the_job_runs_when_submitted(head, tmp_path):
-    job = [Path(sys.executable).name, "pipelines/full.py", "--config", "configs/quickstart.yaml", f"output={tmp_path}"]
+    job = ["python", "pipelines/full.py", "--config", "configs/quickstart.yaml", f"output={tmp_path}"]
     job += [*SMALL, "data.train_questions=24", "methods={spo: {type: spo}}"]
-    environment = head | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
     for _ in range(20):  # the server answers before its job agent is there
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+        done = subprocess.run(command, cwd=ROOT, env=head, capture_output=True, text=True, timeout=800)
         if "No available agent" not in done.stderr:
             break
         time.sleep(5)
