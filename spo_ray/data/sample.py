@@ -95,8 +95,8 @@ class _Sampler:
         fits = [i for i, ids in enumerate(prompts) if len(ids) < self.longest]
         rejected: list[rows.Rejected] = [
             {"id": row["id"], "reason": "prompt longer than engine.max_model_len", "excerpt": row["prompt"][:200]}
-            for i, row in enumerate(batch)
-            if i not in set(fits)
+            for row, ids in zip(batch, prompts, strict=True)
+            if len(ids) >= self.longest
         ]
         if not fits:
             return [], rejected
