@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -25,18 +23,15 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from spo_ray.errors import UserError
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from spo_ray.method_config import MethodConfig, MethodName
+from spo_ray.section import Section
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-SftReduction = Literal["sum", "token_mean"]
 Dtype = Literal["float32", "bfloat16"]
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """Which cluster to use."""
 
     address: str | None = None
@@ -47,7 +42,7 @@ class RayConfig(_Section):
     """Show what the workers print; errors are shown in any case."""
 
 
-class ToyData(_Section):
+class ToyData(Section):
     """The embedded word problems, generated from the seed."""
 
     type: Literal["toy"] = "toy"
@@ -55,7 +50,7 @@ class ToyData(_Section):
     test_questions: PositiveInt = 320
 
 
-class Gsm8kData(_Section):
+class Gsm8kData(Section):
     """GSM8K: ``train.jsonl`` and ``test.jsonl`` with ``question`` and ``answer`` (ending in ``#### N``)."""
 
     type: Literal["gsm8k"] = "gsm8k"
@@ -67,7 +62,7 @@ class Gsm8kData(_Section):
     """Quarantine questions without a gold answer instead of refusing the file."""
 
 
-class PreferenceData(_Section):
+class PreferenceData(Section):
     """Ready preference pairs: ``train.jsonl`` with ``prompt``, ``chosen``, ``rejected``."""
 
     type: Literal["preference"] = "preference"
@@ -81,7 +76,7 @@ class PreferenceData(_Section):
 DataConfig = Annotated[ToyData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The base model and its adapters."""
 
     path: str
@@ -93,7 +88,7 @@ class ModelConfig(_Section):
     lora_targets: str | list[str] = "all-linear"
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """Sampling the policy, for the SFT set and for the rejected responses."""
 
     samples: PositiveInt = 8
@@ -104,7 +99,7 @@ class SamplingConfig(_Section):
     """Questions per engine call, and per output file."""
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """The generation engines, for sampling and evaluation."""
 
     type: Literal["auto", "vllm", "transformers"] = "auto"
@@ -121,7 +116,7 @@ class EngineConfig(_Section):
     """KV-cache of vLLM's CPU build; on a GPU vLLM takes its usual share."""
 
 
-class SftDataConfig(_Section):
+class SftDataConfig(Section):
     """Which questions and responses make the SFT set."""
 
     pass_k: PositiveInt = 1
@@ -133,13 +128,13 @@ class SftDataConfig(_Section):
     """Where correct responses come from, in order of preference."""
 
 
-class PairsConfig(_Section):
+class PairsConfig(Section):
     """How preference pairs are made from the SFT model's samples."""
 
     per_question: PositiveInt = 1
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """What SFT and every preference method share."""
 
     num_workers: PositiveInt = 1
@@ -154,11 +149,15 @@ class TrainConfig(_Section):
     warmup_ratio: Fraction = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: NonNegativeFloat = 0.0
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
+    pairs_per_backward: PositiveInt | None = None
+    """Pairs that share a backward; None: few enough to fill the hardware. It changes speed and memory, not results."""
     parallel_methods: PositiveInt = 1
     """Preference methods trained at the same time."""
 
 
-class SftConfig(_Section):
+class SftConfig(Section):
     """Supervised fine-tuning of all backbone weights."""
 
     lr: PositiveFloat = 2e-5
@@ -166,7 +165,7 @@ class SftConfig(_Section):
     batch_size: PositiveInt = 8
 
 
-class PreferenceConfig(_Section):
+class PreferenceConfig(Section):
     """What every preference method shares, so that methods differ in their gradient alone."""
 
     lr_theta: PositiveFloat = 1e-5
@@ -178,75 +177,11 @@ class PreferenceConfig(_Section):
     probe_every: PositiveInt = 10
     """Steps between measurements of the log-probabilities of ``probe_pairs`` fixed pairs."""
     probe_pairs: PositiveInt = 64
+    dynamics_every: PositiveInt | None = None
+    """Steps between measurements of the learning dynamics: gradient terms, forecasts and what came true; None: never."""
 
 
-class Nll(_Section):
-    """-log pi(y_w) alone."""
-
-    type: Literal["nll"]
-    sft_reduction: SftReduction = "sum"
-
-
-class Dpo(_Section):
-    """DPO."""
-
-    type: Literal["dpo"]
-    beta: PositiveFloat = 0.5
-
-
-class DpoNll(_Section):
-    """DPO + mu * L_SFT, on all parameters."""
-
-    type: Literal["dpo_nll"]
-    beta: PositiveFloat = 0.5
-    mu: NonNegativeFloat = 1.0
-    sft_reduction: SftReduction = "sum"
-
-
-class SimPo(_Section):
-    """SimPO; the margin is absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
-
-    type: Literal["simpo"]
-    beta: PositiveFloat = 2.0
-    margin: NonNegativeFloat = 1.0
-
-
-class Inner(_Section):
-    """SPO's lower level: K gradient steps on the SFT loss."""
-
-    steps: Annotated[int, Field(ge=0)] = 1
-    """K; 0 drops term (b)."""
-    eta: PositiveFloat = 2e-5
-    mode: Literal["rescaled", "literal"] = "rescaled"
-
-
-class Spo(_Section):
-    """Stable Preference Optimization around a base loss."""
-
-    type: Literal["spo"]
-    base: Literal["dpo", "simpo"] = "dpo"
-    beta: PositiveFloat = 0.5
-    margin: NonNegativeFloat = 0.0
-    """For base simpo."""
-    lambda_sft: NonNegativeFloat = 1.0
-    gamma: NonNegativeFloat = 0.0
-    inner: Inner = Inner()
-    sft_reduction: SftReduction = "sum"
-    norm_scope: Literal["all", "backbone", "adapters"] = "all"
-    hinge: Literal["batch", "pair"] = "batch"
-
-
-def _not_reserved(name: str) -> str:
-    if name in {"base", "sft"}:
-        raise ValueError(f"{name!r} is the name of a checkpoint that every run has")
-    return name
-
-
-MethodName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$"), AfterValidator(_not_reserved)]
-MethodConfig = Annotated[Nll | Dpo | DpoNll | SimPo | Spo, Field(discriminator="type")]
-
-
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Accuracy on held-out questions by generation."""
 
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
@@ -257,7 +192,7 @@ class EvalConfig(_Section):
     """Questions per engine call."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

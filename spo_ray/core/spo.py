@@ -10,33 +10,32 @@ One call gives the gradient of the bilevel objective ``F = L_pref + lambda * (L_
 (equation 77) with ``g = grad log pi(y|x)``. With lambda = gamma = K = 0 a step is the base loss alone, so every
 preference method trains through this one function.
 
-Gradients are means over the pairs of the batch, summed over data-parallel ranks by ``all_reduce``.
+Cost, with a forward of one sequence as the unit and a backward as two: a pair's base loss takes 6. The backward of y_w
+also gives (d), the way to theta_hat for K = 1 and the norms in R; (b) takes 2 more (no gradients for theta), every
+further inner step 3, and the gradient of R 6, where the hinge is active. Gradients are means over the pairs of the
+batch, summed over data-parallel ranks by ``all_reduce``.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from spo_ray.core.logps import completion_logps
+from spo_ray.core.dynamics import GradientTerms
+from spo_ray.core.gradients import Gradients, add, deterministic, moved, norm
 from spo_ray.core.losses import Metrics, SftReduction, bind
-
-AllReduce = Callable[[Sequence[Tensor]], None]
-"""Sums tensors in place over data-parallel ranks."""
-Gradients = list[Tensor]
+from spo_ray.core.passes import Passes, Side, Sums, Tally
+from spo_ray.core.running import AllReduce, alone
 
 INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-4, torch.float16: 1e-4}
-"""Relative move ||d|| / ||theta|| of term (b)'s rescaled difference: eta itself moves theta by less than rounding.
-
-Shorter moves drown in rounding, longer ones leave the linear range: on a 0.4M-parameter model the cosine with float64's
-term (b) is 1.000 in float32 at 1e-5 and 0.95 at 1e-3; under bfloat16 autocast 0.998 at 3e-4 and 0.16 at 1e-5.
-"""
+"""Relative move ||d|| / ||theta|| of term (b)'s rescaled difference: eta itself moves theta by less than rounding."""
+CENTRAL_INNER_STEP = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 HESSIAN_STEP = {torch.float64: 1e-8, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Relative move of the finite-difference Hessian-vector products in grad R."""
+CENTRAL_HESSIAN_STEP = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def spo_gradients(
@@ -56,7 +55,12 @@ def spo_gradients(
     hinge: Literal["batch", "pair"] = "batch",
     inner_mode: Literal["rescaled", "literal"] = "rescaled",
     margin: float = 0.0,
-    all_reduce: AllReduce | None = None,
+    norm_of: Literal["sum", "mean"] = "sum",
+    difference: Literal["forward", "central"] = "forward",
+    pairs_per_backward: int | None = None,
+    chunk_tokens: int | None = None,
+    side_gradients: dict[str, Gradients] | None = None,
+    all_reduce: AllReduce = alone,
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradient of SPO's objective on one batch of pairs.
 
@@ -67,8 +71,8 @@ def spo_gradients(
         adapters: names of phi's parameters.
         base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of the four log-probability tensors
             (policy chosen, policy rejected, reference chosen, reference rejected) that returns the mean loss or
-            ``(loss, metrics)``. ``beta``, ``margin``, ``chosen_lengths``, ``rejected_lengths`` and
-            ``mean_chosen_length`` (over all ranks) are passed by keyword where its signature has them.
+            ``(loss, metrics)``. ``beta``, ``margin``, ``chosen_lengths``, ``rejected_lengths``, ``mean_chosen_length``
+            (over all ranks) and ``all_reduce`` are passed by keyword where its signature has them.
         beta: the base loss's inverse temperature.
         lambda_sft: weight of the value-function penalty.
         gamma: weight of R.
@@ -80,334 +84,203 @@ def spo_gradients(
         inner_mode: (b) as a difference over a longer step along theta_hat - theta, scaled back (first-order equal, and
             out of rounding's reach), or literally at theta_hat.
         margin: for base losses that have one.
+        norm_of: R's norms of the summed log-probability, or of the mean per token (for length-normalised base losses).
+        difference: forward or central differences of gradients, in grad R (12 units instead of 6) and in the rescaled
+            (b) (4 instead of 2).
+        pairs_per_backward: how many pairs share a backward. With one, (d) and the norms cost nothing; several keep
+            hardware busy that one short sequence does not. None: by the tokens of the batch.
+        chunk_tokens: see :func:`spo_ray.core.logps.token_logps`.
+        side_gradients: filled with the gradients of the batch-mean log-probabilities, ``chosen`` and ``rejected``;
+            the metrics then have Theorem 1's terms, ``dynamics/*``.
         all_reduce: sums tensors in place over the ranks of a data-parallel group.
 
     Returns:
         ``(grads, metrics)``: the gradient of F for every listed parameter by name, and floats; ``logps/*`` and
-        ``rewards/*`` are means over this rank's pairs, ``spo/*`` belong to the whole batch.
+        ``rewards/*`` are means over this rank's pairs, ``spo/*`` and ``dynamics/*`` belong to the whole batch.
 
     Raises:
         ValueError: an unknown base, option or parameter name, a negative ``inner_steps``, or an empty completion.
     """
-    _check(inner_steps, norm_scope, hinge, inner_mode, sft_reduction)
-    with _scored(model, [*backbone, *adapters]) as params:
-        step = _Step(model, list(params.values()), len(backbone), all_reduce or _alone, sft_reduction)
-        chosen, rejected = _Side.of(batch, "chosen"), _Side.of(batch, "rejected")
-        total, metrics = step.base_and_sft(chosen, rejected, batch, bind(base, beta=beta, margin=margin), lambda_sft)
-        if lambda_sft and inner_steps and adapters:
-            metrics |= step.add_value_term(total, chosen, lambda_sft, inner_steps, eta, inner_mode == "literal")
-        if gamma:
-            scope = {"all": slice(None), "backbone": slice(len(backbone)), "adapters": slice(len(backbone), None)}
-            metrics |= step.add_hinge(total, chosen, rejected, gamma, scope[norm_scope], hinge == "pair")
-        return dict(zip(params, total, strict=True)), metrics
-
-
-@dataclass(frozen=True)
-class _Side:
-    """The chosen or the rejected half of a batch."""
-
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Tensor], side: str) -> "_Side":
-        return cls(batch[f"{side}_input_ids"], batch[f"{side}_labels"], batch[f"{side}_attention_mask"])
-
-    def row(self, i: int) -> "_Side":
-        """One sequence, without the padding that its neighbours need."""
-        length = int(self.attention_mask[i].sum())
-        part = (slice(i, i + 1), slice(length))
-        return _Side(self.input_ids[part], self.labels[part], self.attention_mask[part])
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass
-class _Step:
-    """One gradient evaluation: the model, its parameters (theta first) and how ranks add up."""
-
-    model: nn.Module
-    params: list[Tensor]
-    n_backbone: int
-    all_reduce: AllReduce
-    sft_reduction: SftReduction
-
-    def base_and_sft(
-        self,
-        chosen: _Side,
-        rejected: _Side,
-        batch: Mapping[str, Tensor],
-        base: Callable[..., Any],
-        lambda_sft: float,
-    ) -> tuple[Gradients, Metrics]:
-        """Terms (a), (c) and (d); keeps L_SFT's gradient for the lower level in ``self.sft_gradient``."""
-        logps_w, tokens_w = self.logps(chosen)
-        logps_l, tokens_l = self.logps(rejected)
-        self.pairs, self.tokens = self.global_counts(len(chosen), int(tokens_w.sum()))
-        leaf_w, leaf_l = logps_w.detach().requires_grad_(), logps_l.detach().requires_grad_()
-        reference = (batch["ref_chosen_logps"].to(leaf_w), batch["ref_rejected_logps"].to(leaf_l))
-        lengths = {
-            "chosen_lengths": tokens_w,
-            "rejected_lengths": tokens_l,
-            "mean_chosen_length": self.tokens / self.pairs,
-        }
-        result = bind(base, **lengths)(leaf_w, leaf_l, *reference)
-        loss, metrics = result if isinstance(result, tuple) else (result, {})
-        loss = loss.mean()
-        share = len(chosen) / self.pairs
-        weight_w, weight_l = torch.autograd.grad(
-            loss * share, (leaf_w, leaf_l), allow_unused=True, materialize_grads=True
-        )
-        weights_w = [weight_w] + ([self.sft_weights(logps_w)] if lambda_sft else [])
-        total, *sft = self.pullback(logps_w, weights_w)
-        if bool(weight_l.any()):
-            _add(total, self.pullback(logps_l, [weight_l])[0])
-        self.all_reduce(total)
-        if lambda_sft:
-            self.sft_gradient = sft[0]
-            self.all_reduce(self.sft_gradient)
-            _add(total[: self.n_backbone], self.sft_gradient[: self.n_backbone], lambda_sft)
-        return total, dict(metrics) | {
-            "loss": loss.item(),
-            "nll_loss": -(logps_w.sum() / tokens_w.sum()).item(),
-            "logps/chosen": logps_w.mean().item(),
-            "logps/rejected": logps_l.mean().item(),
-        }
-
-    def add_value_term(
-        self, total: Gradients, chosen: _Side, lambda_sft: float, steps: int, eta: float, literal: bool
-    ) -> Metrics:
-        """Term (b), added to phi's part of ``total``."""
-        theta, phi = self.params[: self.n_backbone], self.params[self.n_backbone :]
-        here = self.sft_gradient[self.n_backbone :]
-        # The way from theta to theta_hat is summed up apart: in theta itself small steps drown in rounding.
-        direction = [g * -eta for g in self.sft_gradient[: self.n_backbone]]
-        with _restored(theta) as origin:
-            for _ in range(steps - 1):
-                _move(theta, origin, direction)
-                _add(direction, self.sft_gradient_of(chosen, theta), -eta)
-            length = _norm(direction).item()
-            if not length:
-                return {"spo/inner_scale": 1.0, "spo/term_b_norm": 0.0, "spo/term_a_norm": 0.0}
-            wanted = INNER_STEP[self.compute_dtype] * _norm(origin).item()
-            scale = 1.0 if literal else max(1.0, wanted / length)
-            _move(theta, origin, direction, scale)
-            there = self.sft_gradient_of(chosen, phi)
-        term = [(a - b) * (lambda_sft / scale) for a, b in zip(here, there, strict=True)]
-        pref = _norm(total[self.n_backbone :])
-        _add(total[self.n_backbone :], term)
-        size = _norm(term)
-        return {"spo/inner_scale": scale, "spo/term_b_norm": size.item(), "spo/term_a_norm": pref.item()}
-
-    def add_hinge(
-        self, total: Gradients, chosen: _Side, rejected: _Side, gamma: float, scope: slice, per_pair: bool
-    ) -> Metrics:
-        """The hinge, ``gamma * grad R``, added to ``total``."""
-        with torch.autocast(self.params[0].device.type, enabled=False):  # bfloat16 passes would drown the differences
-            return self.hinge_in_full_precision(total, chosen, rejected, gamma, scope, per_pair)
-
-    def hinge_in_full_precision(
-        self, total: Gradients, chosen: _Side, rejected: _Side, gamma: float, scope: slice, per_pair: bool
-    ) -> Metrics:
-        """:meth:`add_hinge` without autocast."""
-        if not per_pair:
-            grad, excess, norms = self.hinge_gradient(chosen, rejected, scope, self.all_reduce)
-            _add(total[: len(grad)], grad, gamma)  # no gradient: the hinge is inactive
-            return {"spo/R": excess, "spo/hinge_active": float(bool(grad)), **norms}
-        sums = [torch.zeros_like(p) for p in self.params]
-        tally = torch.zeros(4, dtype=torch.float64, device=self.params[0].device)
-        whole, self.pairs = self.pairs, 1
-        for i in range(len(chosen)):
-            grad, excess, norms = self.hinge_gradient(chosen.row(i), rejected.row(i), scope, _alone)
-            tally += tally.new_tensor([excess, float(bool(grad)), *norms.values()]) / whole
-            _add(sums[: len(grad)], grad, 1.0 / whole)
-        self.pairs = whole
-        self.all_reduce([*sums, tally])
-        _add(total, sums, gamma)
-        keys = ("spo/R", "spo/hinge_active", "spo/norm_chosen", "spo/norm_rejected")
-        return dict(zip(keys, tally.tolist(), strict=True))
-
-    def hinge_gradient(
-        self, chosen: _Side, rejected: _Side, scope: slice, all_reduce: AllReduce
-    ) -> tuple[Gradients, float, Metrics]:
-        """``1[||g_w|| > ||g_l||] * (H_w u_w - H_l u_l)`` (empty if inactive), R, and both norms.
-
-        Hessian-vector products are forward differences of gradients along u = g / ||g|| within the scope.
-        """
-        sides = (chosen, rejected)
-        g_w, g_l = (self.mean_gradient(side, all_reduce) for side in sides)
-        norm_w, norm_l = _norm(g_w[scope]).item(), _norm(g_l[scope]).item()
-        norms = {"spo/norm_chosen": norm_w, "spo/norm_rejected": norm_l}
-        if not norm_w > norm_l:
-            return [], 0.0, norms
-        moving = self.params[scope]
-        length = HESSIAN_STEP[self.params[0].dtype] * _norm(moving).item()
-        total = [torch.zeros_like(p) for p in self.params]
-        for side, grad, norm, sign in ((chosen, g_w, norm_w, 1.0), (rejected, g_l, norm_l, -1.0)):
-            if not norm:
-                continue
-            with _restored(moving) as origin:
-                _move(moving, origin, grad[scope], length / norm)
-                moved = self.mean_gradient(side, all_reduce)
-            _add(total, moved, sign / length)
-            _add(total, grad, -sign / length)
-        return total, norm_w - norm_l, norms
-
-    def mean_gradient(self, side: _Side, all_reduce: AllReduce) -> Gradients:
-        """Gradient of the batch-mean log-probability for all parameters."""
-        logps, _ = self.logps(side)
-        (grad,) = self.pullback(logps, [torch.full_like(logps, 1.0 / self.pairs)])
-        all_reduce(grad)
-        return grad
-
-    def sft_gradient_of(self, chosen: _Side, params: list[Tensor]) -> Gradients:
-        """Gradient of L_SFT at the current point, for some of the parameters only."""
-        wanted = {id(p) for p in params}
-        others = [p for p in self.params if id(p) not in wanted]
-        for p in others:
-            p.requires_grad_(False)
-        try:
-            logps, _ = self.logps(chosen)
-            (grad,) = self.pullback(logps, [self.sft_weights(logps)], params)
-        finally:
-            for p in others:
-                p.requires_grad_(True)
-        self.all_reduce(grad)
-        return grad
-
-    def logps(self, side: _Side) -> tuple[Tensor, Tensor]:
-        return completion_logps(self.model, side.input_ids, side.labels, side.attention_mask)
-
-    def sft_weights(self, logps: Tensor) -> Tensor:
-        """dL_SFT / d log pi(y_w), [B]."""
-        return torch.full_like(logps, -1.0 / (self.pairs if self.sft_reduction == "sum" else self.tokens))
-
-    def pullback(self, logps: Tensor, weights: Sequence[Tensor], params: list[Tensor] | None = None) -> list[Gradients]:
-        """Gradients of ``sum_i weights_i * logps_i``, one list for each weighting.
-
-        Through ``backward``, not ``autograd.grad``, which sharded parameters do not take. A single row needs a single
-        backward: its weightings differ by a factor.
-        """
-        params = self.params if params is None else params
-        if len(logps) == 1:
-            (grad,) = [_backward(logps.sum(), params)]
-            return [[g * weight.item() for g in grad] for weight in weights]
-        last = len(weights) - 1
-        return [_backward((logps * w.detach()).sum(), params, keep=i < last) for i, w in enumerate(weights)]
-
-    def global_counts(self, pairs: int, tokens: int) -> tuple[int, int]:
-        """Pairs and chosen tokens over all ranks."""
-        counts = torch.tensor([pairs, tokens], dtype=torch.float64, device=self.params[0].device)
-        self.all_reduce([counts])
-        return int(counts[0]), int(counts[1])
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The type that forward passes compute in: autocast's, or the parameters' own."""
-        device = self.params[0].device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.params[0].dtype
-
-
-def _check(inner_steps: int, norm_scope: str, hinge: str, inner_mode: str, sft_reduction: str) -> None:
-    if inner_steps < 0:
-        raise ValueError(f"inner_steps must not be negative, got {inner_steps}")
     choices = {
         "norm_scope": (norm_scope, ("all", "backbone", "adapters")),
         "hinge": (hinge, ("batch", "pair")),
         "inner_mode": (inner_mode, ("rescaled", "literal")),
         "sft_reduction": (sft_reduction, ("sum", "token_mean")),
+        "norm_of": (norm_of, ("sum", "mean")),
+        "difference": (difference, ("forward", "central")),
     }
+    _check(choices, inner_steps, pairs_per_backward)
+    n, central = len(backbone), difference == "central"
+    scope = {"all": slice(None), "backbone": slice(n), "adapters": slice(n, None)}[norm_scope]
+    with deterministic(model, [*backbone, *adapters]) as named:
+        passes = Passes(model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens)
+        sft = passes.sft_weights(sft_reduction) if lambda_sft else None
+        ridge = _Hinge(passes, gamma, scope, norm_of == "mean", central)
+        whole, single = gamma > 0 and hinge == "batch", gamma > 0 and hinge == "pair"
+        norms = ridge.weights() if whole or side_gradients is not None else None
+        base_loss = bind(base, beta=beta, margin=margin, all_reduce=all_reduce)
+        sums = passes.collect(base_loss, sft, norms, ridge.of_pair if single else None)
+        total, metrics = sums.total, passes.means(sums.tally)
+        if whole:
+            metrics |= ridge.add_to(total, sums)
+        if side_gradients is not None:
+            side_gradients |= {"chosen": sums.chosen, "rejected": sums.rejected}
+            metrics |= GradientTerms.of(sums.chosen, sums.rejected).metrics()
+        if sft is not None:
+            add(total[:n], sums.sft[:n], lambda_sft)
+            if inner_steps and adapters:
+                lower = _LowerLevel(passes, n, sft, inner_steps, eta, inner_mode == "literal", central)
+                metrics |= lower.add_value_term(total, sums.sft, lambda_sft)
+        return dict(zip(named, total, strict=True)), metrics
+
+
+@dataclass(frozen=True)
+class _LowerLevel:
+    """K gradient steps of theta on L_SFT, for term (b)."""
+
+    passes: Passes
+    n_backbone: int
+    weights: Tensor
+    """L_SFT as weights [B] of log pi(y_w)."""
+    steps: int
+    eta: float
+    literal: bool
+    central: bool
+
+    def add_value_term(self, total: Gradients, sft: Gradients, lambda_sft: float) -> Metrics:
+        """Add (b) to phi's part of ``total``. Uses up theta's part of ``sft``, the gradient of L_SFT."""
+        theta, phi = self.passes.params[: self.n_backbone], self.passes.params[self.n_backbone :]
+        here, gap = sft[self.n_backbone :], self.eta * norm(sft[: self.n_backbone]) ** 2
+        way = [g.mul_(-self.eta) for g in sft[: self.n_backbone]]
+        for _ in range(self.steps - 1):
+            with moved(theta, [d.clone() for d in way]):
+                grad = self.passes.gradient(self.passes.chosen, self.weights, theta)
+            gap += self.eta * norm(grad) ** 2
+            # The way is summed up apart from theta, in which small steps drown in rounding.
+            add(way, grad, -self.eta)
+        metrics = {"spo/inner_gap": gap, "spo/term_a_norm": norm(total[self.n_backbone :])}
+        length = norm(way)
+        if not length:
+            return metrics | {"spo/inner_scale": 1.0, "spo/term_b_norm": 0.0, "spo/term_b_snr": 0.0}
+        dtype = _compute_dtype(self.passes)
+        steps = CENTRAL_INNER_STEP if self.central else INNER_STEP
+        scale = 1.0 if self.literal else max(1.0, steps[dtype] * norm(theta) / length)
+        if self.central and not self.literal:
+            with moved(theta, [d.clone() for d in way], -scale):
+                here = self.passes.gradient(self.passes.chosen, self.weights, phi)
+        with moved(theta, way, scale):
+            there = self.passes.gradient(self.passes.chosen, self.weights, phi)
+        width = 2 * scale if self.central and not self.literal else scale
+        term = [(a - b) * (lambda_sft / width) for a, b in zip(here, there, strict=True)]
+        add(total[self.n_backbone :], term)
+        noise = lambda_sft / width * torch.finfo(dtype).eps * norm(here)
+        return metrics | {
+            "spo/inner_scale": scale,
+            "spo/term_b_norm": norm(term),
+            "spo/term_b_snr": norm(term) / noise if noise else 0.0,
+        }
+
+
+@dataclass(frozen=True)
+class _Hinge:
+    """``gamma * R`` and its gradient ``1[||g_w|| > ||g_l||] * (H_w u_w - H_l u_l)``, ``u = g / ||g||``, by differences."""
+
+    passes: Passes
+    gamma: float
+    scope: slice
+    mean: bool
+    central: bool
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The batch-mean log-probability (or mean per token) as weights [B] of both sides."""
+        sides = (self.passes.chosen, self.passes.rejected)
+        chosen, rejected = (self.of_tokens(side.lengths) / self.passes.pairs for side in sides)
+        return chosen, rejected
+
+    def of_tokens(self, lengths: Tensor) -> Tensor:
+        """Weight [B] of a sequence's log-probability in its norm."""
+        return 1.0 / lengths.double() if self.mean else torch.ones_like(lengths, dtype=torch.float64)
+
+    def add_to(self, total: Gradients, sums: Sums) -> Metrics:
+        """R on the gradients of batch means."""
+        passes, weights = self.passes, self.weights()
+        sides = (passes.chosen, passes.rejected)
+        with _full_precision(passes) as left_autocast:
+            grads = (sums.chosen, sums.rejected)
+            if left_autocast:
+                grads = tuple(passes.gradient(s, w) for s, w in zip(sides, weights, strict=True))
+            grad, metrics = self.gradient(sides, weights, grads, passes.gradient)
+        if grad:
+            add(total, grad, self.gamma)
+        return metrics
+
+    def of_pair(self, sides: tuple[Side, Side], grads: tuple[Gradients, Gradients], tally: Tally) -> Gradients:
+        """A pair's share of the mean of R over pairs, from the gradients of its two log-probabilities."""
+        passes, weights = self.passes, tuple(self.of_tokens(side.lengths) for side in sides)
+        with _full_precision(passes) as left_autocast:
+            for side, weight, grad in zip(sides, weights, grads, strict=True):
+                if left_autocast:
+                    grad[:] = passes.gradient_here(side, weight)
+                else:
+                    torch._foreach_mul_(grad, weight.item())
+            grad, metrics = self.gradient(sides, weights, grads, passes.gradient_here)
+        tally.add(metrics, 1)
+        return [g.mul_(self.gamma / passes.pairs) for g in grad]
+
+    def gradient(
+        self,
+        sides: tuple[Side, Side],
+        weights: tuple[Tensor, ...],
+        grads: tuple[Gradients, ...],
+        compute: Callable[[Side, Tensor], Gradients],
+    ) -> tuple[Gradients, Metrics]:
+        """The gradient of R (empty where the hinge is inactive), from the gradients of both sides."""
+        norms = [norm(grad[self.scope]) for grad in grads]
+        excess = max(0.0, norms[0] - norms[1])
+        metrics = {"spo/R": excess, "spo/hinge_active": float(excess > 0)}
+        metrics |= {"spo/norm_chosen": norms[0], "spo/norm_rejected": norms[1]}
+        if not excess:
+            return [], metrics
+        moving = self.passes.params[self.scope]
+        steps = CENTRAL_HESSIAN_STEP if self.central else HESSIAN_STEP
+        length = steps[moving[0].dtype] * norm(moving)
+        total = [torch.zeros_like(p) for p in self.passes.params]
+        for side, weight, grad, size, sign in zip(sides, weights, grads, norms, (1.0, -1.0), strict=True):
+            if not size:
+                continue
+            way = grad[self.scope]
+            with moved(moving, [d.clone() for d in way], length / size):
+                ahead = compute(side, weight)
+            behind, width = grad, length
+            if self.central:
+                width = 2 * length
+                with moved(moving, [d.clone() for d in way], -length / size):
+                    behind = compute(side, weight)
+            add(total, ahead, sign / width)
+            add(total, behind, -sign / width)
+        return total, metrics
+
+
+@contextmanager
+def _full_precision(passes: Passes) -> Generator[bool]:
+    """Without autocast, whose rounding would drown the differences; tells whether there was any."""
+    device = passes.device.type
+    left = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False):
+        yield left
+
+
+def _compute_dtype(passes: Passes) -> torch.dtype:
+    """The type that forward passes compute in: autocast's, or the parameters' own."""
+    device = passes.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else passes.params[0].dtype
+
+
+def _check(choices: Mapping[str, tuple[str, Sequence[str]]], inner_steps: int, pairs_per_backward: int | None) -> None:
+    if inner_steps < 0:
+        raise ValueError(f"inner_steps must not be negative, got {inner_steps}")
+    if pairs_per_backward is not None and pairs_per_backward < 1:
+        raise ValueError(f"pairs_per_backward must be at least 1, got {pairs_per_backward}")
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-
-@contextmanager
-def _scored(model: nn.Module, names: Sequence[str]) -> Generator[dict[str, nn.Parameter]]:
-    """Dropout off, and gradients for the named parameters alone; everything is put back at the end."""
-    every = dict(model.named_parameters())
-    missing = [name for name in names if name not in every]
-    if missing:
-        raise ValueError(f"the model has no parameter {missing[0]!r} ({len(missing)} names are unknown)")
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad) for p in every.values()]
-    wanted = {name: every[name] for name in names}
-    chosen = {id(p) for p in wanted.values()}
-    try:
-        model.eval()
-        for p in every.values():
-            p.requires_grad_(id(p) in chosen)
-        with torch.enable_grad(), _KeepFloat64() if _is_float64(wanted.values()) else nullcontext():
-            yield wanted
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _restored(params: Sequence[Tensor]) -> Generator[Gradients]:
-    """Keep a copy of the parameters and write it back: subtracting a move again would not be exact."""
-    saved = [p.detach().clone() for p in params]
-    try:
-        yield saved
-    finally:
-        with torch.no_grad():
-            for p, value in zip(params, saved, strict=True):
-                p.copy_(value)
-
-
-class _KeepFloat64(TorchFunctionMode):
-    """Casts to float32 give float64.
-
-    Hugging Face models compute their norms in float32 whatever their own type is. That rounding of 1e-7 would swamp the
-    finite differences, whose float64 steps are far smaller.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            return args[0].double()
-        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
-        return func(*args, **kwargs)
-
-
-def _is_float64(params: Iterable[Tensor]) -> bool:
-    return all(p.dtype == torch.float64 for p in params)
-
-
-def _backward(value: Tensor, params: Sequence[Tensor], keep: bool = False) -> Gradients:
-    """Gradients of a scalar; ``.grad`` is left as it was."""
-    before = [p.grad for p in params]
-    try:
-        for p in params:
-            p.grad = None
-        value.backward(retain_graph=keep)
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    finally:
-        for p, grad in zip(params, before, strict=True):
-            p.grad = grad
-
-
-def _move(params: Sequence[Tensor], origin: Sequence[Tensor], direction: Sequence[Tensor], scale: float = 1.0) -> None:
-    """``params = origin + scale * direction``."""
-    with torch.no_grad():
-        for p, start, way in zip(params, origin, direction, strict=True):
-            torch.add(start, way, alpha=scale, out=p)
-
-
-def _add(to: Sequence[Tensor], what: Sequence[Tensor], scale: float = 1.0) -> None:
-    if to:
-        torch._foreach_add_(list(to), list(what), alpha=scale)
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all tensors as one vector."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.detach()) for t in tensors]))
-
-
-def _alone(tensors: Sequence[Tensor]) -> None:
-    """The sum over one rank."""

@@ -13,7 +13,9 @@ Group = tuple[Sequence[Tensor], float]
 
 def make_optimizer(groups: Iterable[Group], weight_decay: float) -> torch.optim.AdamW:
     """AdamW with one learning rate for each group (equations 12 to 14)."""
-    return torch.optim.AdamW([{"params": list(p), "lr": lr} for p, lr in groups if p], weight_decay=weight_decay)
+    return torch.optim.AdamW(
+        [{"params": list(p), "lr": lr} for p, lr in groups if p], weight_decay=weight_decay, fused=True
+    )
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, kind: str, total_steps: int, warmup_ratio: float) -> LambdaLR:

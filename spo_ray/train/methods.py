@@ -1,58 +1,71 @@
 """From a method's configuration to the arguments of the one step that trains them all."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from spo_ray.config import Dpo, DpoNll, MethodConfig, Nll, SimPo, Spo
-from spo_ray.core.losses import dpo, dpo_nll, nll, simpo
+from spo_ray.core.losses import LOSSES, Loss
+from spo_ray.core.running import ReferenceStatistics, RunningStatistics
+from spo_ray.core.safe_region import DualVariable
+from spo_ray.method_config import MethodConfig, SafeRegion, Spo
+from spo_ray.section import Section
+
+STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
+    "corrected": RunningStatistics,
+    "reference_exact": ReferenceStatistics,
+}
+GAPS = {"reference": lambda metrics: -metrics["logps/chosen_change"], "inner": lambda m: m.get("spo/inner_gap", 0.0)}
+
+
+class Method:
+    """A preference method in training: the step's arguments, and what it remembers between steps."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        base = config.base_config if isinstance(config, Spo) else config
+        self.statistics = STATISTICS[base.statistics]() if hasattr(base, "statistics") else None
+        self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics)}
+        self.arguments |= {"beta": getattr(base, "beta", 1.0), "margin": getattr(base, "margin", 0.0)}
+        self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN
+        region = config.safe_region if isinstance(config, Spo) else None
+        self.gap = GAPS[region.gap] if region else None
+        self.dual = _dual(region, self.arguments["lambda_sft"]) if region else None
+
+    def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Take in the global metrics of a step; gives what changed."""
+        if self.dual is None or self.gap is None:
+            return {}
+        gap = self.gap(metrics)
+        used, self.arguments["lambda_sft"] = self.arguments["lambda_sft"], self.dual.update(gap)
+        return {"spo/lambda": used, "spo/gap": gap}
+
 
 PLAIN = {"lambda_sft": 0.0, "gamma": 0.0, "inner_steps": 0, "eta": 0.0}
 """The SPO step without its lower level and its hinge: the base loss alone."""
 
 
-def step_arguments(method: MethodConfig) -> dict[str, Any]:
-    """Keyword arguments for :func:`spo_ray.core.spo.spo_gradients`."""
-    return ARGUMENTS[method.type](method)
+def _loss(base: Section, statistics: RunningStatistics | None) -> Loss:
+    """The loss of that name, with the section's fields for its parameters."""
+    fields = base.model_dump()
+    loss = LOSSES[fields.pop("type")]
+    known = inspect.signature(loss).parameters
+    return partial(loss, **{key: value for key, value in (fields | {"statistics": statistics}).items() if key in known})
 
 
-def _nll(method: Nll) -> dict[str, Any]:
-    return PLAIN | {"base": partial(nll, sft_reduction=method.sft_reduction), "beta": 1.0}
-
-
-def _dpo(method: Dpo) -> dict[str, Any]:
-    return PLAIN | {"base": dpo, "beta": method.beta}
-
-
-def _dpo_nll(method: DpoNll) -> dict[str, Any]:
-    base = partial(dpo_nll, mu=method.mu, sft_reduction=method.sft_reduction)
-    return PLAIN | {"base": base, "beta": method.beta}
-
-
-def _simpo(method: SimPo) -> dict[str, Any]:
-    return PLAIN | {"base": simpo, "beta": method.beta, "margin": method.margin}
-
-
-def _spo(method: Spo) -> dict[str, Any]:
+def _spo(config: Spo) -> dict[str, Any]:
     return {
-        "base": method.base,
-        "beta": method.beta,
-        "margin": method.margin,
-        "lambda_sft": method.lambda_sft,
-        "gamma": method.gamma,
-        "inner_steps": method.inner.steps,
-        "eta": method.inner.eta,
-        "inner_mode": method.inner.mode,
-        "sft_reduction": method.sft_reduction,
-        "norm_scope": method.norm_scope,
-        "hinge": method.hinge,
+        "lambda_sft": config.lambda_sft,
+        "gamma": config.gamma,
+        "inner_steps": config.inner.steps,
+        "eta": config.inner.eta,
+        "inner_mode": config.inner.mode,
+        "sft_reduction": config.sft_reduction,
+        "norm_scope": config.norm_scope,
+        "norm_of": config.norm_of,
+        "hinge": config.hinge,
+        "difference": config.difference,
     }
 
 
-ARGUMENTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "nll": _nll,
-    "dpo": _dpo,
-    "dpo_nll": _dpo_nll,
-    "simpo": _simpo,
-    "spo": _spo,
-}
+def _dual(region: SafeRegion, start: float) -> DualVariable:
+    return DualVariable(start, region.epsilon, region.lr, highest=region.max_lambda)

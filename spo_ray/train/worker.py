@@ -31,7 +31,8 @@ from spo_ray.model.optim import Group, make_optimizer, make_schedule
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.run import STEP_LOG, write_json
 from spo_ray.train.job import RESULT, Job
-from spo_ray.train.methods import step_arguments
+from spo_ray.train.methods import Method
+from spo_ray.train.watch import StepWatch
 
 Row = dict[str, Any]
 DRIFT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -82,22 +83,22 @@ def run_sft(task: Job, rank: Rank) -> dict[str, Any]:
     chat = ChatTokenizer.load(task.model, config.model.chat_template)
     table = task.rows.rows()
     model = load_model(task.model).to(rank.device)
+    recompute(model, config.train)
     params = list(model.parameters())
 
-    def gradients(indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
+    def gradients(step: int, indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
         rows = [(table[i]["prompt_ids"], table[i]["completion_ids"]) for i in rank.share(indices)]
-        tokens = torch.tensor([sum(len(table[i]["completion_ids"]) for i in indices)], device=rank.device)
+        tokens = sum(len(table[i]["completion_ids"]) for i in indices)
         batch = rank.to_device(collate(rows, chat.pad_id))
         model.train()
         model.zero_grad()
         with autocast(config.train, rank):
             logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
-        loss = -logps.sum() / tokens.item()
+        loss = -logps.sum() / tokens
         loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        rank.all_reduce(grads)
         total = loss.detach().clone()
-        rank.all_reduce([total])
+        rank.all_reduce([*grads, total])
         return grads, {"loss": total.item()}
 
     batches = list(epoch_batches(len(table), config.sft.batch_size, config.sft.epochs, config.seed))
@@ -111,33 +112,44 @@ def run_sft(task: Job, rank: Rank) -> dict[str, Any]:
 def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
     """One preference method from the SFT checkpoint."""
     config = task.config
-    method = config.methods[str(task.method)]
+    method = Method(config.methods[str(task.method)])
     chat = ChatTokenizer.load(task.model, config.model.chat_template)
     table = task.rows.rows()
-    base = load_model(task.model)
-    model = add_adapters(base, config.model, config.seed).to(rank.device)
+    model = add_adapters(load_model(task.model), config.model, config.seed).to(rank.device)
+    recompute(model, config.train)
     backbone, adapters = parameter_groups(model)
     named = dict(model.named_parameters())
     params = [named[name] for name in (*backbone, *adapters)]
-    arguments = step_arguments(method)
     check_reference(model, chat, table, config.train, rank)
+    probe, dynamics = table[: config.preference.probe_pairs], StepWatch(params, config.preference.dynamics_every)
 
-    def gradients(indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
+    def gradients(step: int, indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
         rows = [table[i] for i in rank.share(indices)]
         batch = rank.to_device(collate_pairs(rows, chat.pad_id))
         with autocast(config.train, rank):
             grads, metrics = spo_gradients(
-                model, batch, backbone=backbone, adapters=adapters, all_reduce=rank.all_reduce, **arguments
+                model,
+                batch,
+                backbone=backbone,
+                adapters=adapters,
+                pairs_per_backward=config.train.pairs_per_backward,
+                all_reduce=rank.all_reduce,
+                **method.arguments,
+                **dynamics.start(step),
             )
-        return list(grads.values()), global_mean(metrics, len(rows), len(indices), rank)
+        metrics = global_mean(metrics, len(rows), len(indices), rank)
+        return list(grads.values()), metrics | method.after_step(metrics)
 
-    probe = table[: config.preference.probe_pairs]
-    every = config.preference.probe_every
-
-    def watch(step: int, last: bool) -> Metrics:
-        if step % every and not last:
-            return {}
-        return {f"probe/{key}": value for key, value in pair_means(model, chat, probe, config.train, rank).items()}
+    def watch(record: Metrics, indices: Sequence[int]) -> Metrics:
+        metrics = {}
+        if dynamics.before:
+            after = pair_means(model, chat, [table[i] for i in indices], config.train, rank)
+            metrics |= dynamics.finish(record, after)
+        step = record["step"]
+        if step % config.preference.probe_every == 0 or step == record["total_steps"]:
+            means = pair_means(model, chat, probe, config.train, rank)
+            metrics |= {f"probe/{key}": value for key, value in means.items()}
+        return metrics
 
     groups = [
         ([named[n] for n in backbone], config.preference.lr_theta),
@@ -153,20 +165,27 @@ def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
     return result
 
 
+def recompute(model: nn.Module, config: TrainConfig) -> None:
+    """Switch on gradient checkpointing where it is configured."""
+    if config.gradient_checkpointing:
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def optimise(
     params: Sequence[Tensor],
     groups: Sequence[Group],
     batches: Sequence[Sequence[int]],
-    gradients: Callable[[Sequence[int]], tuple[list[Tensor], Metrics]],
+    gradients: Callable[[int, Sequence[int]], tuple[list[Tensor], Metrics]],
     config: TrainConfig,
     rank: Rank,
     log: Path,
-    watch: Callable[[int, bool], Metrics] = lambda step, last: {},
+    watch: Callable[[Metrics, Sequence[int]], Metrics] = lambda record, indices: {},
 ) -> None:
     """AdamW over the global batches; rank 0 writes one JSON line a step, and one for the state before step 0.
 
-    ``gradients`` gives the gradient for ``params`` on a global batch of row indices; ``watch(step, last)`` adds metrics
-    about the state after ``step`` steps.
+    ``gradients(step, indices)`` gives the gradient for ``params`` on a global batch of row indices; ``watch(record,
+    indices)`` adds metrics about the state after the recorded step.
 
     Raises:
         FloatingPointError: a gradient that is not finite.
@@ -175,9 +194,10 @@ def optimise(
     schedule = make_schedule(optimizer, config.schedule, len(batches), config.warmup_ratio)
     total = len(batches)
     with log.open("w") if rank.index == 0 else nullcontext() as file:
-        _record(file, {"step": 0, "total_steps": total, **watch(0, False)})
+        start: Metrics = {"step": 0, "total_steps": total}
+        _record(file, start | watch(start, []))
         for step, indices in enumerate(batches, start=1):
-            grads, metrics = gradients(indices)
+            grads, metrics = gradients(step, indices)
             for parameter, grad in zip(params, grads, strict=True):
                 parameter.grad = grad
             norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
@@ -187,7 +207,7 @@ def optimise(
             schedule.step()
             rate = schedule.get_last_lr()[0]
             record = {"step": step, "total_steps": total, "grad_norm": norm, "learning_rate": rate, **metrics}
-            _record(file, record | watch(step, step == total))
+            _record(file, record | watch(record, indices))
 
 
 def _record(file: TextIO | None, record: dict[str, Any]) -> None:

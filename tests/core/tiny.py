@@ -5,9 +5,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from spo_ray.core.logps import completion_logps
+from spo_ray.core.gradients import KeepFloat64
 from spo_ray.core.losses import bind, sft_loss
-from spo_ray.core.spo import _KeepFloat64
 
 VOCABULARY = 50
 
@@ -62,14 +61,17 @@ def objective_gradient(model, batch, backbone, adapters, **o):
     scope = {"all": params, "backbone": params[:n], "adapters": params[n:]}[o["norm_scope"]]
 
     def logps(side):
-        return completion_logps(model, *(batch[f"{side}_{k}"] for k in ("input_ids", "labels", "attention_mask")))
+        ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"][:, 1:]
+        logits = model(input_ids=ids, attention_mask=batch[f"{side}_attention_mask"]).logits[:, :-1]
+        every = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+        return (every * (labels != -100)).sum(1), (labels != -100).sum(1)
 
     def norm(value):
         grads = torch.autograd.grad(value, scope, create_graph=True)
         return torch.sqrt(sum((g * g).sum() for g in grads))
 
     model.eval()
-    with sdpa_kernel(SDPBackend.MATH), _KeepFloat64():
+    with sdpa_kernel(SDPBackend.MATH), KeepFloat64():
         (u_w, n_w), (u_l, n_l) = logps("chosen"), logps("rejected")
         mean = n_w.double().mean().item()
         base = bind(
@@ -81,10 +83,11 @@ def objective_gradient(model, batch, backbone, adapters, **o):
             mean_chosen_length=mean,
         )
         loss = base(u_w, u_l, batch["ref_chosen_logps"], batch["ref_rejected_logps"])[0]
+        v_w, v_l = (u_w / n_w, u_l / n_l) if o.get("norm_of") == "mean" else (u_w, u_l)
         if o["hinge"] == "batch":
-            hinge = torch.relu(norm(u_w.mean()) - norm(u_l.mean()))
+            hinge = torch.relu(norm(v_w.mean()) - norm(v_l.mean()))
         else:
-            hinge = sum(torch.relu(norm(a) - norm(b)) for a, b in zip(u_w, u_l, strict=True)) / len(u_w)
+            hinge = sum(torch.relu(norm(a) - norm(b)) for a, b in zip(v_w, v_l, strict=True)) / len(u_w)
         total = loss + o["gamma"] * hinge + o["lambda_sft"] * sft_loss(u_w, mean, o["sft_reduction"])
         grads = list(torch.autograd.grad(total, params))
         saved = [p.detach().clone() for p in params]

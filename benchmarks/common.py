@@ -1,0 +1,123 @@
+"""What the benchmarks share: a model, real text, clocks."""
+
+import json
+import os
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from spo_ray.model.collate import collate_pairs
+
+DATA = Path(os.environ.get("SPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+PROMPT = "Question: {question}\nAnswer:\n"
+THREADS = 2
+
+
+def gsm8k() -> list[dict[str, str]]:
+    """GSM8K's training problems."""
+    path = DATA / "gsm8k" / "train.jsonl"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: set SPO_SHARED_DATA to a folder with gsm8k/train.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def make_tokenizer(problems: Sequence[dict[str, str]]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a vocabulary of 32,000."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32_000, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator((f"{p['question']}\n{p['answer']}" for p in problems), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
+    """A Qwen2 of 25 million random parameters, half of them in the tied embedding."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=32_000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).to(dtype)
+
+
+def make_pairs(problems: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """Problems with their solution, against another problem's solution with a wrong number."""
+    rng = random.Random(0)
+    pairs = []
+    for problem, other in zip(rng.sample(problems, count), rng.sample(problems, count), strict=True):
+        wrong = re.sub(r"#### .*", f"#### {rng.randrange(1000)}", other["answer"])
+        prompt = PROMPT.format(question=problem["question"])
+        pairs.append({"prompt": prompt, "chosen": problem["answer"], "rejected": wrong})
+    return pairs
+
+
+def tokenised(pairs: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, Any]]:
+    """Pairs as token ids, the end token included, with made-up reference log-probabilities."""
+    rows = []
+    for pair in pairs:
+        row: dict[str, Any] = {"prompt_ids": tokenizer(pair["prompt"])["input_ids"]}
+        for side in ("chosen", "rejected"):
+            row[f"{side}_ids"] = tokenizer(pair[side] + "<eos>")["input_ids"]
+            row[f"ref_{side}_logps"] = -10.4 * len(row[f"{side}_ids"])
+        rows.append(row)
+    return rows
+
+
+def batches(rows: Sequence[dict[str, Any]], size: int) -> list[dict[str, torch.Tensor]]:
+    """Batches for ``spo_gradients``."""
+    return [collate_pairs(rows[i : i + size], 0) for i in range(0, len(rows), size)]
+
+
+def useful_flops(model: nn.Module, rows: Sequence[dict[str, Any]]) -> float:
+    """Multiplications and additions of forward and backward that a DPO step cannot do without.
+
+    6 per weight and token: all tokens for the layers, completion tokens alone for the head. Attention's own products
+    (a few per cent at these lengths) are left out.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    head = model.get_output_embeddings().weight.numel()  # ty: ignore[call-non-callable, unresolved-attribute]
+    completion = sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
+    tokens = completion + 2 * sum(len(r["prompt_ids"]) for r in rows)
+    return 6.0 * (tokens * (total - head) + completion * head)
+
+
+def matmul_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
+    """Floating-point operations a second of this machine on products of the model's own shapes."""
+    spent = flops = 0.0
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        repeat = max(3, int(2e9 / (m * k * n)))
+        torch.mm(a, b)
+        times = [elapsed(lambda a=a, b=b, r=repeat: [torch.mm(a, b) for _ in range(r)])[0] / repeat for _ in range(5)]
+        spent += statistics.median(times)
+        flops += 2.0 * m * k * n
+    return flops / spent
+
+
+def elapsed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU seconds of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu

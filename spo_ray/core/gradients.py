@@ -1,0 +1,199 @@
+"""Gradients of a model's parameters: collected with weights, moved along, put back.
+
+A gradient here is a list of tensors in the order of a list of parameters. Everything goes through ``backward`` and
+``.grad``, not ``autograd.grad``, which sharded parameters do not take.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Gradients = list[Tensor]
+Params = Sequence[Tensor]
+
+
+class Sink:
+    """A weighted sum of gradients, filled by :func:`pull`; it takes memory with its first gradient."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.parts: list[Tensor | None] = [None] * len(params)
+
+    def add(self, index: int, grad: Tensor, weight: float) -> None:
+        """Add ``weight * grad`` to the part of one parameter."""
+        part = self.parts[index]
+        if part is None:
+            self.parts[index] = grad * weight
+        else:
+            part.add_(grad, alpha=weight)
+
+    def add_all(self, grads: Gradients) -> None:
+        """Add a whole gradient; an empty list is none."""
+        for i, grad in enumerate(grads):
+            self.add(i, grad, 1.0)
+
+    def gradients(self) -> Gradients:
+        """The sum; zeros where nothing arrived."""
+        self.parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, self.parts, strict=True)]
+        return [part for part in self.parts if part is not None]
+
+
+def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
+    """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for every (sink, weights [B]) of ``targets``.
+
+    All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs a
+    single backward, whatever the number of weightings: they differ by a factor.
+    """
+    targets = [(sink, weights.detach()) for sink, weights in targets if bool(weights.any())]
+    if not targets:
+        return
+    with _own_grads(targets[0][0].params):
+        if len(values) == 1 and len(targets) > 1:
+            _distribute(values.sum(), [(sink, weights.item()) for sink, weights in targets])
+        else:
+            for i, (sink, weights) in enumerate(targets):
+                _accumulate((values * weights).sum(), sink, retain=i < len(targets) - 1)
+
+
+def _accumulate(value: Tensor, sink: Sink, *, retain: bool) -> None:
+    """One backward straight into one sink."""
+    for p, part in zip(sink.params, sink.parts, strict=True):
+        p.grad = part
+    value.backward(retain_graph=retain)
+    sink.parts = [p.grad for p in sink.params]
+
+
+def _distribute(value: Tensor, targets: Sequence[tuple[Sink, float]]) -> None:
+    """One backward into several sinks. Parameter by parameter, so that no whole gradient exists beside the sums."""
+    params = targets[0][0].params
+
+    def deliver(index: int, p: Tensor) -> None:
+        if p.grad is not None:
+            for sink, weight in targets:
+                sink.add(index, p.grad, weight)
+            p.grad = None
+
+    def hook(index: int) -> Callable[[Tensor], None]:
+        return lambda p: deliver(index, p)
+
+    for p in params:
+        p.grad = None
+    handles = [p.register_post_accumulate_grad_hook(hook(i)) for i, p in enumerate(params)]
+    try:
+        value.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i, p in enumerate(params):  # sharded parameters get their gradient without telling the hooks
+        deliver(i, p)
+
+
+@contextmanager
+def _own_grads(params: Params) -> Generator[None]:
+    before = [p.grad for p in params]
+    try:
+        yield
+    finally:
+        for p, grad in zip(params, before, strict=True):
+            p.grad = grad
+
+
+@contextmanager
+def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]:
+    """Parameters at ``params + scale * way``, and afterwards back, bit for bit.
+
+    ``way`` is used up: its memory holds the originals meanwhile (subtracting the move again would not be exact).
+    """
+    with torch.no_grad():
+        for p, d in zip(params, way, strict=True):
+            start = p.detach().clone()
+            p.add_(d, alpha=scale)
+            d.copy_(start)
+    torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, start in zip(params, way, strict=True):
+                p.copy_(start)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def only(params: Params, among: Params) -> Generator[None]:
+    """Gradients for ``params`` alone, so that a backward computes no others ``among`` them."""
+    wanted = {id(p) for p in params}
+    others = [p for p in among if id(p) not in wanted]
+    for p in others:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str, nn.Parameter]]:
+    """Dropout off, and gradients for the named parameters alone; everything is put back at the end.
+
+    Raises:
+        ValueError: the model has no parameter of that name.
+    """
+    every = dict(model.named_parameters())
+    missing = [name for name in names if name not in every]
+    if missing:
+        raise ValueError(f"the model has no parameter {missing[0]!r} ({len(missing)} names are unknown)")
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in every.values()]
+    wanted = {name: every[name] for name in names}
+    chosen = {id(p) for p in wanted.values()}
+    try:
+        model.eval()
+        for module, mode in modes:  # Hugging Face's checkpointed layers recompute in training mode only
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        for p in every.values():
+            p.requires_grad_(id(p) in chosen)
+        with torch.enable_grad(), KeepFloat64() if _is_float64(wanted.values()) else nullcontext():
+            yield wanted
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Casts to float32 give float64.
+
+    Hugging Face models compute their norms in float32 whatever their own type is. That rounding of 1e-7 would swamp the
+    finite differences, whose float64 steps are far smaller.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def _is_float64(params: Iterable[Tensor]) -> bool:
+    return all(p.dtype == torch.float64 for p in params)
+
+
+def add(to: Gradients, what: Gradients, scale: float = 1.0) -> None:
+    """``to += scale * what``."""
+    if to:
+        torch._foreach_add_(to, what, alpha=scale)
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm of all tensors as one vector."""
+    if not tensors:
+        return 0.0
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.detach()) for t in tensors])).item()

@@ -1,0 +1,85 @@
+"""Where a causal language model's hidden states become logits, so that logits can be had in pieces."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model taken apart: ``logits = output(decoder(...))``, then perhaps a soft cap (Gemma 2)."""
+
+    decoder: nn.Module
+    output: nn.Module
+    softcap: float | None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The output embedding [V, D] where the head is nothing but a product with it."""
+        plain = type(self.output) is nn.Linear and self.output.bias is None and self.softcap is None
+        hooked = self.output._forward_hooks or self.output._forward_pre_hooks
+        return self.output.weight if plain and not hooked else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        return _capped(self.output(hidden), self.softcap)
+
+
+_known: "WeakKeyDictionary[nn.Module, tuple[nn.Module, Head | None]]" = WeakKeyDictionary()
+
+
+def find_head(model: nn.Module, input_ids: Tensor) -> Head | None:
+    """Take a Hugging Face model apart; None where that can't be done, or would change its logits.
+
+    Some models scale hidden states or logits on their way. So the first time a model is seen, one forward pass over two
+    tokens shows whether its logits are the output embedding of its decoder's output.
+    """
+    parts = (getattr(model, "get_decoder", None), getattr(model, "get_output_embeddings", None))
+    decoder, output = (get() if callable(get) else None for get in parts)
+    if not isinstance(decoder, nn.Module) or not isinstance(output, nn.Module) or decoder is model:
+        return None
+    known = _known.get(model)
+    if known is None or known[0] is not output:
+        softcap = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+        head = Head(decoder, output, softcap)
+        known = _known[model] = (output, head if _is_whole(model, head, input_ids[:1, :2]) else None)
+    return known[1]
+
+
+@torch.no_grad()
+def _is_whole(model: nn.Module, head: Head, input_ids: Tensor) -> bool:
+    """Whether the model is its head after its decoder, to the bit."""
+    seen: dict[str, Any] = {}
+    handles = [
+        head.decoder.register_forward_hook(lambda module, args, out: seen.update(hidden=out[0])),
+        head.output.register_forward_hook(lambda module, args, out: seen.update(taken=args[0], given=out)),
+    ]
+    try:
+        logits = model(input_ids=input_ids).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    hidden = seen.get("hidden")
+    return (
+        isinstance(hidden, Tensor)
+        and hidden.shape[:2] == input_ids.shape
+        and "taken" in seen
+        and torch.equal(seen["taken"], hidden)
+        and torch.equal(_capped(seen["given"], head.softcap), logits)
+    )
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def call(model: nn.Module, **inputs: Any) -> Any:
+    """Call a model with those of the inputs that it takes."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inspect.signature(base.forward).parameters
+    free = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return model(**{key: value for key, value in inputs.items() if free or key in names})

@@ -1,0 +1,230 @@
+"""Forward and backward passes over a batch of pairs, a few pairs at a time, into weighted sums of gradients."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo_ray.core.gradients import Gradients, Sink, only, pull
+from spo_ray.core.logps import IGNORE, completion_logps
+from spo_ray.core.losses import Metrics, SftReduction, bind, pairwise
+from spo_ray.core.running import AllReduce
+
+TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
+"""Pairs share a backward until one side has so many tokens: fewer leave the hardware idle."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The chosen or the rejected sequences of a batch."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor], name: str) -> "Side":
+        return cls(batch[f"{name}_input_ids"], batch[f"{name}_labels"], batch[f"{name}_attention_mask"])
+
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens of each sequence [B], prompt included."""
+        return self.attention_mask.sum(dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Completion tokens of each sequence [B]."""
+        return (self.labels[:, 1:] != IGNORE).sum(dim=1)
+
+    def rows(self, rows: Sequence[int]) -> "Side":
+        """Some of the sequences, without the padding that only their neighbours need."""
+        width = int(self.sizes[rows].max())
+        return Side(self.input_ids[rows, :width], self.labels[rows, :width], self.attention_mask[rows, :width])
+
+
+class Tally:
+    """Means of metrics over a batch that is seen in parts."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.sums: Metrics = {}
+
+    def add(self, metrics: Metrics, rows: int) -> None:
+        """Means over some of the batch's rows."""
+        for key, value in metrics.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value * rows / self.rows
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one sweep over a batch gives: gradients for all parameters, and metrics."""
+
+    total: Gradients
+    """Of the base loss, and of what was added to every pair."""
+    sft: Gradients
+    chosen: Gradients
+    rejected: Gradients
+    """Of the sums over sequences with the given weights; empty without weights."""
+    tally: Tally
+
+
+Visitor = Callable[[tuple[Side, Side], tuple[Gradients, Gradients], Tally], Gradients]
+"""Sees one pair and the gradients of its two log-probabilities; gives a gradient to add to the total, or none."""
+
+
+class Passes:
+    """The passes of one step: a model, its parameters (theta first), a batch, and how ranks add up."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        batch: Mapping[str, Tensor],
+        all_reduce: AllReduce,
+        pairs_per_backward: int | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        self.model, self.params, self.all_reduce = model, list(params), all_reduce
+        self.chosen, self.rejected = Side.of(batch, "chosen"), Side.of(batch, "rejected")
+        self.reference = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
+        self.chunk_tokens, self.device = chunk_tokens, batch["chosen_labels"].device
+        self.rows = list(range(len(self.chosen.labels)))
+        self.parts = self.split(pairs_per_backward)
+        counts = torch.stack([torch.tensor(len(self.rows), device=self.device), self.chosen.lengths.sum()]).double()
+        all_reduce([counts])
+        self.pairs, self.tokens = (int(count) for count in counts)
+
+    def split(self, pairs_per_backward: int | None) -> list[list[int]]:
+        """Pairs that go through a backward together: neighbours in length, so that padding is little."""
+        sizes = torch.maximum(self.chosen.sizes, self.rejected.sizes).tolist()
+        count = pairs_per_backward or max(1, TOKENS_PER_BACKWARD.get(self.device.type, 8192) // max(sizes))
+        order = sorted(self.rows, key=lambda i: -sizes[i])
+        return [order[i : i + count] for i in range(0, len(order), count)]
+
+    def logps(self, side: Side) -> Tensor:
+        """Log-probabilities of completions [B]."""
+        inputs = (side.input_ids, side.labels, side.attention_mask)
+        return completion_logps(self.model, *inputs, chunk_tokens=self.chunk_tokens)[0]
+
+    def gradient(self, side: Side, weights: Tensor, params: Sequence[Tensor] | None = None) -> Gradients:
+        """Gradient of ``sum_i weights_i * logps_i`` over all ranks, for all or some of the parameters."""
+        sink = Sink(self.params if params is None else params)
+        with only(sink.params, self.params):
+            for rows in self.parts:
+                pull(self.logps(side.rows(rows)), [(sink, weights[rows])])
+        gradients = sink.gradients()
+        self.all_reduce(gradients)
+        return gradients
+
+    def gradient_here(self, side: Side, weights: Tensor) -> Gradients:
+        """The same for sequences of this rank alone, for all parameters, in one backward."""
+        sink = Sink(self.params)
+        pull(self.logps(side), [(sink, weights)])
+        return sink.gradients()
+
+    def sft_weights(self, reduction: SftReduction) -> Tensor:
+        """L_SFT as weights [B] of log pi(y_w)."""
+        count = self.pairs if reduction == "sum" else self.tokens
+        return torch.full((len(self.rows),), -1.0 / count, dtype=torch.float64, device=self.device)
+
+    def means(self, tally: "Tally") -> Metrics:
+        """Metrics of this rank's pairs, those of SPO's own terms over all ranks."""
+        own = [key for key in tally.sums if key.startswith("spo/")]
+        values = torch.tensor([tally.sums[key] for key in own], dtype=torch.float64, device=self.device)
+        values *= len(self.rows) / self.pairs
+        self.all_reduce([values])
+        nll = -tally.sums["logps/chosen"] * len(self.rows) / int(self.chosen.lengths.sum())
+        return tally.sums | {"nll_loss": nll} | dict(zip(own, values.tolist(), strict=True))
+
+    def collect(
+        self,
+        base: Callable[..., Any],
+        sft: Tensor | None = None,
+        norms: tuple[Tensor, Tensor] | None = None,
+        visit: Visitor | None = None,
+    ) -> Sums:
+        """One forward and backward of every pair, into the sum for the base loss and those with the given weights.
+
+        Args:
+            base: the base loss; lengths are passed by keyword where its signature has them.
+            sft: weights [B] of the chosen sequences in a sum of their own.
+            norms: weights [B] of the chosen and of the rejected sequences in sums of their own.
+            visit: called for every pair with its gradients; pairs then go one by one.
+        """
+        total, sft_sum, chosen, rejected = (Sink(self.params) for _ in range(4))
+        tally = Tally(len(self.rows))
+        parts = [[i] for i in self.rows] if visit else self.parts
+        ahead = None if pairwise(base) or len(parts) == 1 else self.foresee(base, tally)
+        factor = _factor(sft, norms)
+        for rows in parts:
+            sides = self.chosen.rows(rows), self.rejected.rows(rows)
+            logps_w, logps_l = (self.logps(side) for side in sides)
+            tally.add(self.watch(rows, logps_w, logps_l), len(rows))
+            weights = self.weigh(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
+            to_w, to_l = [(total, weights[0])], [(total, weights[1])]
+            if sft is not None:
+                to_w.append((sft_sum, sft[rows]))
+            if norms is not None:
+                to_w += [] if factor else [(chosen, norms[0][rows])]
+                to_l.append((rejected, norms[1][rows]))
+            own = Sink(self.params), Sink(self.params)
+            if visit:
+                to_w.append((own[0], torch.ones_like(logps_w)))
+                to_l.append((own[1], torch.ones_like(logps_l)))
+            pull(logps_w, to_w)
+            pull(logps_l, to_l)
+            if visit:
+                total.add_all(visit(sides, (own[0].gradients(), own[1].gradients()), tally))
+        sums = Sums(
+            total.gradients(),
+            sft_sum.gradients() if sft is not None else [],
+            chosen.gradients() if norms is not None and not factor else [],
+            rejected.gradients() if norms is not None else [],
+            tally,
+        )
+        self.all_reduce([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
+        return replace(sums, chosen=[g * factor for g in sums.sft]) if factor else sums
+
+    def watch(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor) -> Metrics:
+        """Mean log-probabilities and what became of them since the reference: the displacement."""
+        with torch.no_grad():
+            sides = zip(("chosen", "rejected"), (logps_w, logps_l), self.reference, strict=True)
+            means = {side: (logps.mean().item(), (logps - ref[rows]).mean().item()) for side, logps, ref in sides}
+        logps = {f"logps/{side}": mean for side, (mean, _) in means.items()}
+        return logps | {f"logps/{side}_change": change for side, (_, change) in means.items()}
+
+    def foresee(self, base: Callable[..., Any], tally: "Tally") -> Tensor:
+        """Weights for a base loss that needs the whole batch at once: log-probabilities first, without gradients."""
+        sides = torch.empty(2, len(self.rows), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for rows in self.parts:
+                for i, side in enumerate((self.chosen, self.rejected)):
+                    sides[i, rows] = self.logps(side.rows(rows)).double()
+        return torch.stack(self.weigh(base, self.rows, *sides, tally))
+
+    def weigh(
+        self, base: Callable[..., Any], rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally"
+    ) -> tuple[Tensor, Tensor]:
+        """dL/du_w and dL/du_l [B] of the mean base loss over all ranks' pairs."""
+        leaf_w, leaf_l = logps_w.detach().requires_grad_(), logps_l.detach().requires_grad_()
+        lengths = {
+            "chosen_lengths": self.chosen.lengths[rows],
+            "rejected_lengths": self.rejected.lengths[rows],
+            "mean_chosen_length": self.tokens / self.pairs,
+        }
+        references = (value[rows].to(leaf_w) for value in self.reference)
+        result = bind(base, **lengths)(leaf_w, leaf_l, *references)
+        loss, metrics = result if isinstance(result, tuple) else (result, {})
+        tally.add({"loss": loss.mean().item(), **metrics}, len(rows))
+        share = loss.mean() * (len(rows) / self.pairs)
+        return torch.autograd.grad(share, (leaf_w, leaf_l), allow_unused=True, materialize_grads=True)
+
+
+def _factor(sft: Tensor | None, norms: tuple[Tensor, Tensor] | None) -> float:
+    """What makes the sum for norms of the one for L_SFT, where they are proportional; else 0."""
+    if sft is None or norms is None:
+        return 0.0
+    ratio = norms[0] / sft
+    return ratio[0].item() if bool((ratio == ratio[0]).all()) else 0.0
