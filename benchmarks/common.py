@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spo_ray.model.collate import collate_pairs
@@ -103,21 +103,39 @@ def useful_flops(model: nn.Module, rows: Sequence[dict[str, Any]]) -> float:
     return 6.0 * (tokens * (total - head) + completion * head)
 
 
-def matmul_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
-    """Floating-point operations a second of this machine on products of the model's own shapes."""
+SHAPES = ((170, 384, 1024), (170, 1024, 384), (170, 384, 384), (95, 384, 32_000), (95, 32_000, 384))
+"""Products of one sequence with the model's weights, as (rows, inner, columns)."""
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of this machine: the better of large square products and the model's own."""
+    square = _rate(dtype, ((1024, 1024, 1024),))
+    return max(square, _rate(dtype, SHAPES))
+
+
+def _rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
     spent = flops = 0.0
     for m, k, n in shapes:
-        a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+        a, b, out = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), torch.empty(m, n, dtype=dtype)
         repeat = max(3, int(2e9 / (m * k * n)))
-        torch.mm(a, b)
-        times = [elapsed(lambda a=a, b=b, r=repeat: [torch.mm(a, b) for _ in range(r)])[0] / repeat for _ in range(5)]
-        spent += statistics.median(times)
+
+        def products(a: Tensor = a, b: Tensor = b, out: Tensor = out, repeat: int = repeat) -> None:
+            for _ in range(repeat):
+                torch.mm(a, b, out=out)
+
+        products()
+        spent += statistics.median(elapsed(products)[0] for _ in range(5)) / repeat
         flops += 2.0 * m * k * n
     return flops / spent
 
 
+def clocks() -> tuple[float, float]:
+    """Wall and CPU time in seconds."""
+    return time.perf_counter(), time.process_time()
+
+
 def elapsed(function: Callable[[], Any]) -> tuple[float, float]:
     """Wall and CPU seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = clocks()
     function()
     return time.perf_counter() - wall, time.process_time() - cpu

@@ -31,6 +31,13 @@ class Sink:
         else:
             part.add_(grad, alpha=weight)
 
+    def take(self, index: int, grad: Tensor, weight: float) -> None:
+        """Like :meth:`add`, but the gradient's memory is the sink's from now on."""
+        if self.parts[index] is None:
+            self.parts[index] = grad.mul_(weight)
+        else:
+            self.add(index, grad, weight)
+
     def add_all(self, grads: Gradients) -> None:
         """Add a whole gradient; an empty list is none."""
         for i, grad in enumerate(grads):
@@ -73,8 +80,10 @@ def _distribute(value: Tensor, targets: Sequence[tuple[Sink, float]]) -> None:
 
     def deliver(index: int, p: Tensor) -> None:
         if p.grad is not None:
-            for sink, weight in targets:
+            *others, (last, last_weight) = targets
+            for sink, weight in others:
                 sink.add(index, p.grad, weight)
+            last.take(index, p.grad, last_weight)
             p.grad = None
 
     def hook(index: int) -> Callable[[Tensor], None]:
@@ -106,20 +115,18 @@ def _own_grads(params: Params) -> Generator[None]:
 def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]:
     """Parameters at ``params + scale * way``, and afterwards back, bit for bit.
 
-    ``way`` is used up: its memory holds the originals meanwhile (subtracting the move again would not be exact).
+    ``way`` is used up: its memory becomes the moved parameters. The originals stay where they are meanwhile, because
+    subtracting the move again would not be exact.
     """
-    with torch.no_grad():
-        for p, d in zip(params, way, strict=True):
-            start = p.detach().clone()
-            p.add_(d, alpha=scale)
-            d.copy_(start)
-    torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
+    origins = [p.data for p in params]
     try:
+        for p, origin, d in zip(params, origins, way, strict=True):
+            p.data = torch.add(origin, d, alpha=scale, out=d)
+        torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
         yield
     finally:
-        with torch.no_grad():
-            for p, start in zip(params, way, strict=True):
-                p.copy_(start)
+        for p, origin in zip(params, origins, strict=True):
+            p.data = origin
         torch.clear_autocast_cache()
 
 

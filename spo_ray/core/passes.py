@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from spo_ray.core.gradients import Gradients, Sink, only, pull
+from spo_ray.core.head import find_head
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.core.losses import Metrics, SftReduction, bind, pairwise
 from spo_ray.core.running import AllReduce
+from spo_ray.core.shared_prompt import can_share, pair_logps, prompt_lengths
 
 TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
 """Pairs share a backward until one side has so many tokens: fewer leave the hardware idle."""
@@ -85,11 +87,13 @@ class Passes:
         all_reduce: AllReduce,
         pairs_per_backward: int | None = None,
         chunk_tokens: int | None = None,
+        share_prompt: bool | None = None,
     ) -> None:
         self.model, self.params, self.all_reduce = model, list(params), all_reduce
         self.chosen, self.rejected = Side.of(batch, "chosen"), Side.of(batch, "rejected")
         self.reference = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
         self.chunk_tokens, self.device = chunk_tokens, batch["chosen_labels"].device
+        self.share_prompt = self.device.type == "cpu" if share_prompt is None else share_prompt
         self.rows = list(range(len(self.chosen.labels)))
         self.parts = self.split(pairs_per_backward)
         counts = torch.stack([torch.tensor(len(self.rows), device=self.device), self.chosen.lengths.sum()]).double()
@@ -160,7 +164,8 @@ class Passes:
         factor = _factor(sft, norms)
         for rows in parts:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
-            logps_w, logps_l = (self.logps(side) for side in sides)
+            together = None if sft is not None or norms is not None or visit else self.shared(sides)
+            logps_w, logps_l = (self.logps(side) for side in sides) if together is None else together.chunk(2)
             tally.add(self.watch(rows, logps_w, logps_l), len(rows))
             weights = self.weigh(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
             to_w, to_l = [(total, weights[0])], [(total, weights[1])]
@@ -173,6 +178,9 @@ class Passes:
             if visit:
                 to_w.append((own[0], torch.ones_like(logps_w)))
                 to_l.append((own[1], torch.ones_like(logps_l)))
+            if together is not None:
+                pull(together, [(total, torch.cat([*weights]))])
+                continue
             pull(logps_w, to_w)
             pull(logps_l, to_l)
             if visit:
@@ -194,6 +202,15 @@ class Passes:
             means = {side: (logps.mean().item(), (logps - ref[rows]).mean().item()) for side, logps, ref in sides}
         logps = {f"logps/{side}": mean for side, (mean, _) in means.items()}
         return logps | {f"logps/{side}_change": change for side, (_, change) in means.items()}
+
+    def shared(self, sides: tuple[Side, Side]) -> Tensor | None:
+        """Log-probabilities [2B] of both sides in one pass over a shared prompt; None where there is no such pass."""
+        head = find_head(self.model, self.chosen.input_ids) if self.share_prompt and can_share(self.model) else None
+        if head is None:
+            return None
+        chosen, rejected = ((side.input_ids, side.labels) for side in sides)
+        prompts = prompt_lengths(chosen, rejected)
+        return prompts and pair_logps(self.model, head, chosen, rejected, prompts, self.chunk_tokens)
 
     def foresee(self, base: Callable[..., Any], tally: "Tally") -> Tensor:
         """Weights for a base loss that needs the whole batch at once: log-probabilities first, without gradients."""

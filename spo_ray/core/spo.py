@@ -59,6 +59,7 @@ def spo_gradients(
     difference: Literal["forward", "central"] = "forward",
     pairs_per_backward: int | None = None,
     chunk_tokens: int | None = None,
+    share_prompt: bool | None = None,
     side_gradients: dict[str, Gradients] | None = None,
     all_reduce: AllReduce = alone,
 ) -> tuple[dict[str, Tensor], Metrics]:
@@ -90,6 +91,8 @@ def spo_gradients(
         pairs_per_backward: how many pairs share a backward. With one, (d) and the norms cost nothing; several keep
             hardware busy that one short sequence does not. None: by the tokens of the batch.
         chunk_tokens: see :func:`spo_ray.core.logps.token_logps`.
+        share_prompt: compute a pair's prompt once for both sides (:mod:`spo_ray.core.shared_prompt`) where the base
+            loss stands alone: without L_SFT, R and ``side_gradients``. None: on a CPU, where it was measured faster.
         side_gradients: filled with the gradients of the batch-mean log-probabilities, ``chosen`` and ``rejected``;
             the metrics then have Theorem 1's terms, ``dynamics/*``.
         all_reduce: sums tensors in place over the ranks of a data-parallel group.
@@ -113,7 +116,7 @@ def spo_gradients(
     n, central = len(backbone), difference == "central"
     scope = {"all": slice(None), "backbone": slice(n), "adapters": slice(n, None)}[norm_scope]
     with deterministic(model, [*backbone, *adapters]) as named:
-        passes = Passes(model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens)
+        passes = Passes(model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens, share_prompt)
         sft = passes.sft_weights(sft_reduction) if lambda_sft else None
         ridge = _Hinge(passes, gamma, scope, norm_of == "mean", central)
         whole, single = gamma > 0 and hinge == "batch", gamma > 0 and hinge == "pair"
