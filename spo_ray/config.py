@@ -26,7 +26,6 @@ from spo_ray.errors import UserError
 from spo_ray.method_config import MethodConfig, MethodName
 from spo_ray.section import Section
 
-
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -178,7 +177,7 @@ class PreferenceConfig(Section):
     """Steps between measurements of the log-probabilities of ``probe_pairs`` fixed pairs."""
     probe_pairs: PositiveInt = 64
     dynamics_every: PositiveInt | None = None
-    """Steps between measurements of the learning dynamics: gradient terms, forecasts and what came true; None: never."""
+    """Steps between measurements of the learning dynamics (gradient terms, forecasts, what came true); None: never."""
 
 
 class EvalConfig(Section):

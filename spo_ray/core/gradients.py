@@ -50,7 +50,7 @@ class Sink:
 
 
 def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
-    """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for every (sink, weights [B]) of ``targets``.
+    """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]).
 
     All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs a
     single backward, whatever the number of weightings: they differ by a factor.
@@ -121,6 +121,7 @@ def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]
     origins = [p.data for p in params]
     try:
         for p, origin, d in zip(params, origins, way, strict=True):
+            d = d.to(origin.dtype)
             p.data = torch.add(origin, d, alpha=scale, out=d)
         torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
         yield
@@ -128,6 +129,28 @@ def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]
         for p, origin in zip(params, origins, strict=True):
             p.data = origin
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Generator[bool]:
+    """Float32 throughout: autocast off, and parameters of half precision as float32 copies; tells if that changed it.
+
+    Differences of gradients drown in the rounding of anything less.
+    """
+    half = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    device = next(model.parameters()).device.type
+    changed = bool(half) or torch.is_autocast_enabled(device)
+    origins, grads = [p.data for p in half], [p.grad for p in half]
+    try:
+        for p in half:
+            p.grad = None
+            p.data = p.data.float()
+        with torch.autocast(device, enabled=False):
+            yield changed
+    finally:
+        for p, origin, grad in zip(half, origins, grads, strict=True):
+            p.data = origin
+            p.grad = grad
 
 
 @contextmanager
@@ -159,13 +182,15 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
     flags = [(p, p.requires_grad) for p in every.values()]
     wanted = {name: every[name] for name in names}
     chosen = {id(p) for p in wanted.values()}
+    exact = _is_float64(wanted.values())
     try:
         model.eval()
-        for module, mode in modes:  # Hugging Face's checkpointed layers recompute in training mode only
-            module.training = mode and bool(getattr(module, "gradient_checkpointing", False))
+        for module, mode in modes:  # Hugging Face's checkpointed layers compute again in training mode only
+            # (a backward leaves KeepFloat64, so that they could not in float64)
+            module.training = mode and bool(getattr(module, "gradient_checkpointing", False)) and not exact
         for p in every.values():
             p.requires_grad_(id(p) in chosen)
-        with torch.enable_grad(), KeepFloat64() if _is_float64(wanted.values()) else nullcontext():
+        with torch.enable_grad(), KeepFloat64() if exact else nullcontext():
             yield wanted
     finally:
         for p, flag in flags:

@@ -59,7 +59,7 @@ def _is_whole(model: nn.Module, head: Head, input_ids: Tensor) -> bool:
         head.output.register_forward_hook(lambda module, args, out: seen.update(taken=args[0], given=out)),
     ]
     try:
-        logits = model(input_ids=input_ids).logits
+        logits = call(model, input_ids=input_ids, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -79,7 +79,8 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def call(model: nn.Module, **inputs: Any) -> Any:
     """Call a model with those of the inputs that it takes."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's
+    base = unwrap() if callable(unwrap) else model
     names = inspect.signature(base.forward).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in names.values())
     return model(**{key: value for key, value in inputs.items() if free or key in names})

@@ -113,8 +113,8 @@ class _LinearLogps(torch.autograd.Function):
     """Log-probabilities through a plain output embedding.
 
     With z = W h, e = exp(z - max z) and s = sum e, the gradient with respect to z is ``g * (onehot - e / s)``. The
-    factors g and 1 / s are per token, so they go onto the [N, D] side of both products of the backward, and no pass over
-    [N, V] is needed there. A single chunk keeps e for the backward; several compute it again.
+    factors g and 1 / s are per token, so they go onto the [N, D] side of both products of the backward, and no pass
+    over [N, V] is needed there. A single chunk keeps e for the backward; several compute it again.
     """
 
     @staticmethod

@@ -83,7 +83,7 @@ def ipo(
     rejected_lengths: Tensor,
     ipo_reduction: Literal["mean", "sum"] = "mean",
 ) -> tuple[Tensor, Metrics]:
-    """``(h - 1 / (2 beta))^2``, ``h = r_w / n_w - r_l / n_l`` (``mean``, as in TRL) or ``r_w - r_l`` (``sum``, the paper).
+    """``(h - 1 / (2 beta))^2``, ``h = r_w / n_w - r_l / n_l`` (``mean``, as in TRL) or ``r_w - r_l`` (``sum``).
 
     Azar et al., arXiv 2310.12036, equation 17; beta is its tau.
     """

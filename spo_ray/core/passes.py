@@ -210,7 +210,9 @@ class Passes:
             return None
         chosen, rejected = ((side.input_ids, side.labels) for side in sides)
         prompts = prompt_lengths(chosen, rejected)
-        return prompts and pair_logps(self.model, head, chosen, rejected, prompts, self.chunk_tokens)
+        if prompts is None:
+            return None
+        return pair_logps(self.model, head, chosen, rejected, prompts, self.chunk_tokens)
 
     def foresee(self, base: Callable[..., Any], tally: "Tally") -> Tensor:
         """Weights for a base loss that needs the whole batch at once: log-probabilities first, without gradients."""
@@ -236,7 +238,8 @@ class Passes:
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         tally.add({"loss": loss.mean().item(), **metrics}, len(rows))
         share = loss.mean() * (len(rows) / self.pairs)
-        return torch.autograd.grad(share, (leaf_w, leaf_l), allow_unused=True, materialize_grads=True)
+        weight_w, weight_l = torch.autograd.grad(share, (leaf_w, leaf_l), allow_unused=True, materialize_grads=True)
+        return weight_w, weight_l
 
 
 def _factor(sft: Tensor | None, norms: tuple[Tensor, Tensor] | None) -> float:

@@ -1,7 +1,7 @@
 """The safe region: a weight lambda that adapts until the policy keeps its distance from falling.
 
-Instead of a fixed penalty lambda, ``min L_pref  s.t.  gap <= epsilon`` by dual ascent: every step lambda rises where the
-gap is above epsilon, and falls where it is below. Which gap is a choice of the caller:
+Instead of a fixed penalty lambda, ``min L_pref  s.t.  gap <= epsilon`` by dual ascent: every step lambda rises where
+the gap is above epsilon, and falls where it is below. Which gap is a choice of the caller:
 
 * the mean fall of log pi(y_w) since the reference model, ``mean(log pi_ref(y_w) - log pi(y_w))`` in nats: how far the
   policy has left the region where the preferred answers are as likely as they were;

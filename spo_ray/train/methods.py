@@ -8,7 +8,7 @@ from typing import Any
 from spo_ray.core.losses import LOSSES, Loss
 from spo_ray.core.running import ReferenceStatistics, RunningStatistics
 from spo_ray.core.safe_region import DualVariable
-from spo_ray.method_config import MethodConfig, SafeRegion, Spo
+from spo_ray.method_config import AlphaDpo, MethodConfig, SafeRegion, Spo
 from spo_ray.section import Section
 
 STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
@@ -23,7 +23,7 @@ class Method:
 
     def __init__(self, config: MethodConfig) -> None:
         base = config.base_config if isinstance(config, Spo) else config
-        self.statistics = STATISTICS[base.statistics]() if hasattr(base, "statistics") else None
+        self.statistics = STATISTICS[base.statistics]() if isinstance(base, AlphaDpo) else None
         self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics)}
         self.arguments |= {"beta": getattr(base, "beta", 1.0), "margin": getattr(base, "margin", 0.0)}
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN

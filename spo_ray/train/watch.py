@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spo_ray.config import PreferenceConfig
 from spo_ray.core.dynamics import forecast
 from spo_ray.core.gradients import Gradients
 from spo_ray.core.losses import Metrics

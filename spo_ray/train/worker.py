@@ -168,7 +168,8 @@ def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
 def recompute(model: nn.Module, config: TrainConfig) -> None:
     """Switch on gradient checkpointing where it is configured."""
     if config.gradient_checkpointing:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap = getattr(model, "get_base_model", None)  # PEFT's
+        base: Any = unwrap() if callable(unwrap) else model
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -205,8 +206,8 @@ def optimise(
                 raise FloatingPointError(f"step {step}: the gradient is not finite (rows {list(indices)}): {metrics}")
             optimizer.step()
             schedule.step()
-            rate = schedule.get_last_lr()[0]
-            record = {"step": step, "total_steps": total, "grad_norm": norm, "learning_rate": rate, **metrics}
+            rate = float(schedule.get_last_lr()[0])
+            record: Metrics = {"step": step, "total_steps": total, "grad_norm": norm, "learning_rate": rate, **metrics}
             _record(file, record | watch(record, indices))
 
 
