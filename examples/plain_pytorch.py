@@ -19,28 +19,28 @@ from spo_ray.core import completion_logps, spo_gradients
 TOY = Path(__file__).resolve().parents[1] / "assets" / "toy_base"
 PAIRS = [
     {
-        "prompt": "Ada owns 12 apples and finds 9 more. How many apples does Ada own now?",
-        "chosen": "First, 12 + 9 = 21.\n#### 21",
-        "rejected": "First, 12 - 9 = 3.\n#### 3",
+        "prompt": "Ida owns 3 apples. Kim owns 5 times as many as Ida. How many apples do they own together?",
+        "chosen": "First, 3 * 5 = 15. Then, 3 + 15 = 18.\n#### 18",
+        "rejected": "3 * 5 = 15.\n#### 15",
     },
     {
-        "prompt": "Bo owns 17 cards and loses 5. How many cards does Bo own now?",
-        "chosen": "First, 17 - 5 = 12.\n#### 12",
-        "rejected": "First, 17 + 5 = 22.\n#### 22",
+        "prompt": "Dee owns 25 toys. Ada owns 20 fewer than Dee. How many toys do they own together?",
+        "chosen": "First, 25 - 20 = 5. Then, 25 + 5 = 30.\n#### 30",
+        "rejected": "25 - 20 = 15.\n#### 15",
     },
     {
-        "prompt": "Sue owns 25 beads and finds 14 more. How many beads does Sue own now?",
-        "chosen": "First, 25 + 14 = 39.\n#### 39",
-        "rejected": "First, 25 + 14 = 41.\n#### 41",
+        "prompt": "Ned owns 24 disks, which is 11 fewer than Jon owns. How many disks does Jon own?",
+        "chosen": "24 + 11 = 35.\n#### 35",
+        "rejected": "24 - 11 = 13.\n#### 13",
     },
     {
-        "prompt": "Jon owns 30 pens and loses 11. How many pens does Jon own now?",
-        "chosen": "First, 30 - 11 = 19.\n#### 19",
-        "rejected": "First, 30 - 11 = 29.\n#### 29",
+        "prompt": "Dee owns 5 boxes of 3 rings each and 18 loose rings. How many rings does Dee own?",
+        "chosen": "First, 5 * 3 = 15. Then, 15 + 18 = 33.\n#### 33",
+        "rejected": "First, 5 * 3 = 15. Then, 15 + 17 = 33.\n#### 33",
     },
 ]
 SPO = {"base": "dpo", "beta": 0.5, "lambda_sft": 1.0, "gamma": 0.01, "inner_steps": 1, "eta": 2e-5}
-LEARNING_RATES = {"backbone": 1e-4, "adapters": 3e-4}  # for the toy model; a large one wants smaller steps
+BACKBONE_RATE, ADAPTER_RATE = 1e-4, 3e-4  # for the toy model; a large one wants smaller steps
 SIDES = ("chosen", "rejected")
 
 
@@ -51,10 +51,10 @@ def load(path: str) -> nn.Module:
     return model.requires_grad_(True)  # PEFT has frozen theta
 
 
-def parameter_names(model: nn.Module) -> tuple[list[str], list[str]]:
+def names(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of theta's parameters and of phi's."""
-    names = [name for name, _ in model.named_parameters()]
-    return [n for n in names if ".lora_" not in n], [n for n in names if ".lora_" in n]
+    every = [name for name, _ in model.named_parameters()]
+    return [n for n in every if ".lora_" not in n], [n for n in every if ".lora_" in n]
 
 
 def encode(pair: Mapping[str, str], tokenizer: Any) -> dict[str, list[int]]:
@@ -83,39 +83,41 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def reference(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Log-probabilities under the reference, which is the model before its first step."""
-    parts = ("input_ids", "labels", "attention_mask")
-    return {f"ref_{side}_logps": completion_logps(model, *(batch[f"{side}_{p}"] for p in parts))[0] for side in SIDES}
+    """Log-probabilities of completions under the reference, which is the model before its first step."""
+    rows = {side: [batch[f"{side}_{key}"] for key in ("input_ids", "labels", "attention_mask")] for side in SIDES}
+    return {f"ref_{side}_logps": completion_logps(model, *inputs)[0] for side, inputs in rows.items()}
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(TOY), help="name or folder of a chat model")
+    parser.add_argument("--steps", type=int, default=20)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Train on all pairs at every step."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(TOY), help="name or folder of a chat model")
-    parser.add_argument("--steps", type=int, default=20)
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
     torch.manual_seed(0)  # the adapters' start is random
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), load(args.model).to(device)
-    batch = {key: value.to(device) for key, value in collate([encode(p, tokenizer) for p in PAIRS]).items()}
+    batch = {key: value.to(device) for key, value in collate([encode(pair, tokenizer) for pair in PAIRS]).items()}
     batch |= reference(model, batch)
 
     named = dict(model.named_parameters())
-    backbone, adapters = parameter_names(model)
-    groups = [
-        {"params": [named[n] for n in backbone], "lr": LEARNING_RATES["backbone"]},
-        {"params": [named[n] for n in adapters], "lr": LEARNING_RATES["adapters"]},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    backbone, adapters = names(model)
+    theta = {"params": [named[name] for name in backbone], "lr": BACKBONE_RATE}
+    phi = {"params": [named[name] for name in adapters], "lr": ADAPTER_RATE}
+    optimizer = torch.optim.AdamW([theta, phi], weight_decay=0.0)
     for step in range(1, args.steps + 1):
         grads, metrics = spo_gradients(model, batch, backbone=backbone, adapters=adapters, **SPO)
-        for name, grad in grads.items():  # these are the gradients: there is no loss to call backward on
+        for name, grad in grads.items():  # whole gradients: there is no loss to call backward on
             named[name].grad = grad
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        shown = "  ".join(f"{key} {metrics[key]:.4f}" for key in ("loss", "logps/chosen", "logps/rejected"))
-        print(f"step {step}  {shown}")
+        shown = [f"{key} {metrics[key]:.4f}" for key in ("loss", "logps/chosen", "logps/rejected")]
+        print(f"step {step}", *shown, sep="  ")
     # PEFT saves phi alone, and theta has moved too: model.merge_and_unload().save_pretrained(folder) keeps both.
 
 

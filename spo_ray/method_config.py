@@ -108,6 +108,9 @@ class Inner(Section):
     """K; 0 drops term (b)."""
     eta: PositiveFloat = 2e-5
     mode: Literal["rescaled", "literal"] = "rescaled"
+    """Term (b) over a longer step, scaled back, or literally at theta_hat."""
+    full_precision: bool = True
+    """The rescaled (b) in float32 whatever ``train.precision``; without, it is cheaper and its direction rough."""
 
 
 class SafeRegion(Section):

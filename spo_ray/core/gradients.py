@@ -50,10 +50,10 @@ class Sink:
 
 
 def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
-    """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]).
+    """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]) of ``targets``.
 
-    All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs a
-    single backward, whatever the number of weightings: they differ by a factor.
+    All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs
+    a single backward, whatever the number of weightings: they differ by a factor.
     """
     targets = [(sink, weights.detach()) for sink, weights in targets if bool(weights.any())]
     if not targets:

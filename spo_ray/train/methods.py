@@ -59,6 +59,7 @@ def _spo(config: Spo) -> dict[str, Any]:
         "inner_steps": config.inner.steps,
         "eta": config.inner.eta,
         "inner_mode": config.inner.mode,
+        "full_precision_inner": config.inner.full_precision,
         "sft_reduction": config.sft_reduction,
         "norm_scope": config.norm_scope,
         "norm_of": config.norm_of,

@@ -304,9 +304,9 @@ def test_side_gradients_and_their_terms():
         logps = completion_logps(model, *(batch[f"{side}_{key}"] for key in keys))[0]
         truth[side] = torch.autograd.grad(logps.mean(), [dict(model.named_parameters())[n] for n in grads])
         assert relative_error(sides[side], truth[side]) < 1e-6
-    w, l = (torch.cat([g.flatten() for g in truth[side]]) for side in ("chosen", "rejected"))
-    assert metrics["dynamics/chosen_term"] == pytest.approx((w @ w - w @ l).item(), rel=1e-6)
-    assert metrics["dynamics/rejected_term"] == pytest.approx((w @ l - l @ l).item(), rel=1e-6)
+    w, r = (torch.cat([g.flatten() for g in truth[side]]) for side in ("chosen", "rejected"))
+    assert metrics["dynamics/chosen_term"] == pytest.approx((w @ w - w @ r).item(), rel=1e-6)
+    assert metrics["dynamics/rejected_term"] == pytest.approx((w @ r - r @ r).item(), rel=1e-6)
     assert relative_error(list(grads.values())[len(backbone) :], plain[len(backbone) :]) < 1e-12
 
 

@@ -144,6 +144,41 @@ def test_reference_log_probabilities_of_another_model_are_refused(local_ray, in_
         train_methods(run, base, Artifact(shifted, "shifted"))
 
 
+def steps_of(artifact):
+    return [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
+
+
+def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_ray, in_root, toy_base, pairs, tmp_path):
+    config = small_config(
+        tmp_path,
+        "preference.lr_theta=1e-6",
+        "preference.lr_phi=1e-6",
+        "preference.dynamics_every=2",
+        "train.max_grad_norm=1000",
+        "train.warmup_ratio=0",
+        "train.gradient_checkpointing=true",
+        "train.pairs_per_backward=3",
+        "methods.spo.safe_region={epsilon: 0.01, lr: 10}",
+    )
+    run, base = Run(config), external(toy_base)
+    methods = train_methods(run, base, reference_logps(run, "reference", base, pairs))
+    log = steps_of(methods["spo"])
+    for record in log[1:]:
+        assert ("dynamics/forecast_chosen" in record) == (record["step"] % 2 == 1)
+    for record in log[1::2]:
+        for side in ("chosen", "rejected"):
+            forecast, realised = record[f"dynamics/forecast_{side}"], record[f"dynamics/realised_{side}"]
+            assert forecast == pytest.approx(realised, rel=0.1, abs=1e-4)
+        assert record["dynamics/realised_chosen"] > 1e-4
+        norms = record["dynamics/norm_chosen"], record["dynamics/norm_rejected"]
+        assert record["dynamics/R"] == pytest.approx(max(0.0, norms[0] - norms[1]), rel=1e-6)
+    for a, b in zip(log[1:], log[2:], strict=False):
+        expected = max(1e-3, a["spo/lambda"] + 10 * (a["spo/gap"] - 0.01))
+        assert b["spo/lambda"] == pytest.approx(expected, rel=1e-6)
+        assert a["spo/gap"] == pytest.approx(-a["logps/chosen_change"])
+    assert "spo/lambda" not in steps_of(methods["dpo"])[1]
+
+
 def test_bfloat16_compute_trains(local_ray, in_root, toy_base, pairs, tmp_path):
     run = Run(small_config(tmp_path, "train.precision=bfloat16"))
     base = external(toy_base)
