@@ -1,4 +1,4 @@
-.PHONY: setup quickstart test test-slow check format lock clean
+.PHONY: setup quickstart test test-slow bench check format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -18,6 +18,10 @@ test: setup ## Run the tests
 
 test-slow: setup ## Run the tests that take minutes each
 	@$(PY) -m pytest -m slow
+
+bench: setup ## Measure a step's cost, here and against TRL; half an hour on two cores
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 $(PY) -m benchmarks.step_cost
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 $(PY) -m benchmarks.vs_trl
 
 check: setup ## Format, lint and types, without changing anything
 	@.venv/bin/ruff format --check .

@@ -93,13 +93,13 @@ def batches(rows: Sequence[dict[str, Any]], size: int) -> list[dict[str, torch.T
 def useful_flops(model: nn.Module, rows: Sequence[dict[str, Any]]) -> float:
     """Multiplications and additions of forward and backward that a DPO step cannot do without.
 
-    6 per weight and token: all tokens for the layers, completion tokens alone for the head. Attention's own products
-    (a few per cent at these lengths) are left out.
+    6 per weight and token: for the layers every prompt once and all completion tokens, for the head the latter alone.
+    Attention's own products (a few per cent at these lengths) are left out.
     """
     total = sum(p.numel() for p in model.parameters())
     head = model.get_output_embeddings().weight.numel()  # ty: ignore[call-non-callable, unresolved-attribute]
     completion = sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in rows)
-    tokens = completion + 2 * sum(len(r["prompt_ids"]) for r in rows)
+    tokens = completion + sum(len(r["prompt_ids"]) for r in rows)
     return 6.0 * (tokens * (total - head) + completion * head)
 
 

@@ -181,13 +181,19 @@ def test_trainer_accumulates_the_mean_of_the_micro_batches_gradients(example, to
 
 
 def test_trainer_weighs_an_epochs_short_last_step_by_its_own_batches(example, toy_base, tmp_path):
-    _, watch, start, seen = trained(example, toy_base, tmp_path, gradient_accumulation_steps=4, max_steps=1)
-    grads = [own_gradients(example, start, batch)[0] for batch in seen[:2]]
-    mean = {name: (grads[0][name] + grads[1][name]) / 2 for name in watch.grads}
-    norm = torch.stack([g.norm() for g in mean.values()]).norm()
-    assert norm > 1.0  # so that the Trainer's clipping is seen, too
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1, "max_grad_norm": 0.0}
+    _, watch, start, seen = trained(example, toy_base, tmp_path, **options)
+    first, second = (own_gradients(example, start, batch)[0] for batch in seen[:2])
     for name, grad in watch.grads.items():
-        torch.testing.assert_close(grad, mean[name] / norm, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(grad, (first[name] + second[name]) / 2)
+
+
+def test_trainer_clips_the_whole_gradient(example, toy_base, tmp_path):
+    _, watch, start, seen = trained(example, toy_base, tmp_path, max_steps=1, max_grad_norm=0.5)
+    grads, _ = own_gradients(example, start, seen[0])
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    for name, grad in watch.grads.items():
+        torch.testing.assert_close(grad, grads[name] * 0.5 / norm, rtol=1e-4, atol=1e-7)
 
 
 def test_trainer_gives_backbone_and_adapters_their_own_rates_under_one_schedule(example, toy_base, tmp_path):

@@ -222,6 +222,8 @@ BATCHWISE = frozenset({alpha_dpo})
 def bind(base: str | Callable[..., Any], **available: Any) -> Callable[..., Any]:
     """Fix the parameters of a loss, given by name or as a callable, that occur in its signature.
 
+    What a ``functools.partial`` has fixed stays as it is.
+
     Raises:
         ValueError: an unknown name.
     """
@@ -229,7 +231,7 @@ def bind(base: str | Callable[..., Any], **available: Any) -> Callable[..., Any]
         if base not in LOSSES:
             raise ValueError(f"unknown base loss {base!r}; known: {', '.join(LOSSES)}")
         base = LOSSES[base]
-    names = inspect.signature(base).parameters
+    names = set(inspect.signature(base).parameters) - set(base.keywords if isinstance(base, partial) else ())
     return partial(base, **{name: value for name, value in available.items() if name in names})
 
 

@@ -1,5 +1,6 @@
 """Running statistics of a scalar over training steps, for losses that need them."""
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
@@ -30,10 +31,12 @@ class RunningStatistics:
         self.training = True
 
     def update(self, values: Tensor, all_reduce: AllReduce = alone) -> None:
-        """Take in the values of one optimizer step, of all ranks; nothing while frozen."""
+        """Take in the values of one optimizer step, of all ranks; nothing while frozen, or if one is not finite."""
         if not self.training:
             return
         count, first, second = _sums(values, all_reduce)
+        if not math.isfinite(second):
+            return
         self.first = self.decay * self.first + (1 - self.decay) * first / count
         self.second = self.decay * self.second + (1 - self.decay) * second / count
         self.weight = self.decay * self.weight + (1 - self.decay)

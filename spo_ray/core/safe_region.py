@@ -9,6 +9,7 @@ the gap is above epsilon, and falls where it is below. Which gap is a choice of 
   the lower level's steps: how far theta is from the best for the current adapters, not from the reference.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -31,7 +32,9 @@ class DualVariable:
     highest: float = 100.0
 
     def update(self, gap: float) -> float:
-        """One step of projected dual ascent; gives the new lambda."""
+        """One step of projected dual ascent; gives the new lambda. A gap that is no number changes nothing."""
+        if math.isnan(gap):
+            return self.value
         risen = self.value + self.learning_rate * (gap - self.epsilon)
         self.value = min(self.highest, max(self.lowest, risen))
         return self.value

@@ -14,14 +14,7 @@ CHOSEN, REJECTED = "#1b7837", "#c51b7d"
 
 def log_probability_figure(checkpoints: dict[str, Path]) -> str:
     """Mean log pi of chosen and rejected responses on the probe pairs against the step, one panel a method."""
-    records = []
-    for method, path in checkpoints.items():
-        for line in (path / STEP_LOG).read_text().splitlines():
-            record = json.loads(line)
-            for side in ("chosen", "rejected"):
-                value = record.get(f"probe/logps/{side}")
-                if value is not None:
-                    records.append({"method": method, "step": record["step"], "side": side, "logp": value})
+    records = _series(checkpoints, {side: f"probe/logps/{side}" for side in ("chosen", "rejected")}, "side", "logp")
     color = alt.Color("side:N", title=None, scale=alt.Scale(domain=["chosen", "rejected"], range=[CHOSEN, REJECTED]))
     base: Any = alt.Chart(alt.Data(values=records))
     lines = base.mark_line(strokeWidth=2).encode(
@@ -40,6 +33,41 @@ def log_probability_figure(checkpoints: dict[str, Path]) -> str:
         .facet(facet=alt.Facet("method:N", title=None, sort=list(checkpoints)), columns=3)
     )
     return _svg(chart)
+
+
+def dynamics_figure(checkpoints: dict[str, Path]) -> str:
+    """Theorem 1's terms of watched steps, one panel a method; empty where no step was watched.
+
+    Under the base loss alone log pi(y_w) rises with ``||g_w||^2 - <g_w,g_l>`` and log pi(y_l) with ``<g_w,g_l> -
+    ||g_l||^2``, of the batch's mean gradients.
+    """
+    terms = {"‖g_w‖² − ⟨g_w,g_l⟩": "dynamics/chosen_term", "⟨g_w,g_l⟩ − ‖g_l‖²": "dynamics/rejected_term"}
+    records = _series(checkpoints, terms, "term", "value")
+    if not records:
+        return ""
+    base: Any = alt.Chart(alt.Data(values=records))
+    color = alt.Color("term:N", title=None, scale=alt.Scale(domain=list(terms), range=[CHOSEN, REJECTED]))
+    lines = base.mark_line(strokeWidth=2, point=True).encode(
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("value:Q", title="gradient term", scale=alt.Scale(type="symlog")),
+        color=color,
+    )
+    chart = lines.properties(width=220, height=120).facet(
+        facet=alt.Facet("method:N", title=None, sort=list(checkpoints)), columns=3
+    )
+    return _svg(chart)
+
+
+def _series(checkpoints: dict[str, Path], keys: dict[str, str], label: str, value: str) -> list[dict[str, Any]]:
+    """Records of some of the step logs' columns, in long form."""
+    records = []
+    for method, path in checkpoints.items():
+        for line in (path / STEP_LOG).read_text().splitlines():
+            step = json.loads(line)
+            for name, key in keys.items():
+                if key in step:
+                    records.append({"method": method, "step": step["step"], label: name, value: step[key]})
+    return records
 
 
 def accuracy_figure(methods: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from spo_ray.report.figures import accuracy_figure, log_probability_figure
+from spo_ray.report.figures import accuracy_figure, dynamics_figure, log_probability_figure
 from spo_ray.report.summary import summarise
 from spo_ray.run import MANIFEST, Artifact, Ledger, Run, say, write_json
 
@@ -70,6 +70,16 @@ def _page(
         f"<p class=note>Mean over {run.config.preference.probe_pairs} fixed training pairs at most; symmetric "
         "logarithmic scale. A falling green line is the preferred answers losing probability.</p>",
     ]
+    dynamics = dynamics_figure({name: artifact.path for name, artifact in methods.items()})
+    if dynamics:
+        sections += [
+            "<h2>Gradient terms during training</h2>",
+            dynamics,
+            "<p class=note>Theorem 1: under the preference loss alone the chosen log-probability moves with the green "
+            "term, the rejected one with the red. A negative green term is a step that lowers the preferred answers "
+            "unless something else holds them. Of the batch's mean gradients, every "
+            f"{run.config.preference.dynamics_every} steps; symmetric logarithmic scale.</p>",
+        ]
     if answers:
         sections += ["<h2>Answers to held-out questions</h2>", _samples(answers, questions)]
     sections += ["<h2>Stages</h2>", _stages(run)]

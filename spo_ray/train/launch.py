@@ -17,6 +17,8 @@ from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
 from spo_ray.train.job import RESULT, Job, train_loop
 
 REPORT_EVERY_S = 5.0
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+"""glibc keeps freed memory: on a CPU, getting the same large tensors from the system anew takes a fifth of a step."""
 
 
 def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
@@ -114,7 +116,11 @@ def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}),
         ),
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        "run_config": RunConfig(name="train", storage_path=str(records)),
+        "run_config": RunConfig(
+            name="train",
+            storage_path=str(records),
+            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
+        ),
     }
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)
     finished = threading.Event()

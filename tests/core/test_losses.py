@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -418,3 +419,8 @@ def test_pairwise_knows_the_losses_that_need_the_whole_batch():
     assert pairwise(bind(bind("dpo", beta=0.5)))
     assert not pairwise(bind(bind("alpha_dpo", beta=0.5)))
     assert not pairwise(lambda *logps: logps[0].mean())
+
+
+def test_what_a_partial_has_fixed_stays():
+    fixed = bind(partial(simpo, margin=1.0), margin=0.0, beta=2.0, alpha=3.0)
+    assert fixed.keywords == {"margin": 1.0, "beta": 2.0}

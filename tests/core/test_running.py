@@ -208,3 +208,11 @@ def test_reference_statistics_move_in_evaluation_too():
     with statistics.frozen():
         fed(statistics, stream(1, seed=1))
     assert statistics.state_dict() != before
+
+
+def test_values_that_are_not_finite_are_left_out():
+    statistics = RunningStatistics()
+    statistics.update(torch.tensor([1.0, 3.0]))
+    before = statistics.state_dict()
+    statistics.update(torch.tensor([1.0, float("nan")]))
+    assert statistics.state_dict() == before

@@ -91,3 +91,7 @@ def test_state_dict_continues_identically_through_json():
         before.update(gap)
     resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert [resumed.update(gap) for gap in gaps[15:]] == expected[15:]
+
+
+def test_a_gap_that_is_no_number_changes_nothing():
+    assert DualVariable(5.0, epsilon=0.0, learning_rate=1.0).update(float("nan")) == 5.0
