@@ -77,6 +77,7 @@ def collate_with_reference(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tenso
 def main() -> None:
     """Train on the pairs of plain_pytorch.py."""
     options = arguments(__doc__)
+    torch.manual_seed(0)  # the adapters' start is random
     tokenizer, model = AutoTokenizer.from_pretrained(options.model), load(options.model)
     args = TrainingArguments(
         max_steps=options.steps,

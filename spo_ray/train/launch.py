@@ -109,6 +109,7 @@ def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:
     use_gpu = uses_gpu(run.config)
     config, records = run.config.train, run.root / ".unfinished" / f".ray_train_{names[0]}"
     shutil.rmtree(records, ignore_errors=True)
+    environment: dict[str, Any] = {} if use_gpu else {"worker_runtime_env": {"env_vars": KEEP_MEMORY}}
     options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
@@ -116,11 +117,7 @@ def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}),
         ),
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        "run_config": RunConfig(
-            name="train",
-            storage_path=str(records),
-            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
-        ),
+        "run_config": RunConfig(name="train", storage_path=str(records), **environment),
     }
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)
     finished = threading.Event()
