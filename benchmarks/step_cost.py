@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spo, batched": SPO | {"pairs_per_backward": PAIRS},
     "spo, hinge": SPO | {"gamma": GAMMA, "pairs_per_backward": 1},
     "spo, hinge per pair": SPO | {"gamma": GAMMA, "hinge": "pair"},
-    "spo, hinge, central": SPO | {"gamma": GAMMA, "difference": "central", "pairs_per_backward": 1},
 }
 NAIVE = {"naive": 0.0, "naive, hinge": GAMMA}
 BASELINES = {"spo, batched": "dpo, batched"}

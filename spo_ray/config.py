@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -176,6 +177,8 @@ class PreferenceConfig(Section):
     probe_every: PositiveInt = 10
     """Steps between measurements of the log-probabilities of ``probe_pairs`` fixed pairs."""
     probe_pairs: PositiveInt = 64
+    probe_top_tokens: NonNegativeInt = 0
+    """Tokens of the SFT model's own answers y* to the probe prompts, whose log-probability is followed; 0: none."""
     dynamics_every: PositiveInt | None = None
     """Steps between measurements of the learning dynamics (gradient terms, forecasts, what came true); None: never."""
 

@@ -9,13 +9,15 @@ import vl_convert
 
 from spo_ray.run import STEP_LOG
 
-CHOSEN, REJECTED = "#1b7837", "#c51b7d"
+CHOSEN, REJECTED, OWN = "#1b7837", "#c51b7d", "#7a8ca5"
 
 
 def log_probability_figure(checkpoints: dict[str, Path]) -> str:
-    """Mean log pi of chosen and rejected responses on the probe pairs against the step, one panel a method."""
-    records = _series(checkpoints, {side: f"probe/logps/{side}" for side in ("chosen", "rejected")}, "side", "logp")
-    color = alt.Color("side:N", title=None, scale=alt.Scale(domain=["chosen", "rejected"], range=[CHOSEN, REJECTED]))
+    """Mean log pi of the probe pairs' responses and of the SFT model's own against the step, one panel a method."""
+    names = {"chosen": "chosen", "rejected": "rejected", "SFT's own (y*)": "top"}
+    records = _series(checkpoints, {side: f"probe/logps/{name}" for side, name in names.items()}, "side", "logp")
+    shown = [side for side in names if any(record["side"] == side for record in records)]
+    color = alt.Color("side:N", title=None, scale=alt.Scale(domain=shown, range=[CHOSEN, REJECTED, OWN]))
     base: Any = alt.Chart(alt.Data(values=records))
     lines = base.mark_line(strokeWidth=2).encode(
         x=alt.X("step:Q", title="step"),

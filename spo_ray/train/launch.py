@@ -17,6 +17,8 @@ from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
 from spo_ray.train.job import RESULT, Job, train_loop
 
 REPORT_EVERY_S = 5.0
+NO_MATTER = {"parallel_methods", "cpus_per_worker", "gradient_checkpointing", "pairs_per_backward"}
+"""Training settings that change speed and memory, not results."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """glibc keeps freed memory: on a CPU, getting the same large tensors from the system anew takes a fifth of a step."""
 
@@ -97,7 +99,7 @@ def _check_batches(run: Run, name: str, count: int) -> None:
 
 def _identity(run: Run) -> dict[str, Any]:
     """The training settings that change results."""
-    return run.config.train.model_dump(exclude={"parallel_methods", "cpus_per_worker"})
+    return run.config.train.model_dump(exclude=NO_MATTER)
 
 
 def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:

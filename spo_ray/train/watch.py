@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from spo_ray.core.dynamics import forecast
 from spo_ray.core.gradients import Gradients
 from spo_ray.core.losses import Metrics
+from spo_ray.model.tokenise import ChatTokenizer
 
 SIDES = ("chosen", "rejected")
 
@@ -41,3 +43,37 @@ class StepWatch:
             metrics[f"dynamics/realised_{side}"] = after[f"logps/{side}"] - before[f"logps/{side}"]
         self.gradients, self.before = {}, []
         return metrics
+
+
+@torch.no_grad()
+def top_answers(
+    model: nn.Module, chat: ChatTokenizer, table: Sequence[Mapping[str, Any]], max_tokens: int, device: torch.device
+) -> list[tuple[list[int], list[int]]]:
+    """A model's own greedy answers y* (prompt ids, completion ids), where they are not the chosen response.
+
+    Theorem 2 says that mass which leaves y_w goes to the most probable output that is not y_w.
+    """
+    generator: Any = model
+    generator.eval()
+    width = max((len(row["prompt_ids"]) for row in table), default=0)
+    ids = torch.full((len(table), width), chat.pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(table):
+        ids[i, width - len(row["prompt_ids"]) :] = torch.tensor(row["prompt_ids"])
+        mask[i, width - len(row["prompt_ids"]) :] = 1
+    if not len(ids):
+        return []
+    output = generator.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=chat.stop_ids,
+        pad_token_id=chat.pad_id,
+    )
+    answers = []
+    for row, tokens in zip(table, output[:, width:].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(tokens) if token in chat.stop_ids), len(tokens))
+        if tokens[:end] != list(row["chosen_ids"]):
+            answers.append((list(row["prompt_ids"]), tokens[:end]))
+    return answers

@@ -32,9 +32,11 @@ from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.run import STEP_LOG, write_json
 from spo_ray.train.job import RESULT, Job
 from spo_ray.train.methods import Method
-from spo_ray.train.watch import StepWatch
+from spo_ray.train.watch import StepWatch, top_answers
 
 Row = dict[str, Any]
+TokenRow = tuple[Sequence[int], Sequence[int]]
+"""(prompt ids, completion ids)."""
 DRIFT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
 SCORING_BATCH = 32
@@ -122,10 +124,13 @@ def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
     params = [named[name] for name in (*backbone, *adapters)]
     check_reference(model, chat, table, config.train, rank)
     probe, dynamics = table[: config.preference.probe_pairs], StepWatch(params, config.preference.dynamics_every)
+    top_tokens = config.preference.probe_top_tokens
+    tops = top_answers(model, chat, rank.share(probe), top_tokens, rank.device) if top_tokens else []
 
     def gradients(step: int, indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
         rows = [table[i] for i in rank.share(indices)]
         batch = rank.to_device(collate_pairs(rows, chat.pad_id))
+        model.train()  # checkpointed layers compute again in training mode only; the step turns dropout off
         with autocast(config.train, rank):
             grads, metrics = spo_gradients(
                 model,
@@ -149,6 +154,8 @@ def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
         if step % config.preference.probe_every == 0 or step == record["total_steps"]:
             means = pair_means(model, chat, probe, config.train, rank)
             metrics |= {f"probe/{key}": value for key, value in means.items()}
+            if top_tokens:
+                metrics |= mean_logps(model, chat, tops, config.train, rank)
         return metrics
 
     groups = [
@@ -237,6 +244,21 @@ def pair_means(model: nn.Module, chat: ChatTokenizer, table: Sequence[Row], conf
     rank.all_reduce([sums])
     keys = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy")
     return dict(zip(keys, (sums / len(table)).tolist(), strict=True)) | {"n": len(table)}
+
+
+def mean_logps(
+    model: nn.Module, chat: ChatTokenizer, rows: Sequence[TokenRow], config: TrainConfig, rank: Rank
+) -> Metrics:
+    """Mean log-probability over all ranks' answers (prompt ids, completion ids); empty without any."""
+    sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
+    for start in range(0, len(rows), SCORING_BATCH):
+        tensors = collate(rows[start : start + SCORING_BATCH], chat.pad_id)
+        batch = rank.to_device({f"top_{key}": value for key, value in tensors.items()})
+        logps = side_logps(model, batch, "top", config, rank)
+        sums += torch.stack([logps.double().sum(), torch.ones_like(logps, dtype=torch.float64).sum()])
+    rank.all_reduce([sums])
+    total, count = sums.tolist()
+    return {"probe/logps/top": total / count} if count else {}
 
 
 def check_reference(

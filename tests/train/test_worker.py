@@ -115,6 +115,26 @@ def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy
             assert log[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
+def own_answer_logps(path, pairs, tokens):
+    """Mean log-probability of a model's greedy answers that are not the chosen ones, one token at a time."""
+    from transformers import AutoModelForCausalLM
+
+    from spo_ray.model.tokenise import ChatTokenizer
+
+    stops = ChatTokenizer.load(path).stop_ids
+    model, values = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
+    for row in pairs.rows():
+        answer, logp = [], 0.0
+        while len(answer) < tokens and not (answer and answer[-1] in stops):
+            with torch.inference_mode():
+                logps = model(input_ids=torch.tensor([row["prompt_ids"] + answer])).logits[0, -1].log_softmax(-1)
+            answer.append(int(logps.argmax()))
+            logp += logps.max().item()
+        if answer != row["chosen_ids"]:
+            values.append(logp)
+    return sum(values) / len(values)
+
+
 def trained_means(artifact, pairs):
     """Mean log-probabilities of the exported checkpoint, computed apart from the trainer."""
     from transformers import AutoModelForCausalLM
@@ -155,6 +175,7 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
         "preference.lr_theta=1e-6",
         "preference.lr_phi=1e-6",
         "preference.dynamics_every=2",
+        "preference.probe_top_tokens=24",
         "train.max_grad_norm=1000",
         "train.warmup_ratio=0",
         "train.gradient_checkpointing=true",
@@ -177,6 +198,9 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
         expected = max(1e-3, a["spo/lambda"] + 10 * (a["spo/gap"] - 0.01))
         assert b["spo/lambda"] == pytest.approx(expected, rel=1e-6)
         assert a["spo/gap"] == pytest.approx(-a["logps/chosen_change"])
+    tops = [record["probe/logps/top"] for record in log if "probe/logps/top" in record]
+    assert tops[0] == pytest.approx(own_answer_logps(toy_base, pairs, 24), abs=1e-3)
+    assert len(tops) > 1
     assert "spo/lambda" not in steps_of(methods["dpo"])[1]
 
 
