@@ -86,7 +86,7 @@ def test_pairs_are_sft_responses_against_wrong_samples(finished):
 def test_report_is_self_contained(finished):
     root, _, _ = finished
     page = (root / "report" / "index.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3  # accuracy, log-probabilities, gradient terms
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
     for name in ("base", "sft", "dpo", "spo"):
         assert f"<td>{name}</td>" in page
