@@ -156,6 +156,8 @@ class Spo(Section):
         wrong = [name for name in self._given() if name not in known]
         if wrong:
             raise ValueError(f"base {self.base} takes no {' and no '.join(wrong)}")
+        if self.safe_region and self.safe_region.gap == "inner" and not self.inner.steps:
+            raise ValueError("safe_region.gap=inner needs a lower level: inner.steps must be at least 1")
         return self
 
     def _given(self) -> dict[str, Any]:

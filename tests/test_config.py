@@ -67,6 +67,7 @@ def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
         (["sft_data.pass_k=9"], "pass_k=9 needs as many sampling.samples"),
         (["methods.spo.margin=1"], "base dpo takes no margin"),
         (["methods.spo={type: spo, base: simpo, penalty: 2, alpha: 1}"], "base simpo takes no alpha and no penalty"),
+        (["methods.spo.safe_region={gap: inner}", "methods.spo.inner.steps=0"], "needs a lower level"),
         (["methods.dpo={type: cdpo, label_smoothing: 0.5}"], "less than 0.5"),
         (["train.num_workers=5"], "preference.batch_size must be at least train.num_workers=5"),
     ],
