@@ -105,8 +105,10 @@ def test_without_lower_level_and_hinge_it_is_the_base_loss_plus_nll_on_theta():
     assert relative_error(mixed, expected) < 1e-12
 
 
-def test_parameters_gradients_flags_and_modes_come_back_bit_for_bit():
-    model, backbone, adapters = tiny_model(dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hinge", ["batch", "pair"])
+def test_parameters_gradients_flags_and_modes_come_back_bit_for_bit(dtype, hinge):
+    model, backbone, adapters = tiny_model(dtype=dtype)
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 2 == 0)
         parameter.grad = torch.full_like(parameter, i) if i % 2 == 0 else None
@@ -122,7 +124,7 @@ def test_parameters_gradients_flags_and_modes_come_back_bit_for_bit():
         )
 
     before = state()
-    options = DEFAULTS | {"lambda_sft": 1.0, "inner_steps": 2, "gamma": 1.0, "eta": 0.1}
+    options = DEFAULTS | {"lambda_sft": 1.0, "inner_steps": 2, "gamma": 1.0, "eta": 0.1, "hinge": hinge}
     for batch in (tiny_batch(), swapped(tiny_batch())):
         spo_gradients(model, batch, backbone=backbone, adapters=adapters, **options)
     after = state()
