@@ -28,7 +28,7 @@ warnings.filterwarnings("ignore")
 
 import datasets  # noqa: E402  after the switch for progress bars
 import trl.trainer.utils  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from transformers import PrinterCallback, TrainerCallback  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
 BETA = 0.1
@@ -123,7 +123,7 @@ def compare(bf16: bool, completions_only: bool, steps: int) -> list[dict[str, fl
             precompute_ref_log_probs=True,
             report_to="none",
             save_strategy="no",
-            logging_steps=10,
+            logging_steps=10_000,
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
@@ -142,6 +142,7 @@ def compare(bf16: bool, completions_only: bool, steps: int) -> list[dict[str, fl
             return compute_loss(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = seen
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return alternate.records[1:]
 
