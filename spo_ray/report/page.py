@@ -68,7 +68,8 @@ def _page(
         "<h2>Log-probabilities during training</h2>",
         log_probability_figure({name: artifact.path for name, artifact in methods.items()}),
         f"<p class=note>Mean over {run.config.preference.probe_pairs} fixed training pairs at most; symmetric "
-        "logarithmic scale. A falling green line is the preferred answers losing probability.</p>",
+        "logarithmic scale. A falling green line is the preferred answers losing probability; grey are the SFT model's "
+        "own greedy answers where they are not the chosen ones.</p>",
     ]
     dynamics = dynamics_figure({name: artifact.path for name, artifact in methods.items()})
     if dynamics:
