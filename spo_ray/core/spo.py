@@ -33,9 +33,12 @@ from spo_ray.core.running import AllReduce, alone
 INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 5e-5}
 CENTRAL_INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-4, torch.float16: 1e-4}
 """Relative move ||d|| / ||theta|| of term (b)'s rescaled difference: eta itself moves theta by less than rounding."""
-HESSIAN_STEP = {torch.float64: 1e-8, torch.float32: 1e-6}
-CENTRAL_HESSIAN_STEP = {torch.float64: 1e-6, torch.float32: 1e-5}
-"""Relative move of the finite-difference Hessian-vector products in grad R, which are never taken in less precision."""
+HESSIAN_STEP = {torch.float64: 1e-9, torch.float32: 3e-6}
+CENTRAL_HESSIAN_STEP = {torch.float64: 1e-7, torch.float32: 3e-5}
+"""Relative move of the finite-difference Hessian-vector products in grad R, which are never taken in less precision.
+
+Their error on test models of float64, forward and central: 6e-7 and 2e-9; of float32: 0.7% and 0.04%.
+"""
 
 
 def spo_gradients(

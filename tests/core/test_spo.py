@@ -77,8 +77,9 @@ def test_hinge_matches_double_backward_and_sleeps_when_inactive(case, pairs):
         truth, value = objective_gradient(model, batch, backbone, adapters, **options)
         found, metrics, n = run(batch, inner_mode="literal", **options)
         assert metrics["spo/R"] == pytest.approx(value, rel=1e-9)
-        assert relative_error(found[:n], truth[:n]) < 1e-5
-        assert relative_error(found[n:], truth[n:]) < 1e-5
+        tolerance = 1e-7 if options.get("difference") == "central" else 5e-6
+        assert relative_error(found[:n], truth[:n]) < tolerance
+        assert relative_error(found[n:], truth[n:]) < tolerance
         active.append(metrics["spo/hinge_active"])
     assert max(active) > 0
 
