@@ -4,7 +4,7 @@ Variants take turns on every batch, in one process; ratios are medians over batc
 hinge of R is active. ``naive`` computes every term by itself: a forward and backward for each loss, a copy of the model
 for the lower level, R's gradient by double backward.
 
-    python -m benchmarks.step_cost [--steps 20] [--memory VARIANT]
+    python -m benchmarks.step_cost [--steps 20] [--variants NAME ...]
 """
 
 import argparse
@@ -41,9 +41,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spo, batched": SPO | {"pairs_per_backward": PAIRS},
     "spo, hinge": SPO | {"gamma": GAMMA, "pairs_per_backward": 1},
     "spo, hinge per pair": SPO | {"gamma": GAMMA, "hinge": "pair"},
+    "dpo, bf16": DPO | {"bf16": True},
+    "spo, bf16": SPO | {"pairs_per_backward": 1, "bf16": True},
+    "spo, bf16, rough (b)": SPO | {"pairs_per_backward": 1, "full_precision_inner": False, "bf16": True},
 }
 NAIVE = {"naive": 0.0, "naive, hinge": GAMMA}
-BASELINES = {"spo, batched": "dpo, batched"}
+BASELINES = {
+    "dpo, bf16": "dpo, bf16",
+    "spo, batched": "dpo, batched",
+    "spo, bf16": "dpo, bf16",
+    "spo, bf16, rough (b)": "dpo, bf16",
+}
 """What a variant is compared with, where it is not ``dpo``."""
 EXACT = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
 EXACT["MALLOC_MMAP_THRESHOLD_"] = "65536"
@@ -65,7 +73,10 @@ def make_policy() -> tuple[nn.Module, list[str], list[str]]:
 def step(policy: tuple[nn.Module, list[str], list[str]], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
     """One gradient by the project's own path; its metrics."""
     model, backbone, adapters = policy
-    return spo_gradients(model, batch, backbone=backbone, adapters=adapters, beta=BETA, eta=ETA, **options)[1]
+    fixed = {"backbone": backbone, "adapters": adapters, "beta": BETA, "eta": ETA}
+    bf16, options = options.get("bf16", False), {key: value for key, value in options.items() if key != "bf16"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return spo_gradients(model, batch, **fixed, **options)[1]
 
 
 def naive_step(policy: tuple[nn.Module, list[str], list[str]], batch: Batch, gamma: float) -> list[Tensor]:
@@ -169,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--memory", choices=[*VARIANTS, *NAIVE])
+    parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *NAIVE], choices=[*VARIANTS, *NAIVE])
     options = parser.parse_args()
     torch.set_num_threads(common.THREADS)
     if options.memory:
@@ -178,9 +190,10 @@ def main() -> None:
     problems = common.gsm8k()
     pairs = common.make_pairs(problems, PAIRS * (options.steps + 1))
     rows = active(policy, common.tokenised(pairs, common.make_tokenizer(problems)))
-    records: dict[str, list[tuple[float, float]]] = {name: [] for name in calls(policy)}
+    wanted = {name: calls(policy)[name] for name in options.variants}
+    records: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted}
     for batch in common.batches(rows, PAIRS):
-        for name, call in calls(policy).items():
+        for name, call in wanted.items():
             records[name].append(common.elapsed(lambda c=call, b=batch: c(b)))
     show({name: times[1:] for name, times in records.items()}, options.steps)
 
@@ -192,14 +205,15 @@ def show(records: dict[str, list[tuple[float, float]]], steps: int) -> None:
     print(f"{'variant':22} {'wall s':>7} {'against':>14} {'wall':>6} {'CPU':>6} {'memory MiB':>11}")
     for name, times in records.items():
         against = BASELINES.get(name, "dpo")
-        pairs = list(zip(times, records[against], strict=True))
+        pairs = list(zip(times, records.get(against, times), strict=True))
         wall, cpu = (statistics.median(a[i] / b[i] for a, b in pairs) for i in (0, 1))
         command = [sys.executable, "-m", "benchmarks.step_cost", "--memory", name]
         memory = float(subprocess.run(command, env=EXACT, check=True, capture_output=True, text=True).stdout)
         seconds = statistics.median(t[0] for t in times)
         print(f"{name:22} {seconds:7.2f} {against:>14} {wall:6.2f} {cpu:6.2f} {memory:11.0f}", flush=True)
-    hinge, naive = records["spo, hinge"], records["naive, hinge"]
-    print(f"spo, hinge takes {statistics.median(a[0] / b[0] for a, b in zip(hinge, naive, strict=True)):.2f} of naive")
+    if "spo, hinge" in records and "naive, hinge" in records:
+        shares = [a[0] / b[0] for a, b in zip(records["spo, hinge"], records["naive, hinge"], strict=True)]
+        print(f"spo, hinge takes {statistics.median(shares):.2f} of naive")
 
 
 if __name__ == "__main__":

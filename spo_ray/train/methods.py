@@ -39,6 +39,19 @@ class Method:
         used, self.arguments["lambda_sft"] = self.arguments["lambda_sft"], self.dual.update(gap)
         return {"spo/lambda": used, "spo/gap": gap}
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint keeps: running statistics, lambda."""
+        parts = {"statistics": self.statistics, "dual": self.dual}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Continue from a checkpoint of the same method."""
+        if self.statistics is not None:
+            self.statistics.load_state_dict(state["statistics"])
+        if self.dual is not None:
+            self.dual.load_state_dict(state["dual"])
+            self.arguments["lambda_sft"] = self.dual.value
+
 
 PLAIN = {"lambda_sft": 0.0, "gamma": 0.0, "inner_steps": 0, "eta": 0.0}
 """The SPO step without its lower level and its hinge: the base loss alone."""

@@ -165,6 +165,8 @@ def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
     batches = list(epoch_batches(len(table), config.preference.batch_size, config.preference.epochs, config.seed))
     optimise(params, groups, batches, gradients, config.train, rank, Path(task.out) / STEP_LOG, watch)
     result: dict[str, Any] = {"train": pair_means(model, chat, table, config.train, rank), "steps": len(batches)}
+    if method.state_dict():
+        result["method_state"] = method.state_dict()
     if task.held_out is not None:
         result["held_out"] = pair_means(model, chat, task.held_out.rows(), config.train, rank)
     if rank.index == 0:

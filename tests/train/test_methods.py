@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from pydantic import TypeAdapter
@@ -106,3 +108,15 @@ def test_the_safe_region_moves_lambda_by_the_chosen_gap():
     assert inner.after_step(metrics)["spo/gap"] == metrics["spo/inner_gap"] > 0.5
     assert inner.arguments["lambda_sft"] > 1.0
     assert method(type="spo").after_step({"logps/chosen_change": -2.0}) == {}
+
+
+def test_a_method_continues_from_its_state():
+    fields = {"type": "spo", "base": "alpha_dpo", "safe_region": {"lr": 0.2}}
+    one = method(**fields)
+    gradient(one)
+    one.after_step({"logps/chosen_change": -2.0})
+    other = method(**fields)
+    other.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    assert other.arguments["lambda_sft"] == one.arguments["lambda_sft"] != 1.0
+    assert relative_error(gradient(other)[0], gradient(one)[0]) == 0
+    assert method(type="dpo").state_dict() == {}

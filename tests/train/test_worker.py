@@ -201,6 +201,8 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
     tops = [record["probe/logps/top"] for record in log if "probe/logps/top" in record]
     assert tops[0] == pytest.approx(own_answer_logps(toy_base, pairs, 24), abs=1e-3)
     assert len(tops) > 1
+    state = json.loads((methods["spo"].path / "result.json").read_text())["method_state"]
+    assert state["dual"]["value"] == pytest.approx(max(1e-3, log[-1]["spo/lambda"] + 10 * (log[-1]["spo/gap"] - 0.01)))
     assert "spo/lambda" not in steps_of(methods["dpo"])[1]
 
 
