@@ -21,7 +21,7 @@ test-slow: setup ## Run the tests that take minutes each
 
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 
-bench: setup ## Measure a step's cost, here and against TRL; 35 minutes on two cores
+bench: setup ## Measure a step's cost, here and against TRL; 40 minutes on two cores
 	@$(KEEP_MEMORY) $(PY) -m benchmarks.step_cost
 	@echo "allocator as it comes" && $(PY) -m benchmarks.vs_trl
 	@echo "allocator that keeps memory" && $(KEEP_MEMORY) $(PY) -m benchmarks.vs_trl
