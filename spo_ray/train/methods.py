@@ -24,8 +24,7 @@ class Method:
     def __init__(self, config: MethodConfig) -> None:
         base = config.base_config if isinstance(config, Spo) else config
         self.statistics = STATISTICS[base.statistics]() if isinstance(base, AlphaDpo) else None
-        self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics)}
-        self.arguments |= {"beta": getattr(base, "beta", 1.0), "margin": getattr(base, "margin", 0.0)}
+        self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics), "beta": getattr(base, "beta", 1.0)}
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN
         region = config.safe_region if isinstance(config, Spo) else None
         self.gap = GAPS[region.gap] if region else None

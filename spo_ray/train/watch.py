@@ -35,7 +35,7 @@ class StepWatch:
         return {"side_gradients": self.gradients}
 
     def finish(self, before: Mapping[str, float], after: Mapping[str, float]) -> Metrics:
-        """After a step, from the batch's mean log-probabilities before and after it; empty where not watched."""
+        """After a watched step, from the batch's mean log-probabilities before and after it."""
         update = [p.detach() - start for p, start in zip(self.params, self.before, strict=True)]
         metrics = {}
         for side in SIDES:
