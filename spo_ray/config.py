@@ -13,7 +13,6 @@ from pydantic import (
     BaseModel,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -26,9 +25,8 @@ from ruamel.yaml.error import YAMLError
 from spo_ray.errors import UserError
 from spo_ray.method_config import MethodConfig, MethodName
 from spo_ray.section import Section
+from spo_ray.train_config import Dtype, Fraction, PreferenceConfig, SftConfig, TrainConfig
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Dtype = Literal["float32", "bfloat16"]
 
 
 class RayConfig(Section):
@@ -76,6 +74,30 @@ class PreferenceData(Section):
 DataConfig = Annotated[ToyData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
+class WholeBackbone(Section):
+    """theta is every weight of the backbone."""
+
+    type: Literal["all"] = "all"
+
+
+class LastLayers(Section):
+    """theta is the backbone's last layers; the rest is frozen."""
+
+    type: Literal["last_layers"]
+    count: PositiveInt = 4
+
+
+class SecondAdapter(Section):
+    """theta is a LoRA adapter of its own beside phi's; the backbone is frozen."""
+
+    type: Literal["adapter"]
+    rank: PositiveInt = 32
+    alpha: PositiveInt = 64
+
+
+ThetaConfig = Annotated[WholeBackbone | LastLayers | SecondAdapter, Field(discriminator="type")]
+
+
 class ModelConfig(Section):
     """The base model and its adapters."""
 
@@ -83,9 +105,15 @@ class ModelConfig(Section):
     """A local directory, or a hub id."""
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's template."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation; auto: FlashAttention 2 where it is installed, on a GPU and in bfloat16, else PyTorch's."""
+    theta: ThetaConfig = WholeBackbone()
+    """What SFT trains, and SPO's lower level."""
     lora_rank: PositiveInt = 8
     lora_alpha: PositiveInt = 16
     lora_targets: str | list[str] = "all-linear"
+    export_adapter: bool = False
+    """Beside a method's merged checkpoint, write its backbone and phi as a PEFT adapter (``backbone/``, ``adapter/``)."""
 
 
 class SamplingConfig(Section):
@@ -134,55 +162,6 @@ class PairsConfig(Section):
     per_question: PositiveInt = 1
 
 
-class TrainConfig(Section):
-    """What SFT and every preference method share."""
-
-    num_workers: PositiveInt = 1
-    cpus_per_worker: PositiveFloat = 1.0
-    use_gpu: bool | None = None
-    """One GPU per worker; None: where the cluster has GPUs."""
-    precision: Dtype = "float32"
-    """Compute type; parameters and optimizer states are float32."""
-    max_length: PositiveInt = 1024
-    """Prompt plus completion, in tokens; longer rows are quarantined."""
-    max_grad_norm: PositiveFloat = 1.0
-    warmup_ratio: Fraction = 0.1
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    weight_decay: NonNegativeFloat = 0.0
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward instead of keeping them."""
-    pairs_per_backward: PositiveInt | None = None
-    """Pairs that share a backward; None: few enough to fill the hardware. It changes speed and memory, not results."""
-    parallel_methods: PositiveInt = 1
-    """Preference methods trained at the same time."""
-
-
-class SftConfig(Section):
-    """Supervised fine-tuning of all backbone weights."""
-
-    lr: PositiveFloat = 2e-5
-    epochs: PositiveInt = 3
-    batch_size: PositiveInt = 8
-
-
-class PreferenceConfig(Section):
-    """What every preference method shares, so that methods differ in their gradient alone."""
-
-    lr_theta: PositiveFloat = 1e-5
-    """Learning rate of the backbone."""
-    lr_phi: PositiveFloat = 1e-5
-    """Learning rate of the adapters."""
-    epochs: PositiveInt = 3
-    batch_size: PositiveInt = 4
-    probe_every: PositiveInt = 10
-    """Steps between measurements of the log-probabilities of ``probe_pairs`` fixed pairs."""
-    probe_pairs: PositiveInt = 64
-    probe_top_tokens: NonNegativeInt = 0
-    """Tokens of the SFT model's own answers y* to the probe prompts, whose log-probability is followed; 0: none."""
-    dynamics_every: PositiveInt | None = None
-    """Steps between measurements of the learning dynamics (gradient terms, forecasts, what came true); None: never."""
-
-
 class EvalConfig(Section):
     """Accuracy on held-out questions by generation."""
 
@@ -218,9 +197,8 @@ class Config(Section):
     def _fields_agree(self) -> "Config":
         if self.sft_data.pass_k > self.sampling.samples:
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
-        for name in ("sft", "preference"):
-            if getattr(self, name).batch_size < self.train.num_workers:
-                raise ValueError(f"{name}.batch_size must be at least train.num_workers={self.train.num_workers}")
+        if self.train.cpu_offload and self.train.sharding == "none":
+            raise ValueError("train.cpu_offload needs train.sharding=full")
         return self
 
 

@@ -99,7 +99,7 @@ def _describe(run: Run) -> str:
     p = config.preference
     return (
         f"{config.data.type} data, model {config.model.path}, seed {config.seed}. Every method: {p.epochs} epochs, "
-        f"batch {p.batch_size}, learning rates {p.lr_theta:g} (backbone) and {p.lr_phi:g} (adapters), from the same "
+        f"batch {p.batch_size}, learning rates {p.theta.lr:g} (backbone) and {p.phi.lr:g} (adapters), from the same "
         "SFT checkpoint."
     )
 

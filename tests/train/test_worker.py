@@ -57,8 +57,8 @@ def weights(artifact):
 METHOD_OVERRIDES = [
     "methods.spo.gamma=0.0",
     "methods.spo.inner.eta=1e-3",
-    "preference.lr_theta=1e-4",
-    "preference.lr_phi=1e-4",
+    "preference.theta.lr=1e-4",
+    "preference.phi.lr=1e-4",
 ]
 
 
@@ -94,7 +94,7 @@ def test_two_workers_take_the_steps_of_one(local_ray, in_root, toy_base, pairs, 
 
 
 def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy_base, pairs, tmp_path):
-    run = Run(small_config(tmp_path, "preference.lr_theta=1e-4", "preference.lr_phi=1e-4"))
+    run = Run(small_config(tmp_path, "preference.theta.lr=1e-4", "preference.phi.lr=1e-4"))
     base = external(toy_base)
     referenced = reference_logps(run, "reference", base, pairs)
     reference = {r["id"]: (r["ref_chosen_logps"], r["ref_rejected_logps"]) for r in referenced.rows()}
@@ -172,12 +172,14 @@ def steps_of(artifact):
 def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_ray, in_root, toy_base, pairs, tmp_path):
     config = small_config(
         tmp_path,
-        "preference.lr_theta=1e-6",
-        "preference.lr_phi=1e-6",
+        "preference.theta.lr=1e-6",
+        "preference.phi.lr=1e-6",
         "preference.dynamics_every=2",
         "preference.probe_top_tokens=24",
-        "train.max_grad_norm=1000",
-        "train.warmup_ratio=0",
+        "preference.theta.max_grad_norm=1000",
+        "preference.theta.warmup_ratio=0",
+        "preference.phi.max_grad_norm=1000",
+        "preference.phi.warmup_ratio=0",
         "train.gradient_checkpointing=true",
         "train.pairs_per_backward=3",
         "methods.spo.safe_region={epsilon: 0.01, lr: 10}",
