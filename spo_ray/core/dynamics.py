@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_ray.core.running import AllReduce, alone
+from spo_ray.core.sharded import local, total
 
 MAX_SEQUENCES = 100_000
 CHUNK = 1 << 22  # elements held in float64 at a time: an embedding matrix as a whole would take gigabytes
@@ -288,12 +289,12 @@ def first_order_mass(logps: Tensor, jacobian: Sequence[Tensor], update: Sequence
 
 
 def _inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """``<left, right>`` of two lists of tensors, each as one vector: a float64 scalar, formed where the tensors are."""
+    """``<left, right>`` of two lists of tensors, each as one vector, in float64; over all ranks for shards."""
     if len(left) != len(right) or not left or any(a.shape != b.shape for a, b in zip(left, right, strict=False)):
         raise ValueError("two lists of tensors of the same shapes are needed, with one tensor at least")
     parts = [
-        torch.dot(x.double(), y.double()).to(left[0].device)
+        torch.dot(x.double(), y.double())
         for a, b in zip(left, right, strict=True)
-        for x, y in zip(a.detach().flatten().split(CHUNK), b.detach().flatten().split(CHUNK), strict=True)
+        for x, y in zip(local(a).flatten().split(CHUNK), local(b).flatten().split(CHUNK), strict=True)
     ]
-    return torch.stack(parts).sum()
+    return total(torch.stack([part.to(parts[0].device) for part in parts]).sum(), left)

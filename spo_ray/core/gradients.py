@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spo_ray.core.sharded import is_sharded, local, total
+
 Gradients = list[Tensor]
 Params = Sequence[Tensor]
 
@@ -49,21 +51,24 @@ class Sink:
         return [part for part in self.parts if part is not None]
 
 
-def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
+def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]], *, retain: bool = False) -> None:
     """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]) of ``targets``.
 
     All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs
-    a single backward, whatever the number of weightings: they differ by a factor.
+    a single backward, whatever the number of weightings: they differ by a factor. Weights of zero need none. Where
+    parameters are sharded, neither holds: other ranks' weights differ, and a backward sums over the ranks. ``retain``
+    keeps the graph.
     """
-    targets = [(sink, weights.detach()) for sink, weights in targets if bool(weights.any())]
+    sharded = is_sharded(targets[0][0].params)
+    targets = [(sink, weights.detach()) for sink, weights in targets if sharded or bool(weights.any())]
     if not targets:
         return
     with _own_grads(targets[0][0].params):
-        if len(values) == 1 and len(targets) > 1:
+        if len(values) == 1 and len(targets) > 1 and not retain and not sharded:
             _distribute(values.sum(), [(sink, weights.item()) for sink, weights in targets])
         else:
             for i, (sink, weights) in enumerate(targets):
-                _accumulate((values * weights).sum(), sink, retain=i < len(targets) - 1)
+                _accumulate((values * weights).sum(), sink, retain=retain or i < len(targets) - 1)
 
 
 def _accumulate(value: Tensor, sink: Sink, *, retain: bool) -> None:
@@ -97,8 +102,6 @@ def _distribute(value: Tensor, targets: Sequence[tuple[Sink, float]]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    for i, p in enumerate(params):  # sharded parameters get their gradient without telling the hooks
-        deliver(i, p)
 
 
 @contextmanager
@@ -115,20 +118,46 @@ def _own_grads(params: Params) -> Generator[None]:
 def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]:
     """Parameters at ``params + scale * way``, and afterwards back, bit for bit.
 
-    ``way`` is used up: its memory becomes the moved parameters. The originals stay where they are meanwhile, because
-    subtracting the move again would not be exact.
+    ``way`` is used up: its memory becomes the moved parameters, or holds the originals of sharded ones, whose memory
+    must stay in its place. Originals are kept because subtracting the move again would not be exact.
     """
-    origins = [p.data for p in params]
+    exchange = _exchange_shards if is_sharded(params) else _exchange
+    back = exchange(params, way, scale)
+    torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
     try:
-        for p, origin, d in zip(params, origins, way, strict=True):
-            d = d.to(origin.dtype)
-            p.data = torch.add(origin, d, alpha=scale, out=d)
-        torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
         yield
     finally:
+        back()
+        torch.clear_autocast_cache()
+
+
+def _exchange(params: Params, way: Gradients, scale: float) -> Callable[[], None]:
+    """Put the moved parameters in the place of the originals; gives what undoes it."""
+    origins = [p.data for p in params]
+    for p, origin, d in zip(params, origins, way, strict=True):
+        d = d.to(origin.dtype)
+        p.data = torch.add(origin, d, alpha=scale, out=d)
+
+    def back() -> None:
         for p, origin in zip(params, origins, strict=True):
             p.data = origin
-        torch.clear_autocast_cache()
+
+    return back
+
+
+def _exchange_shards(params: Params, way: Gradients, scale: float) -> Callable[[], None]:
+    """The same in place, shard by shard."""
+    shards, kept = [local(p) for p in params], [local(d) for d in way]
+    for shard, d in zip(shards, kept, strict=True):
+        new = torch.add(shard, d, alpha=scale)
+        d.copy_(shard)
+        shard.copy_(new)
+
+    def back() -> None:
+        for shard, origin in zip(shards, kept, strict=True):
+            shard.copy_(origin)
+
+    return back
 
 
 @contextmanager
@@ -137,6 +166,11 @@ def full_precision(model: nn.Module) -> Generator[bool]:
 
     Differences of gradients drown in the rounding of anything less.
     """
+    own = getattr(model, "full_precision", None)  # a sharded model's
+    if own is not None:
+        with own() as changed:
+            yield changed
+        return
     half = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     device = next(model.parameters()).device.type
     changed = bool(half) or torch.is_autocast_enabled(device)
@@ -225,7 +259,8 @@ def add(to: Gradients, what: Gradients, scale: float = 1.0) -> None:
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm of all tensors as one vector."""
+    """Euclidean norm of all tensors as one vector, over all ranks where they are shards."""
     if not tensors:
         return 0.0
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.detach()) for t in tensors])).item()
+    value = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(local(t)) for t in tensors]))
+    return total(value.double() ** 2, tensors).sqrt().item() if is_sharded(tensors) else value.item()

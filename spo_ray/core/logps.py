@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from spo_ray.core.head import Head, call, find_head
+from spo_ray.core.sharded import inside
 
 IGNORE = -100
 LOGITS_PER_CHUNK = 2**24
@@ -64,8 +65,13 @@ def token_logps(
         logits = call(model, input_ids=input_ids, attention_mask=attention_mask, **inputs).logits
         flat = _gathered(logits[:, -kept:-1][mask], wanted)
     else:
-        hidden = call(head.decoder, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        flat = chunked_logps(head, hidden[:, start:-1][mask], wanted, chunk_tokens)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+
+        def forward() -> Tensor:
+            hidden = call(head.decoder, **inputs)[0]
+            return chunked_logps(head, hidden[:, start:-1][mask], wanted, chunk_tokens)
+
+        flat = inside(model, forward)
     return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat), mask
 
 

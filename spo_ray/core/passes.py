@@ -12,6 +12,7 @@ from spo_ray.core.head import find_head
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.core.losses import Metrics, SftReduction, bind, pairwise
 from spo_ray.core.running import AllReduce
+from spo_ray.core.sharded import is_sharded
 from spo_ray.core.shared_prompt import can_share, pair_logps, prompt_lengths
 
 TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
@@ -54,9 +55,9 @@ class Tally:
         self.sums: Metrics = {}
 
     def add(self, metrics: Metrics, rows: int) -> None:
-        """Means over some of the batch's rows."""
+        """Means over some of the batch's rows; over none they only make the keys known."""
         for key, value in metrics.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value * rows / self.rows
+            self.sums[key] = self.sums.get(key, 0.0) + (value * rows / self.rows if rows else 0.0)
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,19 @@ class Passes:
         share_prompt: bool | None = None,
     ) -> None:
         self.model, self.params, self.all_reduce = model, list(params), all_reduce
+        self.sharded = is_sharded(params)
+        if self.sharded and not pairs_per_backward:
+            raise ValueError("sharded parameters need pairs_per_backward: all ranks must make the same passes")
         self.chosen, self.rejected = Side.of(batch, "chosen"), Side.of(batch, "rejected")
         self.reference = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
         self.chunk_tokens, self.device = chunk_tokens, batch["chosen_labels"].device
-        self.share_prompt = self.device.type == "cpu" if share_prompt is None else share_prompt
+        share = self.device.type == "cpu" if share_prompt is None else share_prompt
+        self.share_prompt = share and not self.sharded  # which pairs can be shared may differ between ranks
         self.rows = list(range(len(self.chosen.labels)))
+        valid = batch.get("valid", torch.ones(len(self.rows), dtype=torch.bool, device=self.device))
+        self.valid, self.local = valid.double(), int(valid.sum())
         self.parts = self.split(pairs_per_backward)
-        counts = torch.stack([torch.tensor(len(self.rows), device=self.device), self.chosen.lengths.sum()]).double()
+        counts = torch.stack([self.valid.sum(), (self.chosen.lengths * self.valid).sum()])
         all_reduce([counts])
         self.pairs, self.tokens = (int(count) for count in counts)
 
@@ -117,9 +124,13 @@ class Passes:
         sink = Sink(self.params if params is None else params)
         with only(sink.params, self.params):
             for rows in self.parts:
-                pull(self.logps(side.rows(rows)), [(sink, weights[rows])])
-        gradients = sink.gradients()
-        self.all_reduce(gradients)
+                pull(self.logps(side.rows(rows)), [(sink, (weights * self.valid)[rows])])
+        return self.summed(sink.gradients())
+
+    def summed(self, gradients: Gradients) -> Gradients:
+        """The sum over all ranks; sharded gradients are that already."""
+        if not self.sharded:
+            self.all_reduce(gradients)
         return gradients
 
     def gradient_here(self, side: Side, weights: Tensor) -> Gradients:
@@ -137,9 +148,10 @@ class Passes:
         """Metrics of this rank's pairs, those of SPO's own terms over all ranks."""
         own = [key for key in tally.sums if key.startswith("spo/")]
         values = torch.tensor([tally.sums[key] for key in own], dtype=torch.float64, device=self.device)
-        values *= len(self.rows) / self.pairs
+        values *= self.local / self.pairs
         self.all_reduce([values])
-        nll = -tally.sums["logps/chosen"] * len(self.rows) / int(self.chosen.lengths.sum())
+        # per token of all ranks: the mean over pairs of these is the mean over tokens
+        nll = -tally.sums["logps/chosen"] * self.pairs / self.tokens
         return tally.sums | {"nll_loss": nll} | dict(zip(own, values.tolist(), strict=True))
 
     def collect(
@@ -148,6 +160,8 @@ class Passes:
         sft: Tensor | None = None,
         norms: tuple[Tensor, Tensor] | None = None,
         visit: Visitor | None = None,
+        *,
+        proportional: bool = False,
     ) -> Sums:
         """One forward and backward of every pair, into the sum for the base loss and those with the given weights.
 
@@ -156,19 +170,26 @@ class Passes:
             sft: weights [B] of the chosen sequences in a sum of their own.
             norms: weights [B] of the chosen and of the rejected sequences in sums of their own.
             visit: called for every pair with its gradients; pairs then go one by one.
+            proportional: ``sft`` and the first of ``norms`` are the same but for a factor, so that one sum serves both.
         """
         total, sft_sum, chosen, rejected = (Sink(self.params) for _ in range(4))
-        tally = Tally(len(self.rows))
+        tally = Tally(self.local)
         parts = [[i] for i in self.rows] if visit else self.parts
         ahead = None if pairwise(base) or len(parts) == 1 else self.foresee(base, tally)
-        factor = _factor(sft, norms)
+        factor = 0.0 if sft is None or norms is None or not proportional else (norms[0][0] / sft[0]).item()
+        sft, norms = self.of_valid(sft), (None if norms is None else (self.of_valid(norms[0]), self.of_valid(norms[1])))
+        alone = sft is None and norms is None and visit is None
         for rows in parts:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
-            together = None if sft is not None or norms is not None or visit else self.shared(sides)
-            logps_w, logps_l = (self.logps(side) for side in sides) if together is None else together.chunk(2)
-            tally.add(self.watch(rows, logps_w, logps_l), len(rows))
+            both = self.shared(sides) if alone else None
+            logps_w, logps_l = (self.logps(side) for side in sides) if both is None else both.chunk(2)
+            self.watch(rows, logps_w, logps_l, tally)
             weights = self.weigh(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
-            to_w, to_l = [(total, weights[0])], [(total, weights[1])]
+            if both is None and self.sharded:
+                both = torch.cat([logps_w, logps_l])  # one backward instead of two: each gathers all parameters again
+            if both is not None:
+                pull(both, [(total, torch.cat([*weights]))], retain=not alone)
+            to_w, to_l = ([], []) if both is not None else ([(total, weights[0])], [(total, weights[1])])
             if sft is not None:
                 to_w.append((sft_sum, sft[rows]))
             if norms is not None:
@@ -178,12 +199,10 @@ class Passes:
             if visit:
                 to_w.append((own[0], torch.ones_like(logps_w)))
                 to_l.append((own[1], torch.ones_like(logps_l)))
-            if together is not None:
-                pull(together, [(total, torch.cat([*weights]))])
-                continue
-            pull(logps_w, to_w)
-            pull(logps_l, to_l)
-            if visit:
+            for logps, targets in ((logps_w, to_w), (logps_l, to_l)):
+                if targets:
+                    pull(logps, targets)
+            if visit and self.valid[rows].any():
                 total.add_all(visit(sides, (own[0].gradients(), own[1].gradients()), tally))
         sums = Sums(
             total.gradients(),
@@ -192,16 +211,21 @@ class Passes:
             rejected.gradients() if norms is not None else [],
             tally,
         )
-        self.all_reduce([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
+        self.summed([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
         return replace(sums, chosen=[g * factor for g in sums.sft]) if factor else sums
 
-    def watch(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor) -> Metrics:
+    def of_valid(self, weights: Tensor | None) -> Tensor | None:
+        """Weights [B], 0 for rows that only fill up this rank's share."""
+        return None if weights is None else weights * self.valid
+
+    def watch(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally") -> None:
         """Mean log-probabilities and what became of them since the reference: the displacement."""
-        with torch.no_grad():
-            sides = zip(("chosen", "rejected"), (logps_w, logps_l), self.reference, strict=True)
-            means = {side: (logps.mean().item(), (logps - ref[rows]).mean().item()) for side, logps, ref in sides}
-        logps = {f"logps/{side}": mean for side, (mean, _) in means.items()}
-        return logps | {f"logps/{side}_change": change for side, (_, change) in means.items()}
+        valid = self.valid[rows].bool()
+        sides = zip(("chosen", "rejected"), (logps_w, logps_l), self.reference, strict=True)
+        for side, logps, reference in sides:
+            own = logps.detach()[valid]
+            change = (own - reference[rows][valid]).mean().item()
+            tally.add({f"logps/{side}": own.mean().item(), f"logps/{side}_change": change}, len(own))
 
     def shared(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Log-probabilities [2B] of both sides in one pass over a shared prompt; None where there is no such pass."""
@@ -226,25 +250,19 @@ class Passes:
     def weigh(
         self, base: Callable[..., Any], rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally"
     ) -> tuple[Tensor, Tensor]:
-        """dL/du_w and dL/du_l [B] of the mean base loss over all ranks' pairs."""
-        leaf_w, leaf_l = logps_w.detach().requires_grad_(), logps_l.detach().requires_grad_()
+        """dL/du_w and dL/du_l [B] of the mean base loss over all ranks' pairs; 0 for rows that only fill up."""
+        valid = self.valid[rows].bool()
+        leaf_w, leaf_l = (logps.detach()[valid].requires_grad_() for logps in (logps_w, logps_l))
         lengths = {
-            "chosen_lengths": self.chosen.lengths[rows],
-            "rejected_lengths": self.rejected.lengths[rows],
+            "chosen_lengths": self.chosen.lengths[rows][valid],
+            "rejected_lengths": self.rejected.lengths[rows][valid],
             "mean_chosen_length": self.tokens / self.pairs,
         }
-        references = (value[rows].to(leaf_w) for value in self.reference)
+        references = (value[rows][valid].to(leaf_w) for value in self.reference)
         result = bind(base, **lengths)(leaf_w, leaf_l, *references)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
-        tally.add({"loss": loss.mean().item(), **metrics}, len(rows))
-        share = loss.mean() * (len(rows) / self.pairs)
-        weight_w, weight_l = torch.autograd.grad(share, (leaf_w, leaf_l), allow_unused=True, materialize_grads=True)
+        tally.add({"loss": loss.mean().item(), **metrics}, len(leaf_w))
+        share = loss.mean() * (len(leaf_w) / self.pairs)
+        grads = torch.autograd.grad(share, (leaf_w, leaf_l), allow_unused=True, materialize_grads=True)
+        weight_w, weight_l = (torch.zeros_like(logps_w).masked_scatter(valid, grad) for grad in grads)
         return weight_w, weight_l
-
-
-def _factor(sft: Tensor | None, norms: tuple[Tensor, Tensor] | None) -> float:
-    """What makes the sum for norms of the one for L_SFT, where they are proportional; else 0."""
-    if sft is None or norms is None:
-        return 0.0
-    ratio = norms[0] / sft
-    return ratio[0].item() if bool((ratio == ratio[0]).all()) else 0.0

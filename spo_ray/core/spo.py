@@ -72,6 +72,7 @@ def spo_gradients(
     Args:
         model: a Hugging Face causal language model, with or without PEFT adapters.
         batch: ``{chosen,rejected}_{input_ids,labels,attention_mask}`` [B, T] and ``ref_{chosen,rejected}_logps`` [B].
+            ``valid`` [B] is optional: False for rows that count for nothing, so that all ranks have as many rows.
         backbone: names of theta's parameters.
         adapters: names of phi's parameters.
         base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of the four log-probability tensors
@@ -95,7 +96,8 @@ def spo_gradients(
         difference: forward or central differences of gradients, in grad R (12 units instead of 6) and in the rescaled
             (b) (4 instead of 2).
         pairs_per_backward: how many pairs share a backward. With one, (d) and the norms cost nothing; several keep
-            hardware busy that one short sequence does not. None: by the tokens of the batch.
+            hardware busy that one short sequence does not. None: by the tokens of the batch. Where parameters are
+            sharded (:mod:`spo_ray.core.sharded`) it must be given, and every rank must hold as many rows.
         chunk_tokens: see :func:`spo_ray.core.logps.token_logps`.
         share_prompt: compute a pair's prompt once for both sides (:mod:`spo_ray.core.shared_prompt`) where the base
             loss stands alone: without L_SFT, R and ``side_gradients``. None: on a CPU, where it was measured faster.
@@ -108,7 +110,8 @@ def spo_gradients(
         ``rewards/*`` are means over this rank's pairs, ``spo/*`` and ``dynamics/*`` belong to the whole batch.
 
     Raises:
-        ValueError: an unknown base, option or parameter name, a negative ``inner_steps``, or an empty completion.
+        ValueError: an unknown base, option or parameter name, a negative ``inner_steps``, an empty completion, or
+            ``hinge="pair"`` with sharded parameters, for which no pair's own gradient exists.
     """
     choices = {
         "norm_scope": (norm_scope, ("all", "backbone", "adapters")),
@@ -124,11 +127,16 @@ def spo_gradients(
     with deterministic(model, [*backbone, *adapters]) as named:
         passes = Passes(model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens, share_prompt)
         sft = passes.sft_weights(sft_reduction) if lambda_sft else None
+        if passes.sharded and gamma > 0 and hinge == "pair":
+            raise ValueError(
+                "sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters"
+            )
         ridge = _Hinge(passes, gamma, scope, norm_of == "mean", central)
         whole, single = gamma > 0 and hinge == "batch", gamma > 0 and hinge == "pair"
         norms = ridge.weights() if whole or side_gradients is not None else None
         base_loss = bind(base, beta=beta, margin=margin, all_reduce=all_reduce)
-        sums = passes.collect(base_loss, sft, norms, ridge.of_pair if single else None)
+        visit = ridge.of_pair if single else None
+        sums = passes.collect(base_loss, sft, norms, visit, proportional=norm_of == "sum")
         total, metrics = sums.total, passes.means(sums.tally)
         if whole:
             metrics |= ridge.add_to(total, sums)
@@ -281,7 +289,9 @@ class _Hinge:
 
 def _compute_dtype(passes: Passes) -> torch.dtype:
     """The type that forward passes compute in: autocast's, or the parameters' own."""
-    device = passes.device.type
+    device, own = passes.device.type, getattr(passes.model, "compute_dtype", None)
+    if own is not None:
+        return own
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else passes.params[0].dtype
 
 
