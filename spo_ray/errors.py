@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input or configuration: the message says what is wrong and what to do. Command lines exit with 2."""
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on, and could not after a restart either: the message says why and what to do."""

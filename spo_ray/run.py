@@ -26,6 +26,8 @@ from spo_ray.config import Config
 from spo_ray.errors import UserError
 
 MANIFEST = "manifest.json"
+STARTED = "started.json"
+"""In an unfinished stage that can go on where it was cut off."""
 REJECTED = "rejected.parquet"
 STEP_LOG = "log.jsonl"
 """A training stage's metrics, one JSON line a step."""
@@ -50,10 +52,14 @@ class Artifact:
         """The data files."""
         return sorted(str(p) for p in self.path.glob("part-*.parquet"))
 
-    def rows(self) -> list[Any]:
+    def table(self) -> pa.Table:
         """All rows, in the order of their ids, whatever the order in which they were written."""
-        table = pa.concat_tables([pq.read_table(part) for part in self.parts]).to_pylist() if self.parts else []
-        return sorted(table, key=lambda row: row["id"])
+        tables = [pq.read_table(part) for part in self.parts]
+        return pa.concat_tables(tables).sort_by("id") if tables else pa.table({"id": []})
+
+    def rows(self) -> list[Any]:
+        """The same as dictionaries."""
+        return self.table().to_pylist()
 
 
 @dataclass
@@ -126,8 +132,13 @@ class Run:
         build(opened.scratch, opened.ledger)
         return self.close(opened)
 
-    def open(self, name: str, *, config: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> "Artifact | OpenStage":
-        """The finished stage if it can be reused, else an empty directory to build it in; see :meth:`stage`."""
+    def open(
+        self, name: str, *, config: Mapping[str, Any], inputs: Mapping[str, Artifact], resumable: bool = False
+    ) -> "Artifact | OpenStage":
+        """The finished stage if it can be reused, else a directory to build it in; see :meth:`stage`.
+
+        The directory is empty, unless the same stage was cut off there that was opened as ``resumable``.
+        """
         identity = {
             "stage": name,
             "version": __version__,
@@ -139,10 +150,15 @@ class Run:
         if _identity(self.root / name) == digest:
             say(name, "reused")
             return Artifact(self.root / name, digest)
-        say(name, "starts")
         scratch = self.root / ".unfinished" / name
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        if _identity(scratch, STARTED) == digest:
+            say(name, "goes on")
+        else:
+            say(name, "starts")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        if resumable:
+            write_json(scratch / STARTED, {"digest": digest})
         return OpenStage(name, digest, identity, scratch)
 
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
@@ -157,6 +173,7 @@ class Run:
             "versions": versions(),
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
         }
+        (stage.scratch / STARTED).unlink(missing_ok=True)
         write_json(stage.scratch / MANIFEST, manifest)
         _replace(stage.scratch, self.root / stage.name)
         say(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
@@ -217,9 +234,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _identity(directory: Path) -> str | None:
+def _identity(directory: Path, file: str = MANIFEST) -> str | None:
     try:
-        return json.loads((directory / MANIFEST).read_text())["digest"]
+        return json.loads((directory / file).read_text())["digest"]
     except FileNotFoundError:
         return None
 

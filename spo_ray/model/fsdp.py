@@ -47,6 +47,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, cpu_of
         unit.set_gradient_divide_factor(1.0)  # sums: the losses are divided by global counts
         unit.set_force_sum_reduction_for_comms(True)  # Gloo has no other
     whole: Any = model
+    whole.register_forward_hook(_free)
     register_fsdp_forward_method(whole, "generate")
     whole.compute_dtype = compute_dtype
     whole.full_precision = partial(_full_precision, whole)
@@ -103,6 +104,12 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict in main memory, gathered on rank 0; empty on the other ranks of a sharded model."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _free(model: Any, inputs: object, output: object) -> None:
+    """After a pass without gradients nothing else would free the root's parameters: they would be seen whole."""
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 def _units(model: nn.Module) -> list[FSDPModule]:

@@ -1,6 +1,7 @@
 """What Ray Train's processes are told. Its controller imports this module; only the workers import torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spo_ray.config import Config
@@ -20,14 +21,31 @@ class Job:
     rows: Artifact
     out: str
     """Directory for the checkpoint and the metrics."""
+    key: str
+    """What its checkpoints are known by."""
     method: str | None = None
     """A name in ``config.methods``; None: SFT."""
     held_out: Artifact | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether its results are there."""
+        return (Path(self.out) / RESULT).exists()
+
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry: the jobs, one after another."""
+    """Ray Train's entry: the jobs, one after another, but for those that an earlier start has finished."""
+    import ray.train
+
+    from spo_ray.train.feed import shared_table
+    from spo_ray.train.rank import Rank
+    from spo_ray.train.snapshots import Snapshots
     from spo_ray.train.worker import run_job
 
+    rank = Rank.current()
     for job in arguments["jobs"]:
-        run_job(job)
+        done = [job.finished]
+        if not any(rank.gather(done)):
+            snapshots = Snapshots(job.key, job.config.train.checkpoint, rank)
+            run_job(job, rank, snapshots, lambda artifact: shared_table(artifact.digest))
+            ray.train.report({"job": job.key, "finished": True})

@@ -1,36 +1,51 @@
 """Training stages through Ray Train."""
 
+import hashlib
 import json
-import shutil
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    CheckpointConfig,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from spo_ray.cluster import uses_gpu
+from spo_ray.config import Config
 from spo_ray.errors import UserError
 from spo_ray.parallel import run_parallel
 from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
+from spo_ray.train.failures import FAILURES, RecordFailures, cause_of
+from spo_ray.train.feed import dataset
 from spo_ray.train.job import RESULT, Job, train_loop
 
 REPORT_EVERY_S = 5.0
-NO_MATTER = {"parallel_methods", "cpus_per_worker", "gradient_checkpointing", "pairs_per_backward"}
-"""Training settings that change speed and memory, not results."""
+MATTER = {"precision", "optimizer", "max_length"}
+"""Training settings that change results; with all others they are the same but for rounding."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 """glibc keeps freed memory: on a CPU, getting the same large tensors from the system anew takes a fifth of a step."""
 
 
 def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     """Supervised fine-tuning of the base model; a merged checkpoint."""
-    settings = {"sft": run.config.sft.model_dump(), "train": _identity(run)}
-    stage = run.open("sft", config=settings, inputs={"model": model, "rows": rows})
+    theta = run.config.model.theta.model_dump()
+    settings = {"sft": run.config.sft.model_dump(), "train": _identity(run), "theta": theta}
+    stage = run.open("sft", config=settings, inputs={"model": model, "rows": rows}, resumable=True)
     if isinstance(stage, Artifact):
         return stage
     # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
-    return run_parallel({"sft": partial(_train, run, [stage], model, rows)}, 1)["sft"]["sft"]
+    group = _name([stage])
+    return run_parallel({"sft": partial(_train, run, [stage], group, model, rows)}, 1)["sft"]["sft"]
 
 
 def train_methods(run: Run, model: Artifact, pairs: Artifact, held_out: Artifact | None = None) -> dict[str, Artifact]:
@@ -48,110 +63,149 @@ def train_methods(run: Run, model: Artifact, pairs: Artifact, held_out: Artifact
                 "method": method.model_dump(),
                 "preference": config.preference.model_dump(),
                 "train": _identity(run),
-                "lora": config.model.model_dump(include={"lora_rank", "lora_alpha", "lora_targets"}),
+                "model": config.model.model_dump(exclude={"path", "attention"}),
             },
             inputs=inputs,
+            resumable=True,
         )
         for name, method in config.methods.items()
     }
-    pending = [stage for stage in stages.values() if isinstance(stage, OpenStage)]
-    groups = [pending[i :: config.train.parallel_methods] for i in range(config.train.parallel_methods)]
-    calls = {group[0].name: partial(_train, run, group, model, pairs, held_out) for group in groups if group}
+    count = len(stages) if config.train.checkpoint.best else config.train.parallel_methods
+    groups = [list(stages.values())[i::count] for i in range(count)]
+    calls = {}
+    for group in groups:
+        pending = [stage for stage in group if isinstance(stage, OpenStage)]
+        if pending:  # named after all: the same group goes on when some are done
+            calls[_name(group)] = partial(_train, run, pending, _name(group), model, pairs, held_out)
     trained: dict[str, Artifact] = {}
-    for closed in run_parallel(calls, len(groups)).values():
+    for closed in run_parallel(calls, config.train.parallel_methods).values():
         trained |= closed
     return {n: s if isinstance(s, Artifact) else trained[s.name] for n, s in stages.items()}
 
 
+def _name(stages: Sequence[OpenStage | Artifact]) -> str:
+    """Ray Train's name for the run of some stages: another configuration must not go on from this one's checkpoints."""
+    return "train_" + hashlib.sha256("".join(stage.digest for stage in stages).encode()).hexdigest()[:16]
+
+
 def _train(
-    run: Run, stages: list[OpenStage], model: Artifact, rows: Artifact, held_out: Artifact | None = None
+    run: Run,
+    stages: list[OpenStage],
+    group: str,
+    model: Artifact,
+    rows: Artifact,
+    held_out: Artifact | None = None,
 ) -> dict[str, Artifact]:
     """Train stages one after another in one group of workers; those that finished count, even if a later one fails."""
-    count = len(rows.rows())
-    for stage in stages:
-        _check_batches(run, stage.name, count)
-    jobs = []
+    count, jobs = len(rows.table()), []
     for stage in stages:
         stage.ledger.read = stage.ledger.kept = count
         method = stage.name.removeprefix("method_") if stage.name != "sft" else None
-        jobs.append(Job(run.config, str(model.path), rows, str(stage.scratch), method, held_out))
+        key = f"{stage.name}_{stage.digest[:12]}"
+        jobs.append(Job(run.config, str(model.path), rows, str(stage.scratch), key, method, held_out))
     closed = {}
     try:
-        _fit(run, jobs, [stage.name for stage in stages])
+        if not all(job.finished for job in jobs):
+            _fit(run, jobs, [stage.name for stage in stages], group)
     finally:
-        for stage in stages:
-            if (stage.scratch / RESULT).exists():
+        for stage, job in zip(stages, jobs, strict=True):
+            if job.finished:
                 result = json.loads((stage.scratch / RESULT).read_text())
+                failures = stage.scratch / FAILURES
+                stage.ledger.facts["restarts"] = len(failures.read_text().splitlines()) if failures.exists() else 0
                 closed[stage.name] = run.close(stage, wall_s=result["wall_s"])
     return closed
 
 
-def _check_batches(run: Run, name: str, count: int) -> None:
-    """Every worker needs a row of every batch."""
-    section = "sft" if name == "sft" else "preference"
-    batch_size, workers = getattr(run.config, section).batch_size, run.config.train.num_workers
-    if count // -(-count // batch_size) < workers:
-        raise UserError(
-            f"{name}: {count} rows in batches of {batch_size} leave some of the {workers} workers without a row: "
-            f"raise {section}.batch_size, or lower train.num_workers"
-        )
-
-
 def _identity(run: Run) -> dict[str, Any]:
     """The training settings that change results."""
-    return run.config.train.model_dump(exclude=NO_MATTER)
+    return run.config.train.model_dump(include=MATTER) | {"best": run.config.train.checkpoint.best}
 
 
-def _fit(run: Run, jobs: list[Job], names: list[str]) -> None:
-    """Run jobs to their end. Ray Train's own records are of no use afterwards: all results are in the jobs' folders.
+def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
+    """Run jobs to their end. Ray Train's records matter until then: the same run under the same name goes on.
 
     Raises:
+        UserError: the cluster has no room for the workers, or a worker found a setting that can't be.
         RuntimeError: a worker failed; the message is the worker's own error.
     """
     use_gpu = uses_gpu(run.config)
-    config, records = run.config.train, run.root / ".unfinished" / f".ray_train_{names[0]}"
-    shutil.rmtree(records, ignore_errors=True)
+    config = run.config.train
     environment: dict[str, Any] = {} if use_gpu else {"worker_runtime_env": {"env_vars": KEEP_MEMORY}}
+    artifacts = {artifact.digest: artifact for job in jobs for artifact in (job.rows, job.held_out) if artifact}
+    best = {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"} if config.checkpoint.best else {}
     options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}),
+            placement_strategy=config.placement,
         ),
-        "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        "run_config": RunConfig(name="train", storage_path=str(records), **environment),
+        "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s)),
+        "run_config": RunConfig(
+            name=group,
+            storage_path=config.checkpoint.storage or str(run.root / ".unfinished"),
+            failure_config=FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=config.max_failures
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep, **best),
+            callbacks=[RecordFailures([job.out for job in jobs])],
+            **environment,
+        ),
+        "datasets": {digest: dataset(artifact) for digest, artifact in artifacts.items()},
+        "dataset_config": DataConfig(datasets_to_split=[]),
     }
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)
     finished = threading.Event()
     watcher = threading.Thread(target=_follow, args=(jobs, names, finished), daemon=True)
     watcher.start()
     try:
-        trainer.fit()
-    except WorkerGroupError as error:
-        rank, cause = min(error.worker_failures.items())
-        raise RuntimeError(f"training worker {rank} failed: {cause}") from error
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        raise _explain(error, run.config) from error
     finally:
         finished.set()
         watcher.join()
-    shutil.rmtree(records, ignore_errors=True)
+    result.filesystem.delete_dir(result.path)
+
+
+def _explain(error: TrainingFailedError, config: Config) -> Exception:
+    """One clear error out of what Ray Train raises."""
+    if isinstance(error, WorkerGroupError):
+        rank, failure = min(error.worker_failures.items())
+        return RuntimeError(f"training worker {rank} failed: {cause_of(failure)}")
+    cause = cause_of(error)
+    if isinstance(cause, UserError):
+        return cause
+    if "StartupTimeout" in type(cause).__name__:
+        return UserError(
+            f"the cluster has no room for train.num_workers={config.train.num_workers} any more: bring nodes back, or "
+            "lower it; the same command goes on from the newest checkpoint"
+        )
+    return RuntimeError(f"training failed: {cause}")
 
 
 def _follow(jobs: list[Job], names: list[str], finished: threading.Event) -> None:
-    """Print the newest line of the growing step logs every few seconds."""
-    shown: dict[str, str] = {}
+    """Every few seconds print the newest line of the growing step logs, and failures."""
+    shown: dict[Path, str] = {}
     while not finished.wait(REPORT_EVERY_S):
         for job, name in zip(jobs, names, strict=True):
-            log = Path(job.out) / STEP_LOG
-            lines = log.read_text().splitlines() if log.exists() else []
-            if len(lines) > 1 and shown.get(name) != lines[-1]:
-                shown[name] = lines[-1]
-                _say_step(name, lines[-1])
+            for file, tell, least in ((STEP_LOG, _say_step, 2), (FAILURES, _say_failure, 1)):
+                log = Path(job.out) / file
+                lines = log.read_text().splitlines() if log.exists() else []
+                if len(lines) >= least and shown.get(log) != lines[-1]:
+                    shown[log] = lines[-1]
+                    with suppress(ValueError):  # it is being written
+                        tell(name, json.loads(lines[-1]))
 
 
-def _say_step(name: str, line: str) -> None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # it is being written
-        return
-    logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if "logps/chosen" in record else ""
-    say(name, f"step {record['step']}/{record['total_steps']}, loss {record['loss']:.4f}{logps}")
+def _say_step(name: str, record: dict[str, Any]) -> None:
+    logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if record.get("logps/chosen") is not None else ""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    say(name, f"step {record['step']}/{record['total_steps']}, loss {loss}{logps}")
+
+
+def _say_failure(name: str, record: dict[str, Any]) -> None:
+    rank, text = next(iter(record["errors"].items()))
+    text = text.splitlines()[0][:200]
+    say(name, f"worker {rank} failed ({text}){': going on from the newest checkpoint' if record['restart'] else ''}")

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from spo_ray.core.dynamics import forecast
 from spo_ray.core.gradients import Gradients
 from spo_ray.core.losses import Metrics
+from spo_ray.core.sharded import is_sharded
 from spo_ray.model.tokenise import ChatTokenizer
+from spo_ray.train.rank import Rank
 
 SIDES = ("chosen", "rejected")
 
@@ -47,33 +49,38 @@ class StepWatch:
 
 @torch.no_grad()
 def top_answers(
-    model: nn.Module, chat: ChatTokenizer, table: Sequence[Mapping[str, Any]], max_tokens: int, device: torch.device
+    model: nn.Module, chat: ChatTokenizer, table: Sequence[Mapping[str, Any]], max_tokens: int, rank: Rank
 ) -> list[tuple[list[int], list[int]]]:
     """A model's own greedy answers y* (prompt ids, completion ids), where they are not the chosen response.
 
-    Theorem 2 says that mass which leaves y_w goes to the most probable output that is not y_w.
+    Theorem 2 says that mass which leaves y_w goes to the most probable output that is not y_w. A collective; all ranks
+    get all answers. None with 0 tokens.
     """
     generator: Any = model
     generator.eval()
-    width = max((len(row["prompt_ids"]) for row in table), default=0)
-    ids = torch.full((len(table), width), chat.pad_id)
+    own, valid = rank.share(table)
+    if not own or not max_tokens:
+        return []
+    width, sharded = max(len(row["prompt_ids"]) for row in own), is_sharded(model.parameters())
+    ids = torch.full((len(own), width), chat.pad_id)
     mask = torch.zeros_like(ids)
-    for i, row in enumerate(table):
+    for i, row in enumerate(own):
         ids[i, width - len(row["prompt_ids"]) :] = torch.tensor(row["prompt_ids"])
         mask[i, width - len(row["prompt_ids"]) :] = 1
-    if not len(ids):
-        return []
     output = generator.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=ids.to(rank.device),
+        attention_mask=mask.to(rank.device),
         max_new_tokens=max_tokens,
         do_sample=False,
         eos_token_id=chat.stop_ids,
         pad_token_id=chat.pad_id,
+        synced_gpus=sharded,  # every token is a collective, until the last rank has ended
     )
+    if sharded:
+        generator.reshard()
     answers = []
-    for row, tokens in zip(table, output[:, width:].tolist(), strict=True):
+    for row, counts, tokens in zip(own, valid, output[:, width:].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(tokens) if token in chat.stop_ids), len(tokens))
-        if tokens[:end] != list(row["chosen_ids"]):
+        if counts and tokens[:end] != list(row["chosen_ids"]):
             answers.append((list(row["prompt_ids"]), tokens[:end]))
-    return answers
+    return rank.gather(answers)

@@ -1,177 +1,176 @@
-"""The loops that run in every Ray Train worker: SFT and preference optimisation.
+"""The two kinds of training that run in every worker: SFT and preference optimisation.
 
-Workers hold full copies of the parameters; gradients are sums over all ranks, so any number of workers takes the same
-steps on the same global batches.
+Any number of workers takes the same steps on the same global batches: losses are divided by global counts, gradients
+are sums over the ranks.
 """
 
-import json
-import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from spo_ray.config import TrainConfig
+from spo_ray.core.gradients import Sink, pull
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
+from spo_ray.core.passes import TOKENS_PER_BACKWARD
+from spo_ray.core.sharded import is_sharded
 from spo_ray.core.spo import spo_gradients
-from spo_ray.model.checkpoint import export_merged
 from spo_ray.model.collate import collate, collate_pairs
-from spo_ray.model.load import add_adapters, load_model, parameter_groups
-from spo_ray.model.optim import Group, make_optimizer, make_schedule
+from spo_ray.model.export import Probe, export
+from spo_ray.model.fsdp import load_shards, whole_state
+from spo_ray.model.load import build_policy, parameter_groups
+from spo_ray.model.optim import Group
 from spo_ray.model.tokenise import ChatTokenizer
-from spo_ray.run import STEP_LOG, write_json
+from spo_ray.run import STEP_LOG, Artifact, write_json
+from spo_ray.train.feed import Table, epoch_batches
 from spo_ray.train.job import RESULT, Job
+from spo_ray.train.loop import Remembered, StepLog, optimise
+from spo_ray.train.measure import Measure, TokenRow, compute_type
 from spo_ray.train.methods import Method
+from spo_ray.train.rank import Rank
+from spo_ray.train.snapshots import Snapshots
 from spo_ray.train.watch import StepWatch, top_answers
+from spo_ray.train_config import TrainConfig
 
-Row = dict[str, Any]
-TokenRow = tuple[Sequence[int], Sequence[int]]
-"""(prompt ids, completion ids)."""
-DRIFT_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
-SCORING_BATCH = 32
+TableOf = Callable[[Artifact], Table]
 
 
-@dataclass(frozen=True)
-class Rank:
-    """One worker among the others."""
-
-    index: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def current(cls) -> "Rank":
-        context = ray.train.get_context()
-        return cls(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-
-    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sum in place over the ranks."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-
-    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
-    def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        """Every rank's part of a global batch; the parts make up the whole."""
-        return items[self.index :: self.size]
-
-
-def run_job(job: Job) -> None:
+def run_job(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> None:
     """One training run; leaves a merged checkpoint, ``log.jsonl`` and ``result.json``."""
-    started, rank = time.time(), Rank.current()
+    started = time.time()
     train = run_sft if job.method is None else run_preference
-    result = train(job, rank)
-    ray.train.report({"steps": result["steps"]})
+    result = train(job, rank, snapshots, table_of)
     if rank.index == 0:
-        write_json(Path(job.out) / RESULT, result | {"wall_s": time.time() - started})
+        write_json(Path(job.out) / RESULT, {"wall_s": time.time() - started} | result)
 
 
-def run_sft(task: Job, rank: Rank) -> dict[str, Any]:
-    """Full-parameter SFT, token-mean loss over the global batch."""
-    config = task.config
-    chat = ChatTokenizer.load(task.model, config.model.chat_template)
-    table = task.rows.rows()
-    model = load_model(task.model).to(rank.device)
-    recompute(model, config.train)
-    params = list(model.parameters())
+def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> dict[str, Any]:
+    """SFT of theta, token-mean loss over the global batch."""
+    config = job.config
+    chat, table = ChatTokenizer.load(job.model, config.model.chat_template), table_of(job.rows)
+    model = load_policy(job, rank, with_phi=False)
+    params = trainable(model)
 
-    def gradients(step: int, indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
-        rows = [(table[i]["prompt_ids"], table[i]["completion_ids"]) for i in rank.share(indices)]
-        tokens = sum(len(table[i]["completion_ids"]) for i in indices)
-        batch = rank.to_device(collate(rows, chat.pad_id))
+    def gradients(step: int, indices: Sequence[int]) -> tuple[dict[str, Tensor], Metrics]:
+        numbers, valid = rank.share(indices)
+        rows = [(row["prompt_ids"], row["completion_ids"]) for row in table.rows(numbers)]
+        counts = torch.tensor([len(completion) for _, completion in rows], dtype=torch.float64, device=rank.device)
+        counts *= torch.tensor(valid, device=rank.device)
+        loss, tokens = torch.zeros_like(counts[0]), counts.sum()
+        rank.all_reduce([tokens])
+        sink = Sink(list(params.values()))
+        size = rows_per_backward(rows, config.train, rank)
         model.train()
-        model.zero_grad()
-        with autocast(config.train, rank):
-            logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
-        loss = -logps.sum() / tokens
-        loss.backward()
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        total = loss.detach().clone()
-        rank.all_reduce([*grads, total])
-        return grads, {"loss": total.item()}
+        for start in range(0, len(rows), size):
+            batch = rank.to_device(collate(rows[start : start + size], chat.pad_id))
+            weights = -(counts[start : start + size] > 0).double() / tokens
+            with compute_type(model, config.train, rank):
+                logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+            pull(logps, [(sink, weights)])
+            loss += (logps.detach() * weights).sum()
+        grads = sink.gradients()
+        rank.all_reduce([loss] if is_sharded(grads) else [*grads, loss])
+        return dict(zip(params, grads, strict=True)), {"loss": loss.item()}
 
     batches = list(epoch_batches(len(table), config.sft.batch_size, config.sft.epochs, config.seed))
-    groups = [(params, config.sft.lr)]
-    optimise(params, groups, batches, gradients, config.train, rank, Path(task.out) / STEP_LOG)
-    if rank.index == 0:
-        export_merged(model, chat, Path(task.out), (table[0]["prompt_ids"], table[0]["completion_ids"]))
-    return {"steps": len(batches)}
+    groups = [Group("theta", params, config.sft)]
+    log = StepLog(Path(job.out) / STEP_LOG, rank)
+    wall_s = optimise(model, groups, batches, gradients, config.train, rank, log, snapshots)
+    first = table.rows([0])[0]
+    save(model, job, rank, chat, (first["prompt_ids"], first["completion_ids"]))
+    return {"steps": len(batches), "wall_s": wall_s}
 
 
-def run_preference(task: Job, rank: Rank) -> dict[str, Any]:
+def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> dict[str, Any]:
     """One preference method from the SFT checkpoint."""
-    config = task.config
-    method = Method(config.methods[str(task.method)])
-    chat = ChatTokenizer.load(task.model, config.model.chat_template)
-    table = task.rows.rows()
-    model = add_adapters(load_model(task.model), config.model, config.seed).to(rank.device)
-    recompute(model, config.train)
+    config = job.config
+    method, settings = Method(config.methods[str(job.method)]), config.preference
+    chat, table = ChatTokenizer.load(job.model, config.model.chat_template), table_of(job.rows)
+    model = load_policy(job, rank, with_phi=True)
+    params = trainable(model)
     backbone, adapters = parameter_groups(model)
-    named = dict(model.named_parameters())
-    params = [named[name] for name in (*backbone, *adapters)]
-    check_reference(model, chat, table, config.train, rank)
-    probe, dynamics = table[: config.preference.probe_pairs], StepWatch(params, config.preference.dynamics_every)
-    top_tokens = config.preference.probe_top_tokens
-    tops = top_answers(model, chat, rank.share(probe), top_tokens, rank.device) if top_tokens else []
+    measure = Measure(model, chat, config.train, rank)
+    measure.check_reference(table)
+    probe = range(min(len(table), settings.probe_pairs))
+    dynamics = StepWatch(list(params.values()), settings.dynamics_every)
+    tops = top_answers(model, chat, table.rows(probe), settings.probe_top_tokens, rank)
 
-    def gradients(step: int, indices: Sequence[int]) -> tuple[list[Tensor], Metrics]:
-        rows = [table[i] for i in rank.share(indices)]
-        batch = rank.to_device(collate_pairs(rows, chat.pad_id))
+    def gradients(step: int, indices: Sequence[int]) -> tuple[Mapping[str, Tensor], Metrics]:
+        numbers, valid = rank.share(indices)
+        rows = table.rows(numbers)
+        batch = rank.to_device(collate_pairs(rows, chat.pad_id) | {"valid": torch.tensor(valid)})
+        sides = [(row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
+        agreed = rows_per_backward(sides, config.train, rank) if is_sharded(params.values()) else None
         model.train()  # checkpointed layers compute again in training mode only; the step turns dropout off
-        with autocast(config.train, rank):
+        with compute_type(model, config.train, rank):
             grads, metrics = spo_gradients(
                 model,
                 batch,
                 backbone=backbone,
                 adapters=adapters,
-                pairs_per_backward=config.train.pairs_per_backward,
+                pairs_per_backward=agreed or config.train.pairs_per_backward,
                 all_reduce=rank.all_reduce,
                 **method.arguments,
                 **dynamics.start(step),
             )
-        metrics = global_mean(metrics, len(rows), len(indices), rank)
-        return list(grads.values()), metrics | method.after_step(metrics)
+        metrics = global_mean(metrics, sum(valid), len(indices), rank)
+        return grads, metrics | method.after_step(metrics)
 
     def watch(record: Metrics, indices: Sequence[int]) -> Metrics:
         metrics = {}
         if dynamics.before:
-            after = pair_means(model, chat, [table[i] for i in indices], config.train, rank)
-            metrics |= dynamics.finish(record, after)
+            metrics |= dynamics.finish(record, measure.pair_means(table, indices))
         step = record["step"]
-        if step % config.preference.probe_every == 0 or step == record["total_steps"]:
-            means = pair_means(model, chat, probe, config.train, rank)
-            metrics |= {f"probe/{key}": value for key, value in means.items()}
-            if top_tokens:
-                metrics |= mean_logps(model, chat, tops, config.train, rank)
+        if step % settings.probe_every == 0 or step == record["total_steps"]:
+            metrics |= {f"probe/{key}": value for key, value in measure.pair_means(table, probe).items()}
+            if tops:
+                metrics["probe/logps/top"] = measure.mean_logp(tops)
         return metrics
 
     groups = [
-        ([named[n] for n in backbone], config.preference.lr_theta),
-        ([named[n] for n in adapters], config.preference.lr_phi),
+        Group("theta", {name: params[name] for name in backbone}, settings.theta),
+        Group("phi", {name: params[name] for name in adapters}, settings.phi),
     ]
-    batches = list(epoch_batches(len(table), config.preference.batch_size, config.preference.epochs, config.seed))
-    optimise(params, groups, batches, gradients, config.train, rank, Path(task.out) / STEP_LOG, watch)
-    result: dict[str, Any] = {"train": pair_means(model, chat, table, config.train, rank), "steps": len(batches)}
+    batches = list(epoch_batches(len(table), settings.batch_size, settings.epochs, config.seed))
+    log, remembered = StepLog(Path(job.out) / STEP_LOG, rank), Remembered(method.state_dict, method.load_state_dict)
+    wall_s = optimise(model, groups, batches, gradients, config.train, rank, log, snapshots, watch, remembered)
+    best = snapshots.best()
+    chosen = {"exported_step": snapshots.load(best, model, None)["step"]} if best else {}
+    result: dict[str, Any] = {"train": measure.pair_means(table, range(len(table))), "steps": len(batches)} | chosen
     if method.state_dict():
         result["method_state"] = method.state_dict()
-    if task.held_out is not None:
-        result["held_out"] = pair_means(model, chat, task.held_out.rows(), config.train, rank)
-    if rank.index == 0:
-        export_merged(model, chat, Path(task.out), (table[0]["prompt_ids"], table[0]["chosen_ids"]))
-    return result
+    if job.held_out is not None:
+        held_out = table_of(job.held_out)
+        result["held_out"] = measure.pair_means(held_out, range(len(held_out)))
+    first = table.rows([0])[0]
+    save(model, job, rank, chat, (first["prompt_ids"], first["chosen_ids"]))
+    return result | {"wall_s": wall_s}
+
+
+def load_policy(job: Job, rank: Rank, *, with_phi: bool) -> nn.Module:
+    """The model as it is trained: in shards where there are several workers, unless configured otherwise."""
+    config = job.config
+    compute = getattr(torch, config.train.precision)
+
+    def build(device: str) -> nn.Module:
+        dtype = "float64" if config.train.precision == "float64" else "float32"
+        options: dict[str, Any] = {"dtype": dtype, "compute": config.train.precision, "device": device}
+        model = build_policy(job.model, config.model, config.seed, with_phi=with_phi, **options)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # what is not trained needs no more than passes do
+                parameter.data = parameter.data.to(compute)
+        return model
+
+    prepare = partial(recompute, config=config.train)
+    if config.train.sharding == "full" and (rank.size > 1 or config.train.cpu_offload):
+        return load_shards(build, rank.mesh, compute, cpu_offload=config.train.cpu_offload, prepare=prepare)
+    model = build("cpu")
+    prepare(model)
+    return model.to(rank.device)
 
 
 def recompute(model: nn.Module, config: TrainConfig) -> None:
@@ -182,121 +181,16 @@ def recompute(model: nn.Module, config: TrainConfig) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def optimise(
-    params: Sequence[Tensor],
-    groups: Sequence[Group],
-    batches: Sequence[Sequence[int]],
-    gradients: Callable[[int, Sequence[int]], tuple[list[Tensor], Metrics]],
-    config: TrainConfig,
-    rank: Rank,
-    log: Path,
-    watch: Callable[[Metrics, Sequence[int]], Metrics] = lambda record, indices: {},
-) -> None:
-    """AdamW over the global batches; rank 0 writes one JSON line a step, and one for the state before step 0.
-
-    ``gradients(step, indices)`` gives the gradient for ``params`` on a global batch of row indices; ``watch(record,
-    indices)`` adds metrics about the state after the recorded step.
-
-    Raises:
-        FloatingPointError: a gradient that is not finite.
-    """
-    optimizer = make_optimizer(groups, config.weight_decay)
-    schedule = make_schedule(optimizer, config.schedule, len(batches), config.warmup_ratio)
-    total = len(batches)
-    with log.open("w") if rank.index == 0 else nullcontext() as file:
-        start: Metrics = {"step": 0, "total_steps": total}
-        _record(file, start | watch(start, []))
-        for step, indices in enumerate(batches, start=1):
-            grads, metrics = gradients(step, indices)
-            for parameter, grad in zip(params, grads, strict=True):
-                parameter.grad = grad
-            norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm).item()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"step {step}: the gradient is not finite (rows {list(indices)}): {metrics}")
-            optimizer.step()
-            schedule.step()
-            rate = float(schedule.get_last_lr()[0])
-            record: Metrics = {"step": step, "total_steps": total, "grad_norm": norm, "learning_rate": rate, **metrics}
-            _record(file, record | watch(record, indices))
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters of theta, then phi, by their names."""
+    named = dict(model.named_parameters())
+    return {name: named[name] for names in parameter_groups(model) for name in names}
 
 
-def _record(file: TextIO | None, record: dict[str, Any]) -> None:
-    if file is not None:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-
-
-def epoch_batches(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Global batches of row indices: every row exactly once an epoch, in batches whose sizes differ by one at most."""
-    rng = random.Random(seed)
-    count = -(-rows // batch_size)
-    for _ in range(epochs):
-        order = rng.sample(range(rows), rows)
-        yield from (order[i * rows // count : (i + 1) * rows // count] for i in range(count))
-
-
-def pair_means(model: nn.Module, chat: ChatTokenizer, table: Sequence[Row], config: TrainConfig, rank: Rank) -> Metrics:
-    """Means over pairs: log-probabilities of both sides, their change since the reference, and preference accuracy."""
-    sums = torch.zeros(5, dtype=torch.float64, device=rank.device)
-    for batch in scoring_batches(rank.share(table), chat, rank):
-        chosen, rejected = (side_logps(model, batch, side, config, rank) for side in ("chosen", "rejected"))
-        gain_w, gain_l = chosen - batch["ref_chosen_logps"], rejected - batch["ref_rejected_logps"]
-        columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double())
-        sums += torch.stack([column.double().sum() for column in columns])
-    rank.all_reduce([sums])
-    keys = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy")
-    return dict(zip(keys, (sums / len(table)).tolist(), strict=True)) | {"n": len(table)}
-
-
-def mean_logps(
-    model: nn.Module, chat: ChatTokenizer, rows: Sequence[TokenRow], config: TrainConfig, rank: Rank
-) -> Metrics:
-    """Mean log-probability over all ranks' answers (prompt ids, completion ids); empty without any."""
-    sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
-    for start in range(0, len(rows), SCORING_BATCH):
-        tensors = collate(rows[start : start + SCORING_BATCH], chat.pad_id)
-        batch = rank.to_device({f"top_{key}": value for key, value in tensors.items()})
-        logps = side_logps(model, batch, "top", config, rank)
-        sums += torch.stack([logps.double().sum(), torch.ones_like(logps, dtype=torch.float64).sum()])
-    rank.all_reduce([sums])
-    total, count = sums.tolist()
-    return {"probe/logps/top": total / count} if count else {}
-
-
-def check_reference(
-    model: nn.Module, chat: ChatTokenizer, table: Sequence[Row], config: TrainConfig, rank: Rank
-) -> None:
-    """Before step 0 the policy is the reference: anything else means stale or mismatched reference log-probabilities.
-
-    Raises:
-        RuntimeError: they differ; the DPO loss would not start at ln 2.
-    """
-    rows = rank.share(table[:SCORING_BATCH])
-    difference = tokens = 0.0
-    for batch in scoring_batches(rows, chat, rank):
-        gap = (side_logps(model, batch, "chosen", config, rank) - batch["ref_chosen_logps"]).abs()
-        difference += gap.sum().item()
-        tokens += (batch["chosen_labels"] >= 0).sum().item()
-    if tokens and not difference / tokens <= DRIFT_TOLERANCE[config.precision]:
-        raise RuntimeError(
-            f"the policy before step 0 differs from the stored reference by {difference / tokens:.2g} nats a token: "
-            "the reference log-probabilities belong to another model, tokenizer or precision"
-        )
-
-
-def scoring_batches(table: Sequence[Row], chat: ChatTokenizer, rank: Rank) -> Iterator[dict[str, Tensor]]:
-    """A rank's rows in batches for inference."""
-    for start in range(0, len(table), SCORING_BATCH):
-        yield rank.to_device(collate_pairs(table[start : start + SCORING_BATCH], chat.pad_id))
-
-
-@torch.no_grad()
-def side_logps(model: nn.Module, batch: Mapping[str, Tensor], side: str, config: TrainConfig, rank: Rank) -> Tensor:
-    """Log-probabilities [B] of one side of a batch."""
-    model.eval()
-    keys = ("input_ids", "labels", "attention_mask")
-    with autocast(config, rank):
-        return completion_logps(model, *(batch[f"{side}_{key}"] for key in keys))[0]
+def rows_per_backward(rows: Sequence[TokenRow], config: TrainConfig, rank: Rank) -> int:
+    """How many rows share a backward, the same on all ranks."""
+    longest = rank.largest(max(len(prompt) + len(completion) for prompt, completion in rows))
+    return config.pairs_per_backward or max(1, TOKENS_PER_BACKWARD.get(rank.device.type, 8192) // longest)
 
 
 def global_mean(metrics: Metrics, local: int, total: int, rank: Rank) -> Metrics:
@@ -306,6 +200,18 @@ def global_mean(metrics: Metrics, local: int, total: int, rank: Rank) -> Metrics
     return dict(zip(metrics, values.tolist(), strict=True))
 
 
-def autocast(config: TrainConfig, rank: Rank) -> AbstractContextManager[Any]:
-    """The compute precision."""
-    return torch.autocast(rank.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+def save(model: nn.Module, job: Job, rank: Rank, chat: ChatTokenizer, text: TokenRow) -> None:
+    """Export the model, with the log-probability of one row as its probe; a collective."""
+    config = job.config
+    logp = Measure(model, chat, config.train, rank).mean_logp([text])
+    whole = model
+    if is_sharded(model.parameters()):
+        state = whole_state(model)
+        if rank.index == 0:
+            options: dict[str, Any] = {"with_phi": job.method is not None, "device": "meta"}
+            whole = build_policy(job.model, config.model, config.seed, **options)
+            whole.load_state_dict(state, strict=False, assign=True)
+    if rank.index == 0:
+        both = config.model.export_adapter and job.method is not None
+        probe, name = Probe(list(text[0]), list(text[1]), logp), job.method or "sft"
+        export(whole, chat, Path(job.out), probe, method=name, backbone_and_adapter=both)

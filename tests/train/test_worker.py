@@ -12,7 +12,7 @@ from spo_ray.config import load
 from spo_ray.run import Artifact, Run, external, write_rows
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
-from spo_ray.train.worker import epoch_batches
+from spo_ray.train.feed import epoch_batches
 
 from ..helpers import small_config
 
