@@ -28,7 +28,6 @@ from spo_ray.section import Section
 from spo_ray.train_config import Dtype, Fraction, PreferenceConfig, SftConfig, TrainConfig
 
 
-
 class RayConfig(Section):
     """Which cluster to use."""
 
@@ -106,14 +105,14 @@ class ModelConfig(Section):
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's template."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention implementation; auto: FlashAttention 2 where it is installed, on a GPU and in bfloat16, else PyTorch's."""
+    """Attention implementation; auto: FlashAttention 2 where it is installed and computes bfloat16, else PyTorch's."""
     theta: ThetaConfig = WholeBackbone()
     """What SFT trains, and SPO's lower level."""
     lora_rank: PositiveInt = 8
     lora_alpha: PositiveInt = 16
     lora_targets: str | list[str] = "all-linear"
     export_adapter: bool = False
-    """Beside a method's merged checkpoint, write its backbone and phi as a PEFT adapter (``backbone/``, ``adapter/``)."""
+    """Beside a method's merged checkpoint write its backbone, and phi as a PEFT adapter (``backbone/``, ``adapter/``)."""
 
 
 class SamplingConfig(Section):

@@ -89,7 +89,7 @@ class TrainConfig(Section):
     cpu_offload: bool = False
     """Keep shards and optimizer states in main memory; needs ``sharding: full``."""
     precision: Literal["float64", "float32", "bfloat16"] = "float32"
-    """Compute type. Parameters, optimizer states and gradient sums are float32 (float64: all in float64, for checks)."""
+    """Compute type. Parameters, optimizer states and gradient sums are float32 (float64: float64 too, for checks)."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW, with its two states in float32, or in 8 bits with a scale per block."""
     max_length: PositiveInt = 1024

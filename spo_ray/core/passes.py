@@ -177,7 +177,8 @@ class Passes:
         parts = [[i] for i in self.rows] if visit else self.parts
         ahead = None if pairwise(base) or len(parts) == 1 else self.foresee(base, tally)
         factor = 0.0 if sft is None or norms is None or not proportional else (norms[0][0] / sft[0]).item()
-        sft, norms = self.of_valid(sft), (None if norms is None else (self.of_valid(norms[0]), self.of_valid(norms[1])))
+        sft = None if sft is None else sft * self.valid  # rows that only fill up count for nothing
+        norms = None if norms is None else (norms[0] * self.valid, norms[1] * self.valid)
         alone = sft is None and norms is None and visit is None
         for rows in parts:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
@@ -213,10 +214,6 @@ class Passes:
         )
         self.summed([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
         return replace(sums, chosen=[g * factor for g in sums.sft]) if factor else sums
-
-    def of_valid(self, weights: Tensor | None) -> Tensor | None:
-        """Weights [B], 0 for rows that only fill up this rank's share."""
-        return None if weights is None else weights * self.valid
 
     def watch(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally") -> None:
         """Mean log-probabilities and what became of them since the reference: the displacement."""

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 from spo_ray.config import EngineConfig
 from spo_ray.core.logps import completion_logps
-from spo_ray.model.checkpoint import read_probe
 from spo_ray.model.collate import collate
+from spo_ray.model.export import read_probe
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenise import ChatTokenizer
 

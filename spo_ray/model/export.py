@@ -1,40 +1,137 @@
 """Exports that other programs load: merged Hugging Face checkpoints with a probe of their own log-probabilities."""
 
 import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from spo_ray.core.logps import completion_logps
-from spo_ray.model.collate import collate
+from spo_ray.model.load import PHI, THETA
 from spo_ray.model.tokenise import ChatTokenizer
 
 PROBE = "spo_probe.json"
+BACKBONE, ADAPTER = "backbone", "adapter"
+_CARD = "README.md"
 
 
-def export_merged(model: nn.Module, chat: ChatTokenizer, path: Path, probe: tuple[list[int], list[int]]) -> None:
-    """Merge adapters into the backbone and save model and tokenizer; the model can't be trained further afterwards.
+@dataclass(frozen=True)
+class Probe:
+    """A text and the trainer's log-probability of it, for comparison with whatever loads the weights."""
 
-    ``probe`` is (prompt ids, completion ids): its log-probability is stored beside the weights, so that whatever loads
-    them can be compared with the trainer.
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logp: float
+    """Sum over the completion's tokens, nats."""
+
+
+def export(
+    model: nn.Module,
+    chat: ChatTokenizer,
+    path: Path,
+    probe: Probe,
+    *,
+    method: str = "sft",
+    backbone_and_adapter: bool = False,
+) -> None:
+    """Save model, tokenizer, probe and a model card, in float32; the model can't be trained further afterwards.
+
+    Adapters are merged into the weights. With ``backbone_and_adapter`` there are also ``backbone/``, a checkpoint of
+    its own with what is theta's merged, and ``adapter/``, phi as a PEFT adapter for it.
+
+    Args:
+        model: as :func:`spo_ray.model.load.build_policy` makes it, with all its weights in this process. It may have
+            been built on the meta device and filled by ``load_state_dict(..., assign=True)``.
+        chat: the tokenizer.
+        path: folder, made if need be.
+        probe: of the model as it stands.
+        method: what it was trained by, for the card.
+        backbone_and_adapter: only for models with phi.
+
+    Raises:
+        ValueError: there is no phi to save apart.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in collate([probe], chat.pad_id).items()}
-    with torch.inference_mode():
-        logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
-    saved: Any = model
-    if hasattr(saved, "merge_and_unload"):  # PEFT's wrapper
-        saved = saved.merge_and_unload()
-    saved.save_pretrained(path)
-    chat.tokenizer.save_pretrained(path)
-    record = {"prompt_ids": probe[0], "completion_ids": probe[1], "logp": logps.item()}
-    (path / PROBE).write_text(json.dumps(record))
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    adapters = list(getattr(whole, "peft_config", {}))
+    if backbone_and_adapter and PHI not in adapters:
+        raise ValueError("the model has no adapter phi to save apart from its backbone")
+    _stop_at(base.generation_config, chat.stop_ids)
+    base.tie_weights()  # where weights were assigned, input and output embeddings may have become two
+    whole.float()
+    origin = _origin(base.name_or_path)
+    if adapters:
+        layers = _adapter_layers(whole)
+        _merge(layers, THETA)
+        if backbone_and_adapter:
+            _save_adapter(whole, path / ADAPTER, origin, method)
+        base = whole.unload()
+        if backbone_and_adapter:
+            _save_model(base, chat, path / BACKBONE, _card(origin, method, f"Without the adapter in `../{ADAPTER}`."))
+        _merge(layers, PHI)
+    text = f"`{PROBE}` has a text with the log-probability that training ended with, to compare other programs with."
+    _save_model(base, chat, path, _card(origin, method, text))
+    (path / PROBE).write_text(json.dumps(asdict(probe)))
 
 
 def read_probe(path: str | Path) -> dict[str, Any] | None:
     """The probe of a checkpoint exported here; None for any other model."""
     file = Path(path) / PROBE
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _stop_at(settings: Any, stop_ids: Sequence[int]) -> None:
+    """Generation ends where training's answers did: a base model's settings may know no end of turn."""
+    known = settings.eos_token_id
+    known = [known] if isinstance(known, int) else known or []
+    settings.eos_token_id = [*known, *(token for token in stop_ids if token not in known)]
+
+
+def _adapter_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _merge(layers: Sequence[Any], adapter: str) -> None:
+    """Add an adapter to the weights below it; nothing where a layer has none of that name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of theta and phi being merged one after the other
+        for layer in layers:
+            layer.merge(adapter_names=[adapter])
+
+
+def _save_model(base: Any, chat: ChatTokenizer, path: Path, card: ModelCard) -> None:
+    base.save_pretrained(path)
+    chat.tokenizer.save_pretrained(path)
+    card.save(path / _CARD)
+
+
+def _save_adapter(model: Any, path: Path, origin: str, method: str) -> None:
+    # relative, for the two folders belong together wherever they go: an absolute path would be wrong after a move
+    model.peft_config[PHI].base_model_name_or_path = f"../{BACKBONE}"
+    # whether embeddings were resized is not for PEFT to find out on the hub
+    model.save_pretrained(path, selected_adapters=[PHI], save_embedding_layers=False)
+    text = f"A PEFT adapter for the model in `../{BACKBONE}`, and for no other: that is {origin} no more."
+    _card(origin, method, text, library="peft").save(path / _CARD)
+
+
+def _card(origin: str, method: str, text: str, library: str = "transformers") -> ModelCard:
+    data = ModelCardData(
+        base_model=origin, library_name=library, pipeline_tag="text-generation", tags=["spo_ray", method]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {origin}, {method}\n\nTrained with spo_ray. {text}\n")
+
+
+def _origin(name: str) -> str:
+    """The base model's hub id, or its folder's name; for a checkpoint exported here, what its own card says."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    card = folder / _CARD
+    if (folder / PROBE).is_file() and card.is_file():
+        return str(ModelCard.load(card).data.base_model)
+    return folder.resolve().name

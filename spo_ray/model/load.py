@@ -1,44 +1,198 @@
-"""Models and adapters."""
+"""Models from checkpoints: the backbone, what of it is trained, and adapters."""
 
+import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_flash_attn_2_available, logging
 
-from spo_ray.config import ModelConfig
+from spo_ray.config import LastLayers, ModelConfig, SecondAdapter, WholeBackbone
+from spo_ray.errors import UserError
+from spo_ray.model.fsdp import decoder_layers
 
 logging.disable_progress_bar()
 
-
-def load_model(path: str | Path, dtype: str = "float32") -> PreTrainedModel:
-    """A causal language model from a directory or the hub, safetensors only."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), use_safetensors=True)
+PHI, THETA = "default", "theta"
+"""PEFT's names of the adapters; theta's exists where theta is an adapter."""
 
 
-def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> nn.Module:
-    """Wrap with LoRA adapters phi, the same for the same seed; backbone theta and adapters are both trainable.
+def load_model(
+    path: str | Path, dtype: str = "float32", attention: str = "auto", *, compute: str | None = None
+) -> PreTrainedModel:
+    """A causal language model from a directory or the hub, safetensors only.
 
-    Dropout is 0: differences of gradients between two passes of a step must not be noise.
+    Args:
+        path: the checkpoint.
+        dtype: of the parameters.
+        attention: ``auto``, or an implementation of transformers, see :class:`spo_ray.config.ModelConfig`.
+        compute: type that passes compute in, where it is not ``dtype``.
+
+    Raises:
+        UserError: the attention implementation is not installed, or can't compute this model.
     """
-    from peft import LoraConfig, get_peft_model  # takes seconds to import, and only training needs it
-
-    torch.manual_seed(seed)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=config.lora_targets,
-        task_type="CAUSAL_LM",
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,
+        attn_implementation=_attention(config, attention, compute or dtype),
     )
-    wrapped = get_peft_model(model, lora)
-    for parameter in wrapped.parameters():
+    _make_savable(model.generation_config)
+    return model
+
+
+def build_policy(
+    path: str | Path,
+    config: ModelConfig,
+    seed: int,
+    *,
+    with_phi: bool,
+    dtype: str = "float32",
+    compute: str | None = None,
+    device: Literal["cpu", "meta"] = "cpu",
+) -> nn.Module:
+    """The backbone from a checkpoint, with theta as configured and phi as LoRA adapters.
+
+    Its outputs are the backbone's. Parameters that belong to neither are frozen. ``last_layers`` trains whole decoder
+    layers, and neither the final norm nor the embeddings. The adapters are the same for the same seed, and phi's do not
+    depend on what theta is. Their dropout is 0: differences of gradients between two passes must not be noise.
+
+    Args:
+        path: the checkpoint, instead of the configuration's: a method's is SFT's.
+        config: theta, adapters and attention.
+        seed: of the adapters.
+        with_phi: add phi; SFT trains theta alone.
+        dtype: of the parameters.
+        compute: type that passes compute in, where it is not ``dtype``.
+        device: ``meta`` reads no weights: the same structure, with the same names, to be filled.
+
+    Raises:
+        UserError: more last layers than there are, adapters on tied embeddings or on no module at all, or see
+            :func:`load_model`.
+    """
+    read = _empty if device == "meta" else load_model
+    base = read(path, dtype, config.attention, compute=compute)
+    for parameter in base.parameters():
+        parameter.requires_grad_(isinstance(config.theta, WholeBackbone))
+    for parameter in _last_layers(base, config.theta) if isinstance(config.theta, LastLayers) else []:
         parameter.requires_grad_(True)
-    return wrapped
+    frozen = {id(parameter) for parameter in base.parameters() if not parameter.requires_grad}
+    model = _with_adapters(base, config, seed, with_phi)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)  # PEFT has frozen the backbone
+        if dtype == "float64" and ".lora_" in name:  # it gives adapters the backbone's type, but not on meta
+            parameter.data = parameter.data.double()
+    return model
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
-    """(names of theta's parameters, names of phi's)."""
-    names = [name for name, _ in model.named_parameters()]
-    return [n for n in names if ".lora_" not in n], [n for n in names if ".lora_" in n]
+    """(names of theta's parameters, names of phi's): each trainable one is in one of them, frozen ones are in none."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    phi = [name for name in names if _PHI_NAME.search(name)]
+    others = set(phi)
+    return [name for name in names if name not in others], phi
+
+
+_PHI_NAME = re.compile(rf"\.lora_\w+\.{PHI}(\.|$)")
+
+
+def _empty(path: str | Path, dtype: str, attention: str, *, compute: str | None) -> PreTrainedModel:
+    """The model of a checkpoint's configuration, on the meta device."""
+    config = AutoConfig.from_pretrained(path)
+    implementation = _attention(config, attention, compute or dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=implementation
+        )
+    with suppress(OSError):  # base models often have none
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    _make_savable(model.generation_config)
+    return model
+
+
+def _attention(config: Any, choice: str, compute: str) -> str | None:
+    """An implementation by its name in transformers; None: PyTorch's where the architecture supports it, else eager."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    flash = is_flash_attn_2_available()
+    if choice == "auto":
+        supported = getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_supports_flash_attn", False)
+        if flash and supported and compute == "bfloat16":
+            return "flash_attention_2"
+        return "eager" if capped else None
+    if choice == "flash_attention_2" and not flash:
+        raise UserError("model.attention=flash_attention_2 needs the package flash-attn and a GPU; auto does without")
+    if choice == "flash_attention_2" and compute != "bfloat16":
+        raise UserError(f"model.attention=flash_attention_2 computes in bfloat16 only, not in {compute}")
+    if choice == "sdpa" and capped:
+        raise UserError(
+            f"model.attention=sdpa leaves out the soft cap of {config.model_type}'s attention scores, "
+            "which makes it another model: use auto or eager"
+        )
+    return choice
+
+
+def _last_layers(model: nn.Module, theta: LastLayers) -> list[nn.Parameter]:
+    layers = decoder_layers(model)
+    if theta.count > len(layers):
+        raise UserError(f"model.theta.count={theta.count}, but the model has {len(layers)} layers")
+    return [parameter for layer in layers[-theta.count :] for parameter in layer.parameters()]
+
+
+def _with_adapters(model: PreTrainedModel, config: ModelConfig, seed: int, with_phi: bool) -> nn.Module:
+    """Wrapped by PEFT, with one or two adapters active at once; the model itself where there are none."""
+    sizes: dict[str, tuple[int, int]] = {}
+    if with_phi:
+        sizes[PHI] = (config.lora_rank, config.lora_alpha)
+    if isinstance(config.theta, SecondAdapter):
+        sizes[THETA] = (config.theta.rank, config.theta.alpha)
+    if not sizes:
+        return model
+    from peft import LoraConfig, get_peft_model  # takes seconds to import, and only training needs it
+
+    def lora(rank: int, alpha: int) -> LoraConfig:
+        targets = config.lora_targets
+        return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+
+    (first, size), *others = sizes.items()
+    empty = model.device.type == "meta"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            wrapped = get_peft_model(model, lora(*size), first, low_cpu_mem_usage=empty)
+            for name, size in others:
+                wrapped.add_adapter(name, lora(*size), low_cpu_mem_usage=empty)
+        except ValueError as error:
+            raise UserError(f"model.lora_targets={config.lora_targets!r}: {error}") from error
+    cast(Any, wrapped.base_model).set_adapter(list(sizes))  # PeftModel's own takes a single name
+    _refuse_tied_targets(wrapped, config)
+    return wrapped
+
+
+def _refuse_tied_targets(wrapped: Any, config: ModelConfig) -> None:
+    """A tied embedding with an adapter on one of its two uses has no merged form."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = wrapped.get_base_model()
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    if base.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise UserError(f"model.lora_targets={config.lora_targets!r} includes an embedding that is tied: leave it out")
+
+
+def _make_savable(settings: GenerationConfig | None) -> None:
+    """Sampling parameters beside ``do_sample: false``, as some checkpoints have, would be refused at the export."""
+    if settings is not None:
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            settings.do_sample = True

@@ -131,9 +131,7 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
     """
     use_gpu = uses_gpu(run.config)
     config = run.config.train
-    environment: dict[str, Any] = {} if use_gpu else {"worker_runtime_env": {"env_vars": KEEP_MEMORY}}
     artifacts = {artifact.digest: artifact for job in jobs for artifact in (job.rows, job.held_out) if artifact}
-    best = {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"} if config.checkpoint.best else {}
     options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
@@ -142,16 +140,7 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
             placement_strategy=config.placement,
         ),
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s)),
-        "run_config": RunConfig(
-            name=group,
-            storage_path=config.checkpoint.storage or str(run.root / ".unfinished"),
-            failure_config=FailureConfig(
-                max_failures=config.max_failures, controller_failure_limit=config.max_failures
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep, **best),
-            callbacks=[RecordFailures([job.out for job in jobs])],
-            **environment,
-        ),
+        "run_config": RunConfig(**_run_options(run, jobs, group, {} if use_gpu else KEEP_MEMORY)),
         "datasets": {digest: dataset(artifact) for digest, artifact in artifacts.items()},
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
@@ -167,6 +156,23 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
         finished.set()
         watcher.join()
     result.filesystem.delete_dir(result.path)
+
+
+def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Where Ray Train keeps a group's checkpoints, which of them, and how often it starts again."""
+    config = run.config.train
+    limits: dict[str, Any] = {"max_failures": config.max_failures, "controller_failure_limit": config.max_failures}
+    kept: dict[str, Any] = {"num_to_keep": config.checkpoint.keep}
+    if config.checkpoint.best:
+        kept |= {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
+    return {
+        "name": group,
+        "storage_path": config.checkpoint.storage or str(run.root / ".unfinished"),
+        "failure_config": FailureConfig(**limits),
+        "checkpoint_config": CheckpointConfig(**kept),
+        "callbacks": [RecordFailures([job.out for job in jobs])],
+        "worker_runtime_env": {"env_vars": environment},
+    }
 
 
 def _explain(error: TrainingFailedError, config: Config) -> Exception:

@@ -20,7 +20,13 @@ import torch.distributed.checkpoint as dcp
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from spo_ray.core.losses import Metrics
 from spo_ray.errors import TrainingError
@@ -161,12 +167,11 @@ def load_tensors(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer
     if same:
         state["generators"] = {f"{kind}.{rank.index}": value for kind, value in generators.items()}
     dcp.load(state, storage_reader=reader)
-    restored = {"model_state_dict": state["model"], "optim_state_dict": state.get("optimizer", {})}
     if optimizer is None:
-        set_state_dict(model, [], **restored)
+        set_model_state_dict(model, state["model"])
     else:
-        restored["optim_state_dict"] = {"state": state["optimizer"], "param_groups": _groups(model, optimizer)}
-        set_state_dict(model, optimizer, **restored)
+        states = {"state": state["optimizer"], "param_groups": get_state_dict(model, optimizer)[1]["param_groups"]}
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=states)
     if same:
         torch.set_rng_state(state["generators"][f"cpu.{rank.index}"])
         if rank.device.type == "cuda":
@@ -176,13 +181,9 @@ def load_tensors(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, options: StateDictOptions) -> dict[str, Any]:
     """Parameters and optimizer states by the parameters' names. Learning rates follow from the step."""
     if optimizer is None:
-        return {"model": get_state_dict(model, [], options=options)[0]}
+        return {"model": get_model_state_dict(model, options=options)}
     parameters, states = get_state_dict(model, optimizer, options=options)
     return {"model": parameters, "optimizer": states["state"]}
-
-
-def _groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    return get_state_dict(model, optimizer)[1]["param_groups"]
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from spo_ray import rows
 from spo_ray.config import load
 from spo_ray.run import Artifact, Run, external, write_rows
+from spo_ray.train.feed import epoch_batches
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
-from spo_ray.train.feed import epoch_batches
 
 from ..helpers import small_config
 

@@ -1,0 +1,132 @@
+"""Sharded training in several processes against one process: parameters, logs, checkpoints."""
+
+import math
+
+import pytest
+import torch
+
+from spo_ray import rows
+from spo_ray.run import write_rows
+
+from .processes import log_of, train
+
+BASE = ["preference.epochs=4", "sft.epochs=4", "sft.batch_size=4", "preference.dynamics_every=10"]
+RATES = ["preference.theta.lr=1e-4", "preference.phi.lr=1e-4"]
+SPO = "methods.spo={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 2, eta: 1e-3}}}}"
+CASES = {
+    "sft": (None, [], 1e-5),
+    "dpo": ("dpo", [], 1e-5),
+    "spo": ("spo", [SPO.format(0.0)], 1e-5),
+    "spo_hinge": ("spo", [SPO.format(0.5), "train.precision=float64"], 1e-8),
+}
+
+
+def difference(one, other):
+    """Relative distance of two state dicts."""
+    assert one.keys() == other.keys()
+    far = sum((one[k].double() - other[k].double()).pow(2).sum() for k in one)
+    return math.sqrt(far / sum(v.double().pow(2).sum() for v in one.values()))
+
+
+def swapped(table):
+    """Pairs with chosen and rejected exchanged."""
+    sides = {"chosen_ids": "rejected_ids", "ref_chosen_logps": "ref_rejected_logps"}
+    return [row | {a: row[b] for a, b in (*sides.items(), *((b, a) for a, b in sides.items()))} for row in table]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_path):
+    """20 steps and more in 1, 2 and 4 processes, gradients accumulated over several backward passes."""
+    method, overrides, tolerance = CASES[case]
+    table = (sft_rows if method is None else referenced).path
+    if (
+        case == "spo_hinge"
+    ):  # the hinge is active where the chosen side has the larger gradient: on these, the other way
+        table = tmp_path / "swapped"
+        table.mkdir()
+        write_rows(table / "part-0.parquet", swapped(referenced.rows()), rows.ReferencedPair)
+    overrides = [*BASE, *RATES, *overrides]
+    whole = {
+        n: train(n, table, tmp_path / str(n), [*overrides, f"train.pairs_per_backward={3 - n // 2}"], method)
+        for n in (1, 2, 4)
+    }
+    logs = {n: log_of(tmp_path / str(n)) for n in whole}
+    assert logs[1][-1]["step"] >= 20
+    for n in (2, 4):
+        assert difference(whole[1], whole[n]) < tolerance
+        for one, other in zip(logs[1], logs[n], strict=True):
+            assert one.keys() == other.keys()
+            for key in one.keys() - {"spo/term_b_snr"}:
+                assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-4), (one["step"], key)
+    if case == "spo_hinge":
+        assert any(record.get("spo/hinge_active") for record in logs[1])
+    moved = train(
+        1,
+        table,
+        tmp_path / "0",
+        [*BASE, *overrides, "sft.lr=1e-12", *(o.replace("1e-4", "1e-12") for o in RATES)],
+        method,
+    )
+    assert difference(moved, whole[1]) > 100 * difference(whole[1], whole[2])
+
+
+def test_resume_on_one_and_on_four_what_two_have_saved(referenced, tmp_path):
+    """The optimizer's states, SPO's running statistics and lambda, and the place in the data go along."""
+    method = (
+        "methods.spo={type: spo, base: alpha_dpo, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
+        "inner: {steps: 1, eta: 1e-3}}"
+    )
+    overrides = [*BASE, *RATES, method]
+    whole = train(2, referenced.path, tmp_path / "2", overrides, "spo", write=tmp_path / "saved", at=9)
+    for n in (1, 2, 4):
+        out = tmp_path / f"from_{n}"
+        out.mkdir()
+        (out / "log.jsonl").write_text((tmp_path / "2" / "log.jsonl").read_text())
+        again = train(n, referenced.path, out, overrides, "spo", read=tmp_path / "saved")
+        assert difference(whole, again) < (1e-12 if n == 2 else 1e-5)
+        for one, other in zip(log_of(tmp_path / "2"), log_of(out), strict=True):
+            for key in one.keys() - {"spo/term_b_snr"}:
+                assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-4), (one["step"], key)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_training(referenced, tmp_path):
+    """One of 40 pairs has no reference log-probability; the check before step 0 sees the first 32."""
+    table = (referenced.rows() * 2)[:40]
+    table = [row | {"id": f"{i:03d}"} for i, row in enumerate(table)]
+    table[35]["ref_chosen_logps"] = float("nan")
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "part-0.parquet", table, rows.ReferencedPair)
+    out, overrides = tmp_path / "out", [*RATES, "preference.epochs=2", "preference.probe_pairs=8"]
+    whole = train(1, tmp_path / "rows", out, overrides, "dpo")
+    log = log_of(out)
+    assert [record["skipped_steps"] for record in log if record["step"]].count(0) >= 1
+    assert log[-1]["skipped_steps"] == 2
+    assert sum(record.get("grad_norm", 0.0) is None for record in log) == 2
+    assert all(torch.isfinite(value).all() for value in whole.values())
+    with pytest.raises(Exception, match="the gradient is not finite, 1 steps in a row"):
+        train(1, tmp_path / "rows", out, [*overrides, "train.max_skipped_steps=0"], "dpo")
+
+
+def test_half_precision_and_offload_and_checkpointed_layers(referenced, tmp_path):
+    """bfloat16 shards agree with autocast in one process roughly; the other two change no result."""
+    spo = SPO.format(0.0)
+    options = {
+        "one": ["train.precision=bfloat16"],
+        "two": ["train.precision=bfloat16"],
+        "two_frugal": ["train.precision=bfloat16", "train.cpu_offload=true", "train.gradient_checkpointing=true"],
+    }
+    logs = {}
+    for name, extra in options.items():
+        train(
+            1 if name == "one" else 2,
+            referenced.path,
+            tmp_path / name,
+            ["preference.epochs=1", spo, *RATES, *extra],
+            "spo",
+        )
+        logs[name] = log_of(tmp_path / name)
+    for one, two, frugal in zip(*logs.values(), strict=True):
+        for key in ("loss", "logps/chosen", "grad_norm"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=0.05, abs=0.05)
+                assert frugal[key] == pytest.approx(two[key], rel=1e-3, abs=1e-3)
