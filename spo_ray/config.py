@@ -23,7 +23,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
 from spo_ray.errors import UserError
-from spo_ray.method_config import MethodConfig, MethodName
+from spo_ray.method_config import MethodConfig, MethodName, Spo
 from spo_ray.section import Section
 from spo_ray.train_config import Dtype, Fraction, PreferenceConfig, SftConfig, TrainConfig
 
@@ -112,7 +112,7 @@ class ModelConfig(Section):
     lora_alpha: PositiveInt = 16
     lora_targets: str | list[str] = "all-linear"
     export_adapter: bool = False
-    """Beside a method's merged checkpoint write its backbone, and phi as a PEFT adapter (``backbone/``, ``adapter/``)."""
+    """Beside a method's merged checkpoint write its backbone, and phi as a PEFT adapter (`backbone`, `adapter`)."""
 
 
 class SamplingConfig(Section):
@@ -198,6 +198,10 @@ class Config(Section):
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
         if self.train.cpu_offload and self.train.sharding == "none":
             raise ValueError("train.cpu_offload needs train.sharding=full")
+        sharded = self.train.sharding == "full" and (self.train.num_workers > 1 or self.train.cpu_offload)
+        for name, method in self.methods.items():
+            if sharded and isinstance(method, Spo) and method.gamma > 0 and method.hinge == "pair":
+                raise ValueError(f"methods.{name}.hinge=pair needs train.sharding=none: sharded passes sum over pairs")
         return self
 
 

@@ -69,7 +69,9 @@ def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
         (["methods.spo={type: spo, base: simpo, penalty: 2, alpha: 1}"], "base simpo takes no alpha and no penalty"),
         (["methods.spo.safe_region={gap: inner}", "methods.spo.inner.steps=0"], "needs a lower level"),
         (["methods.dpo={type: cdpo, label_smoothing: 0.5}"], "less than 0.5"),
-        (["train.num_workers=5"], "preference.batch_size must be at least train.num_workers=5"),
+        (["train.cpu_offload=true", "train.sharding=none"], "train.cpu_offload needs train.sharding=full"),
+        (["train.num_workers=2", "methods.spo.hinge=pair"], "methods.spo.hinge=pair needs train.sharding=none"),
+        (["model.theta={type: last_layers, rank: 2}"], "rank"),
     ],
 )
 def test_wrong_overrides_are_refused(overrides, message):

@@ -99,6 +99,7 @@ def _adamw_8bit() -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
             "train.optimizer=adamw_8bit needs torchao: pip install 'spo-ray[low-memory]', or choose adamw"
         ) from error
     states: Any = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
+    states.implements(torch.ops.aten.clone.default)(_copied_state)
     states.implements(torch.ops.aten.new_empty.default)(_empty_state)
     compiler: Any = importlib.import_module("torch._functorch.config")
     # its cache on disk tells whole parameters apart, but not uneven shards of one: a rank would get another's code
@@ -106,8 +107,14 @@ def _adamw_8bit() -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
     return library.AdamW8bit
 
 
+def _copied_state(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A copy of an 8-bit state. TorchAO has none, but checkpoints begin with one, if training is not to wait."""
+    state = args[0]
+    return type(state)(state.codes.clone(), state.scale.clone(), state.qmap, state.signed, state.dtype)
+
+
 def _empty_state(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """A new 8-bit state like another: TorchAO has none, and checkpoints in the background copy states into one."""
+    """A new 8-bit state like another, for PyTorch's own copies."""
     state, size = args[:2]
     codes = state.codes.new_empty(size, **kwargs)
     scale = state.scale.new_empty(state.scale.shape, **kwargs)

@@ -40,12 +40,13 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from spo_ray.train.feed import shared_table
     from spo_ray.train.rank import Rank
     from spo_ray.train.snapshots import Snapshots
-    from spo_ray.train.worker import run_job
+    from spo_ray.train.worker import check_room, run_job
 
     rank = Rank.current()
     for job in arguments["jobs"]:
         done = [job.finished]
         if not any(rank.gather(done)):
+            check_room(job, rank)
             snapshots = Snapshots(job.key, job.config.train.checkpoint, rank)
             run_job(job, rank, snapshots, lambda artifact: shared_table(artifact.digest))
             ray.train.report({"job": job.key, "finished": True})

@@ -19,10 +19,12 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from transformers import AutoConfig
 
 from spo_ray.cluster import uses_gpu
 from spo_ray.config import Config
 from spo_ray.errors import UserError
+from spo_ray.model.plan import Device, memory_plan
 from spo_ray.parallel import run_parallel
 from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
 from spo_ray.train.failures import FAILURES, RecordFailures, cause_of
@@ -144,6 +146,7 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
         "datasets": {digest: dataset(artifact) for digest, artifact in artifacts.items()},
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
+    _say_plan(jobs, names, "cuda" if use_gpu else "cpu")
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)
     finished = threading.Event()
     watcher = threading.Thread(target=_follow, args=(jobs, names, finished), daemon=True)
@@ -156,6 +159,16 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
         finished.set()
         watcher.join()
     result.filesystem.delete_dir(result.path)
+
+
+def _say_plan(jobs: list[Job], names: list[str], device: Device) -> None:
+    """Print the largest of the jobs' memory plans; the workers compare it with what they have."""
+    plans = {}
+    for job, name in zip(jobs, names, strict=True):
+        method = None if job.method is None else job.config.methods[job.method]
+        plans[name] = memory_plan(job.config, AutoConfig.from_pretrained(job.model), name, method, device)
+    largest = max(plans, key=lambda name: plans[name].total)
+    say(largest, plans[largest].table())
 
 
 def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, str]) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+import ray.train
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from spo_ray.core.gradients import Sink, pull
 from spo_ray.core.logps import completion_logps
@@ -24,6 +27,7 @@ from spo_ray.model.export import Probe, export
 from spo_ray.model.fsdp import load_shards, whole_state
 from spo_ray.model.load import build_policy, parameter_groups
 from spo_ray.model.optim import Group
+from spo_ray.model.plan import Device, check_memory, memory_plan
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.run import STEP_LOG, Artifact, write_json
 from spo_ray.train.feed import Table, epoch_batches
@@ -37,6 +41,25 @@ from spo_ray.train.watch import StepWatch, top_answers
 from spo_ray.train_config import TrainConfig
 
 TableOf = Callable[[Artifact], Table]
+
+
+def check_room(job: Job, rank: Rank) -> None:
+    """Compare the memory plan with what this worker has, before anything is allocated.
+
+    Raises:
+        UserError: it can't fit; with the plan, and settings with which it would.
+    """
+    config, device = job.config, rank.device
+    if not config.train.memory_check:
+        return
+    method = None if job.method is None else config.methods[job.method]
+    kind: Device = "cpu" if device.type == "cpu" else "cuda"
+    plan = memory_plan(config, AutoConfig.from_pretrained(job.model), job.method or "sft", method, kind)
+    if kind == "cuda":
+        room = torch.cuda.mem_get_info(device)[0]
+    else:  # shared with the other workers of the node
+        room = psutil.virtual_memory().available // ray.train.get_context().get_local_world_size()
+    check_memory(plan, room, job.method or "sft")
 
 
 def run_job(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> None:

@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.utils._pytree import tree_map_only
 
 from spo_ray.errors import UserError
 from spo_ray.model.optim import Group, learning_rates, make_optimizer
@@ -111,7 +112,9 @@ def sharded(rank, size, kind, folder):
     groups = groups_of(model)
     optimizer = make_optimizer(groups, kind)
     train(model, optimizer, groups, 3, 6)
-    state = get_optimizer_state_dict(model, optimizer)
+    state = tree_map_only(
+        torch.Tensor, lambda value: value.detach().clone(), get_optimizer_state_dict(model, optimizer)
+    )
     writing = dcp.async_save(state, checkpoint_id=f"{folder}/state", process_group=dist.new_group(backend="gloo"))
     parameters = [p.detach().clone() for p in model.parameters()]
     first = train(model, optimizer, groups, 3, 6, start=3)

@@ -2,11 +2,10 @@
 
     python -m tests.train.interrupted OUTPUT ROWS STAGES [override ...]
 
-STAGES is ``methods``, or ``all`` for SFT before. With ``nodes``, workers are spread over two nodes of a local cluster.
+STAGES is ``methods``, or ``all`` for SFT before, on the rows in ``sft_rows`` beside ROWS.
 """
 
 import sys
-import threading
 from pathlib import Path
 
 METHOD = (
@@ -16,27 +15,27 @@ METHOD = (
 OVERRIDES = ["train.checkpoint.every=3", "preference.epochs=2", "sft.epochs=2", METHOD]
 
 
-def main(output: str, referenced: str, stages: str, *overrides: str) -> None:
-    import ray
-
+def train(output, referenced, stages, *overrides):
+    """On the cluster that is connected."""
     from spo_ray.run import Artifact, Run, external
     from spo_ray.train.launch import train_methods, train_sft
-    from tests.helpers import small_config
 
-    if "RAY_ADDRESS" in __import__("os").environ:
-        ray.init(log_to_driver=False)
-    else:
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    from ..helpers import small_config
+
     run = Run(small_config(output, *OVERRIDES, *overrides))
-    rows, base = Artifact(Path(referenced), "referenced"), external("assets/toy_base")
+    rows, base = Path(referenced), external("assets/toy_base")
     if stages == "all":
-        sft = Path(referenced).with_name("sft_rows")
-        train_sft(run, base, Artifact(sft, "sft_rows"))
-    train_methods(run, base, rows)
+        train_sft(run, base, Artifact(rows.with_name("sft_rows"), "sft_rows"))
+    train_methods(run, base, Artifact(rows, "referenced"))
     print("FINISHED", flush=True)
 
 
+def main(*arguments):
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    train(*arguments)
+
+
 if __name__ == "__main__":
-    worker = threading.Thread(target=main, args=sys.argv[1:], daemon=True)
-    worker.start()
-    worker.join()
+    main(*sys.argv[1:])

@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+
+from spo_ray.run import Artifact
 
 from ..conftest import ROOT
 
@@ -72,3 +75,87 @@ def test_resume_after_the_kill_of_a_rank(uninterrupted, referenced, tmp_path):
     manifest = json.loads((run / "method_spo" / "manifest.json").read_text())
     assert manifest["facts"]["restarts"] == 1
     assert not list((run / ".unfinished").glob("train_*"))
+
+
+def test_resume_after_the_kill_of_the_driver(uninterrupted, referenced, sft_rows, tmp_path):
+    """The same command again: nothing that was finished is done again, and the rest goes on from its checkpoint."""
+    shutil.copytree(referenced.path, tmp_path / "rows" / "referenced")
+    shutil.copytree(sft_rows.path, tmp_path / "rows" / "sft_rows")
+    table = Artifact(tmp_path / "rows" / "referenced", "referenced")
+    process = start(tmp_path, table, "all", "train.num_workers=2")
+    wait_for_step(tmp_path, "spo", 7)
+    cluster = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(cluster, timeout=60)  # Ray's processes notice by themselves
+    unfinished = tmp_path / "quickstart" / ".unfinished"
+    result = unfinished / "method_dpo" / "result.json"
+    written = result.stat().st_mtime_ns
+    kept = (unfinished / "method_spo" / "log.jsonl").read_text().splitlines()[:7]
+    run = finish(start(tmp_path, table, "all", "train.num_workers=2"), tmp_path)
+    for name in ("dpo", "spo"):
+        same(run, uninterrupted, name)
+    assert (run / "method_dpo" / "result.json").stat().st_mtime_ns == written
+    assert (run / "method_spo" / "log.jsonl").read_text().splitlines()[:7] == kept
+    output = (tmp_path / "output.txt").read_text()
+    assert output.count("sft: starts") == 1
+    assert "sft: reused" in output
+    assert "method_spo: goes on" in output
+
+
+def test_resume_after_a_full_disk(uninterrupted, referenced, tmp_path):
+    """Checkpoints go to a file system with room for two: the third fails, the second is good for going on."""
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(storage)], capture_output=True
+    ).returncode:
+        pytest.skip("a small file system can't be mounted here: that takes root")
+    options = ["train.num_workers=2", f"train.checkpoint.storage={storage}", "train.checkpoint.keep=9"]
+    try:
+        process = start(tmp_path, referenced, "methods", *options)
+        assert process.wait(DEADLINE_S) != 0
+        output = (tmp_path / "output.txt").read_text()
+        assert "could not be written to" in output
+        assert str(storage) in output
+        assert "No space left on device" in output
+        subprocess.run(["mount", "-o", "remount,size=200m", str(storage)], check=True)
+        run = finish(start(tmp_path, referenced, "methods", *options), tmp_path)
+        assert "goes on" in (tmp_path / "output.txt").read_text()
+    finally:
+        subprocess.run(["umount", "-l", str(storage)], check=True)
+    for name in ("dpo", "spo"):
+        same(run, uninterrupted, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", sorted(random.Random(7).sample(range(1, 12), 10)))
+def test_resume_after_the_kill_of_a_rank_at_any_step(step, uninterrupted, referenced, tmp_path):
+    process = start(tmp_path, referenced, "methods", "train.num_workers=2")
+    wait_for_step(tmp_path, "spo", step)
+    workers(process)[step % 2].kill()
+    run = finish(process, tmp_path)
+    same(run, uninterrupted, "spo")
+
+
+@pytest.mark.slow
+def test_resume_after_a_worker_that_stands_still(uninterrupted, referenced, tmp_path):
+    """A stopped process answers no more: the others give up after train.timeout_s."""
+    process = start(tmp_path, referenced, "methods", "train.num_workers=2", "train.timeout_s=15")
+    wait_for_step(tmp_path, "spo", 5)
+    workers(process)[1].suspend()
+    run = finish(process, tmp_path)
+    same(run, uninterrupted, "spo")
+
+
+def test_node_loss(uninterrupted, referenced, tmp_path):
+    """One of two nodes is lost and replaced: the workers start again, spread over both, from the last checkpoint."""
+    output = tmp_path / "output.txt"
+    command = [sys.executable, "-m", "tests.train.node_loss", str(tmp_path), str(referenced.path)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with output.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    run = finish(process, tmp_path)
+    print(next(line for line in output.read_text().splitlines() if line.startswith("RECOVERED")))
+    same(run, uninterrupted, "spo")
+    assert json.loads((run / "method_spo" / "manifest.json").read_text())["facts"]["restarts"] == 1

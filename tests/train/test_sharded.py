@@ -70,6 +70,16 @@ def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_p
     assert difference(moved, whole[1]) > 100 * difference(whole[1], whole[2])
 
 
+def test_whole_copies_take_the_steps_of_one_too(referenced, tmp_path):
+    """Without sharding, R is possible pair by pair; five workers leave some without a row in some batches."""
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "part-0.parquet", swapped(referenced.rows()), rows.ReferencedPair)
+    spo = SPO.format("0.5, hinge: pair")
+    overrides = ["preference.epochs=1", "train.sharding=none", "train.precision=float64", spo, *RATES]
+    whole = {n: train(n, tmp_path / "rows", tmp_path / str(n), overrides, "spo") for n in (1, 5)}
+    assert difference(whole[1], whole[5]) < 1e-8
+
+
 def test_resume_on_one_and_on_four_what_two_have_saved(referenced, tmp_path):
     """The optimizer's states, SPO's running statistics and lambda, and the place in the data go along."""
     method = (

@@ -1,17 +1,15 @@
 import json
-import random
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from spo_ray import rows
 from spo_ray.config import load
 from spo_ray.run import Artifact, Run, external, write_rows
 from spo_ray.train.feed import epoch_batches
-from spo_ray.train.launch import train_methods, train_sft
+from spo_ray.train.launch import train_methods
 from spo_ray.train.reference import reference_logps
 
 from ..helpers import small_config
@@ -28,69 +26,6 @@ def test_every_row_once_an_epoch_in_even_batches(count, size):
         assert max(map(len, part)) - min(map(len, part)) <= 1
     assert batches[:per_epoch] != batches[per_epoch : 2 * per_epoch]
     assert batches == list(epoch_batches(count, size, epochs=3, seed=1))
-
-
-@pytest.fixture(scope="module")
-def pairs(chat, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = random.Random(0)
-    table = []
-    for i in range(21):
-        a, b = rng.randint(2, 30), rng.randint(2, 20)
-        table.append(
-            {
-                "id": f"{i:03d}",
-                "prompt_ids": chat.prompt_ids(f"Ada owns {a} pens and finds {b} more. How many pens does Ada own now?"),
-                "chosen_ids": chat.completion_ids(f"{a} + {b} = {a + b}.\n#### {a + b}"),
-                "rejected_ids": chat.completion_ids(f"{a} - {b} = {a - b}.\n#### {a - b}"),
-            }
-        )
-    write_rows(folder / "part-0.parquet", table, rows.TokenisedPair)
-    return Artifact(folder, "pairs")
-
-
-def weights(artifact):
-    state = load_file(artifact.path / "model.safetensors")
-    return torch.cat([tensor.double().flatten() for _, tensor in sorted(state.items())])
-
-
-METHOD_OVERRIDES = [
-    "methods.spo.gamma=0.0",
-    "methods.spo.inner.eta=1e-3",
-    "preference.theta.lr=1e-4",
-    "preference.phi.lr=1e-4",
-]
-
-
-def test_two_workers_take_the_steps_of_one(local_ray, in_root, toy_base, pairs, tmp_path):
-    """SFT, DPO and SPO with the same global batches; 21 pairs in batches of 4 give ranks unequal shares."""
-    base = external(toy_base)
-    trained = {}
-    for workers in (1, 2):
-        config = small_config(tmp_path / str(workers), f"train.num_workers={workers}", *METHOD_OVERRIDES)
-        run = Run(config)
-        sft_rows = tmp_path / f"sft{workers}"
-        sft_rows.mkdir()
-        table = [
-            {"id": r["id"], "prompt_ids": r["prompt_ids"], "completion_ids": r["chosen_ids"]} for r in pairs.rows()
-        ]
-        write_rows(sft_rows / "part-0.parquet", table, rows.SftRow)
-        sft = train_sft(run, base, Artifact(sft_rows, "sft"))
-        referenced = reference_logps(run, "reference", sft, pairs)
-        trained[workers] = {"sft": sft} | train_methods(run, sft, referenced)
-    for name in ("sft", "dpo", "spo"):
-        one, two = (weights(trained[workers][name]) for workers in (1, 2))
-        start = weights(trained[1]["sft"]) if name != "sft" else None
-        assert ((one - two).norm() / one.norm()).item() < 1e-5
-        if start is not None:
-            assert (one - start).norm() > 10 * (one - two).norm()
-    logs = {
-        workers: [json.loads(line) for line in (artifacts["spo"].path / "log.jsonl").read_text().splitlines()]
-        for workers, artifacts in trained.items()
-    }
-    for a, b in zip(logs[1], logs[2], strict=True):
-        for key in set(a) & {"loss", "grad_norm", "logps/chosen", "rewards/margins", "probe/logps/chosen"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
 
 
 def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy_base, pairs, tmp_path):
@@ -113,6 +48,28 @@ def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy
         assert result["held_out"] == pytest.approx(result["train"])
         if name == "dpo":
             assert log[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_the_best_checkpoint_is_exported_if_so_configured(local_ray, in_root, toy_base, referenced, tmp_path):
+    config = small_config(
+        tmp_path,
+        "preference.epochs=3",
+        "preference.probe_every=2",
+        "preference.theta.lr=3e-3",
+        "preference.phi.lr=3e-3",
+        "train.checkpoint={every: 2, keep: 1, best: {metric: probe/logps/chosen, mode: max}}",
+    )
+    run = Run(config.model_copy(update={"methods": {"dpo": config.methods["dpo"]}}))
+    artifact = train_methods(run, external(toy_base), referenced)["dpo"]
+    measured = {
+        r["step"]: r["probe/logps/chosen"] for r in steps_of(artifact) if r["step"] and "probe/logps/chosen" in r
+    }
+    best = max(measured, key=lambda step: measured[step])
+    assert best != max(measured), "the last is the best: the test shows nothing"
+    result = json.loads((artifact.path / "result.json").read_text())
+    assert result["exported_step"] == best
+    assert result["train"]["logps/chosen"] == pytest.approx(measured[best], abs=1e-4)
+    assert trained_means(artifact, referenced)[0] == pytest.approx(measured[best], abs=1e-3)
 
 
 def own_answer_logps(path, pairs, tokens):

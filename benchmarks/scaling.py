@@ -1,0 +1,372 @@
+"""How training scales over workers: speed, communication, what Ray Train adds, what checkpoints hold up.
+
+A Qwen2 of 4.5M random parameters, random pairs, processes over Gloo that run the project's own training loop.
+
+    python -m benchmarks.scaling [--part {a,b,c,d} ...] [--steps N]
+
+``a`` steps with 1, 2 and 4 workers, against what the machine gives as many processes that only multiply matrices;
+``b`` bytes that a worker sends in a step, as multiples of what FSDP needs for one forward and backward;
+``c`` the same training under torchrun and under Ray Train;
+``d`` how long checkpoints hold up training, written in the background and not.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import pickle
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from spo_ray import rows
+from spo_ray.cluster import connect
+from spo_ray.config import Config, load
+from spo_ray.model.fsdp import decoder_layers
+from spo_ray.model.load import build_policy
+from spo_ray.run import Run, external, write_rows
+from spo_ray.train import launch, worker
+from spo_ray.train.feed import Table
+from spo_ray.train.job import Job, train_loop
+from spo_ray.train.loop import StepLog
+from spo_ray.train.rank import Rank
+from spo_ray.train.scorer import Scorer
+from spo_ray.train.snapshots import NoSnapshots, Snapshots
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCABULARY, BATCH = 4096, 8
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+SKIPPED = 2
+"""Steps at the start that are not counted."""
+METHODS = ("sft", "dpo", "spo", "spo_hinge")
+SPO = "methods.{}={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 1, eta: 2e-5, full_precision: {}}}}}"
+BASE = [
+    f"sft.batch_size={2 * BATCH}",
+    f"preference.batch_size={BATCH}",
+    "preference.probe_every=100000",
+    "preference.probe_pairs=1",
+    "preference.probe_top_tokens=0",
+    "preference.dynamics_every=null",
+    "train.checkpoint.every=null",
+    SPO.format("spo", 0.0, "true"),
+    SPO.format("spo_rough", 0.0, "false"),
+    SPO.format("spo_hinge", 0.01, "true"),
+]
+COLLECTIVES = {
+    "all_gather_single": ("output_tensor", 1),
+    "reduce_scatter_single": ("input", 1),
+    "all_reduce": ("tensor", 2),
+}
+"""What FSDP2 and the step call: the whole tensor's argument, and how often a ring sends (W - 1) / W of it."""
+
+
+class Step(NamedTuple):
+    """One step of all workers."""
+
+    seconds: float
+    cpu: float
+    """Seconds of all workers together."""
+    gathered: float
+    """Bytes that a worker sends, by kind."""
+    reduced: float
+    other: float
+    save: float
+    """Seconds in ``Snapshots.save`` before this step."""
+
+
+def make_inputs(folder: Path) -> None:
+    """A model and rows of random tokens. Chosen completions are the longer ones, so that the hinge is active."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shutil.copytree(ROOT / "assets" / "toy_base", folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
+    rng = random.Random(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(low, high))]
+
+    table: list[dict[str, Any]] = [
+        {"id": f"{i:03d}", "prompt_ids": tokens(32, 64), "chosen_ids": tokens(48, 64), "rejected_ids": tokens(32, 47)}
+        for i in range(10 * BATCH)
+    ]
+    sides = [{"id": r["id"] + s, "prompt_ids": r["prompt_ids"], "completion_ids": r[f"{s}_ids"]}
+             for r in table for s in ("chosen", "rejected")]  # fmt: skip
+    for name, kind, content in (
+        ("pairs", rows.ReferencedPair, Scorer(str(folder / "model"), "float32")(table)[0]),
+        ("sides", rows.SftRow, sides),
+    ):
+        (folder / name).mkdir()
+        write_rows(folder / name / "part-0.parquet", content, kind)
+
+
+def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrides: str) -> Job:
+    """A training of so many steps (10 an epoch), at most one epoch's rest more."""
+    epochs = -(-steps // 10)
+    lengths = [f"preference.epochs={epochs}", f"sft.epochs={epochs}", f"train.num_workers={workers}"]
+    config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, *lengths, f"output={folder / 'runs'}", *overrides])
+    pairs = external(folder / ("sides" if method == "sft" else "pairs"))
+    return Job(config, str(folder / "model"), pairs, str(folder / name), name, None if method == "sft" else method)
+
+
+def instrument() -> None:
+    """Make this process write a line of clocks and counts behind every step; it exports nothing."""
+    run_job, write, save = worker.run_job, StepLog.write, Snapshots.save
+    notes: dict[str, Any] = {"save": 0.0} | dict.fromkeys(COLLECTIVES, 0.0)
+
+    def recorded(job: Job, rank: Rank, *others: Any) -> None:
+        notes["path"] = Path(job.out) / f"clocks{rank.index}.jsonl"
+        run_job(job, rank, *others)
+
+    def written(log: StepLog, record: dict[str, float]) -> None:
+        write(log, record)
+        line = {"wall": time.time(), "cpu": time.process_time(), "active": record.get("spo/hinge_active")}
+        with notes["path"].open("a") as file:
+            file.write(json.dumps(line | {key: notes[key] for key in ("save", *COLLECTIVES)}) + "\n")
+        notes.update({"save": 0.0} | dict.fromkeys(COLLECTIVES, 0.0))
+
+    def saved(*arguments: Any) -> None:
+        started = time.perf_counter()
+        save(*arguments)
+        notes["save"] += time.perf_counter() - started
+
+    def counted(name: str, whole: str, times: int) -> Callable[..., Any]:
+        function = getattr(dist, name)
+        signature = inspect.signature(function)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            tensor = signature.bind(*arguments, **named).arguments[whole]
+            size = dist.get_world_size()
+            notes[name] += times * tensor.numel() * tensor.element_size() * (size - 1) / size
+            return function(*arguments, **named)
+
+        return call
+
+    for name, (whole, times) in COLLECTIVES.items():
+        setattr(dist, name, counted(name, whole, times))
+    patches: list[tuple[Any, str, Any]] = [(worker, "run_job", recorded), (worker, "save", lambda *arguments: None)]
+    for owner, name, function in [*patches, (StepLog, "write", written), (Snapshots, "save", saved)]:
+        setattr(owner, name, function)
+
+
+def instrumented_loop(arguments: dict[str, Any]) -> None:
+    """Ray Train's entry."""
+    instrument()
+    train_loop(arguments)
+
+
+def work(path: Path) -> None:
+    """What torchrun starts: the jobs, each with a measurement of the machine before and after."""
+    dist.init_process_group("gloo")
+    rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    instrument()
+    before = machine_rate(rank)
+    for each in pickle.loads(path.read_bytes()):
+        worker.run_job(each, rank, NoSnapshots(rank), Table.of)
+        after = machine_rate(rank)
+        (Path(each.out) / "rate").write_text(str((before + after) / 2))
+        before = after
+    dist.destroy_process_group()
+
+
+def machine_rate(rank: Rank, seconds: float = 0.7) -> float:
+    """Matrix products a second of all workers together, while each computes nothing else."""
+    a = torch.randn(256, 256)
+    dist.barrier()
+    started, count = time.perf_counter(), torch.zeros(1)
+    while time.perf_counter() - started < seconds:
+        torch.mm(a, a)
+        count += 1
+    count /= time.perf_counter() - started
+    rank.all_reduce([count])
+    return count.item()
+
+
+def torchrun(folder: Path, jobs: Sequence[Job], workers: int) -> float:
+    """Run jobs one after another in processes without Ray; gives when they were started."""
+    for each in jobs:
+        Path(each.out).mkdir(parents=True)
+    path = folder / "jobs.pickle"
+    path.write_bytes(pickle.dumps(list(jobs)))
+    started, environment = time.time(), os.environ | launch.KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
+    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "-m", "benchmarks.scaling"]
+    subprocess.run([sys.executable, "-m", *command, "--jobs", str(path)], cwd=ROOT, env=environment, check=True)
+    return started
+
+
+def under_ray(each: Job) -> tuple[float, Path]:
+    """Run a job under Ray Train; gives when that was started, and where its files are."""
+    method = str(each.method)
+    config = each.config.model_copy(update={"name": each.key, "methods": {method: each.config.methods[method]}})
+    setattr(launch, "train_loop", instrumented_loop)  # noqa: B010
+    started = time.time()
+    trained = launch.train_methods(Run(config), external(each.model), each.rows)
+    return started, trained[method].path
+
+
+def clocks(out: Path, workers: int) -> list[list[dict[str, Any]]]:
+    """Every worker's lines."""
+    files = [out / f"clocks{index}.jsonl" for index in range(workers)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def steps_of(out: Path, workers: int) -> list[Step]:
+    """A job's steps, but for the first ones and the last (which measures the probe)."""
+    ranks, steps = clocks(out, workers), []
+    for before, after in list(zip(zip(*ranks, strict=True), list(zip(*ranks, strict=True))[1:], strict=False)):
+        assert after[0]["active"] in (None, 1.0), "the hinge is not active: its passes are not measured"
+        cpu = sum(b["cpu"] - a["cpu"] for a, b in zip(before, after, strict=True))
+        sent = [after[0][name] for name in COLLECTIVES]
+        steps.append(Step(after[0]["wall"] - before[0]["wall"], cpu, *sent, max(line["save"] for line in after)))
+    return steps[SKIPPED:-1]
+
+
+def median(steps: Sequence[Step]) -> Step:
+    """Of every field."""
+    return Step(*map(statistics.median, zip(*steps, strict=True)))
+
+
+def speed(folder: Path, steps: int, counts: Sequence[int] = (1, 2, 4)) -> None:
+    """Part a."""
+    one: dict[str, tuple[Step, float]] = {}
+    print("| step | workers | tokens/s | speed-up | of matmuls alone | share of it | CPU time, ratio | in step, s |")
+    lines = []
+    for workers in counts:
+        jobs = [job(folder, f"a_{name}_{workers}", name, workers, steps) for name in METHODS]
+        torchrun(folder, jobs, workers)
+        for name, each in zip(METHODS, jobs, strict=True):
+            step, rate = median(steps_of(Path(each.out), workers)), float((Path(each.out) / "rate").read_text())
+            base, base_rate = one.setdefault(name, (step, rate))
+            tokens = mean_tokens(folder) * 2 * BATCH / step.seconds
+            up, allowed = base.seconds / step.seconds, rate / base_rate
+            lines.append(f"| {name} | {workers} | {tokens:.0f} | {up:.2f} | {allowed:.2f} | {up / allowed:.0%} | "
+                         f"{step.cpu / base.cpu:.2f} | {step.seconds:.2f} |")  # fmt: skip
+    print("\n".join(sorted(lines, key=lambda line: METHODS.index(line.split()[1]))))
+
+
+def mean_tokens(folder: Path) -> float:
+    """Tokens of a sequence, prompt included."""
+    return statistics.mean(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in external(folder / "sides").rows())
+
+
+class Volume(NamedTuple):
+    """Parameters that a pass moves."""
+
+    layers: int
+    root: int
+
+    def gathers(self, width: int) -> int:
+        """Bytes that one forward and backward gather: layers twice, the root once."""
+        return (2 * self.layers + self.root) * width
+
+
+def volume(model: str, config: Config, *, with_phi: bool) -> Volume:
+    """Count a model's parameters inside and outside of its layers."""
+    policy = build_policy(model, config.model, 0, with_phi=with_phi, device="meta")
+    layers = sum(p.numel() for layer in decoder_layers(policy) for p in layer.parameters())
+    return Volume(layers, sum(p.numel() for p in policy.parameters()) - layers)
+
+
+def communication(folder: Path, steps: int, workers: int = 2) -> None:
+    """Part b."""
+    share, recompute = f"train.pairs_per_backward={2 * BATCH}", "train.gradient_checkpointing=true"
+    cases = [(name, precision, []) for precision in ("float32", "bfloat16") for name in METHODS]
+    cases += [("spo_rough", "bfloat16", []), ("dpo", "bfloat16", [recompute]), ("spo", "bfloat16", [recompute])]
+    jobs = [job(folder, f"b_{i}", name, workers, steps, share, f"train.precision={precision}", *more)
+            for i, (name, precision, more) in enumerate(cases)]  # fmt: skip
+    torchrun(folder, jobs, workers)
+    print("| step | compute type | MB sent | gathers | reductions | all-reduces, MB | of the minimum |")
+    for (name, precision, more), each in zip(cases, jobs, strict=True):
+        sent = median(steps_of(Path(each.out), workers))
+        size = volume(each.model, each.config, with_phi=name != "sft")
+        part = (workers - 1) / workers
+        gathers = size.gathers(2 if precision == "bfloat16" else 4) * part
+        reductions = sum(size) * 4 * part
+        total = sent.gathered + sent.reduced + sent.other
+        label = name + (", recompute" if more else "")
+        print(f"| {label} | {precision} | {total / 1e6:.1f} | {sent.gathered / gathers:.2f} | "
+              f"{sent.reduced / reductions:.2f} | {sent.other / 1e6:.4f} | {total / (gathers + reductions):.2f} |")  # fmt: skip
+
+
+def against_torchrun(folder: Path, steps: int, workers: int = 2) -> None:
+    """Part c: torchrun before and after Ray Train, so that a machine that grows busier does not decide."""
+    jobs = [job(folder, f"c_{i}", "dpo", workers, steps) for i in range(3)]
+    timed = []
+    for i, each in enumerate(jobs):
+        if i == 1:
+            started = time.time()
+            connect(each.config)
+            print(f"starting a local Ray cluster: {time.time() - started:.1f} s")
+            timed.append(under_ray(each))
+        else:
+            timed.append((torchrun(folder, [each], workers), Path(each.out)))
+    for name, (started, out) in zip(("torchrun", "Ray Train", "torchrun again"), timed, strict=True):
+        step = median(steps_of(out, workers))
+        first = clocks(out, workers)[0][0]["wall"] - started
+        print(f"{name}: {step.seconds:.3f} s a step, {step.cpu:.3f} CPU s, {first:.1f} s until step 0")
+    plain, ray = [s for i in (0, 2) for s in steps_of(timed[i][1], workers)], steps_of(timed[1][1], workers)
+    wall, cpu = (median(ray)[i] / median(plain)[i] - 1 for i in (0, 1))
+    print(f"Ray Train against torchrun: {wall:+.1%} wall, {cpu:+.1%} CPU")
+
+
+def stalls(folder: Path, steps: int, workers: int = 2, every: int = 5) -> None:
+    """Part d."""
+    for i, background in enumerate(("true", "false")):
+        checkpoint = [f"train.checkpoint.every={every}", f"train.checkpoint.asynchronous={background}"]
+        each = job(folder, f"d_{background}", "dpo", workers, steps, *checkpoint)
+        if i == 0:
+            connect(each.config)
+        own = steps_of(under_ray(each)[1], workers)
+        saves = [i for i, step in enumerate(own) if step.save]
+        behind = {i + k for i in saves for k in range(2)}
+        usual = statistics.median(step.seconds for i, step in enumerate(own) if i not in behind)
+        save = statistics.median(own[i].save for i in saves)
+        lost = [sum(own[k].seconds - usual for k in (i, i + 1)) for i in saves if i + 1 < len(own)]
+        whole = statistics.median(lost)
+        print(f"asynchronous={background}: step {usual:.3f} s, {len(saves)} saves, save() {save:.3f} s, that and the slower "
+              f"two steps behind it {whole:.3f} s ({min(lost):.3f} to {max(lost):.3f}); "
+              f"per 100 steps {save / usual:.2f}% and {whole / usual:.2f}%")  # fmt: skip
+
+
+def main() -> None:
+    """Measure what is asked for, all of it by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--steps", type=int, help="of every training; a multiple of 10")
+    parser.add_argument("--jobs", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.jobs:
+        work(arguments.jobs)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder))
+        for part in arguments.part:
+            measure, steps = PARTS[part]
+            measure(Path(folder), arguments.steps or steps)
+
+
+PARTS = {"a": (speed, 10), "b": (communication, 10), "c": (against_torchrun, 30), "d": (stalls, 30)}
+
+if __name__ == "__main__":
+    main()
