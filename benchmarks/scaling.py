@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spo_ray import rows
@@ -45,7 +46,7 @@ from spo_ray.train.scorer import Scorer
 from spo_ray.train.snapshots import NoSnapshots, Snapshots
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY, BATCH = 4096, 8
+VOCABULARY, BATCH, EPOCH = 4096, 8, 5
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -60,6 +61,8 @@ SHAPE: dict[str, Any] = {
 }
 SKIPPED = 2
 """Steps at the start that are not counted."""
+ENVIRONMENT = launch.KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
+"""Of every process, as Ray Train's workers have it."""
 METHODS = ("sft", "dpo", "spo", "spo_hinge")
 SPO = "methods.{}={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 1, eta: 2e-5, full_precision: {}}}}}"
 BASE = [
@@ -96,7 +99,7 @@ class Step(NamedTuple):
     """Seconds in ``Snapshots.save`` before this step."""
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, pairs: int) -> None:
     """A model and rows of random tokens. Chosen completions are the longer ones, so that the hinge is active."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -109,7 +112,7 @@ def make_inputs(folder: Path) -> None:
 
     table: list[dict[str, Any]] = [
         {"id": f"{i:03d}", "prompt_ids": tokens(32, 64), "chosen_ids": tokens(48, 64), "rejected_ids": tokens(32, 47)}
-        for i in range(10 * BATCH)
+        for i in range(pairs)
     ]
     sides = [{"id": r["id"] + s, "prompt_ids": r["prompt_ids"], "completion_ids": r[f"{s}_ids"]}
              for r in table for s in ("chosen", "rejected")]  # fmt: skip
@@ -122,8 +125,8 @@ def make_inputs(folder: Path) -> None:
 
 
 def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrides: str) -> Job:
-    """A training of so many steps (10 an epoch), at most one epoch's rest more."""
-    epochs = -(-steps // 10)
+    """A training of so many steps, whole epochs."""
+    epochs = -(-steps // EPOCH)
     lengths = [f"preference.epochs={epochs}", f"sft.epochs={epochs}", f"train.num_workers={workers}"]
     config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, *lengths, f"output={folder / 'runs'}", *overrides])
     pairs = external(folder / ("sides" if method == "sft" else "pairs"))
@@ -176,13 +179,23 @@ def instrumented_loop(arguments: dict[str, Any]) -> None:
     train_loop(arguments)
 
 
-def work(path: Path) -> None:
-    """What torchrun starts: the jobs, each with a measurement of the machine before and after."""
-    dist.init_process_group("gloo")
+def forked(folder: Path, jobs: Sequence[Job], workers: int) -> None:
+    """Run jobs one after another in copies of this process, which has imported all it needs."""
+    mp.start_processes(_forked, (workers, tempfile.mktemp(dir=folder), jobs), nprocs=workers, start_method="fork")
+
+
+def _forked(index: int, size: int, meeting: str, jobs: Sequence[Job]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=size)
+    work(jobs)
+
+
+def work(jobs: Sequence[Job]) -> None:
+    """The jobs, each with a measurement of the machine before and after."""
     rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     instrument()
     before = machine_rate(rank)
-    for each in pickle.loads(path.read_bytes()):
+    for each in jobs:
+        Path(each.out).mkdir(parents=True, exist_ok=True)
         worker.run_job(each, rank, NoSnapshots(rank), Table.of)
         after = machine_rate(rank)
         (Path(each.out) / "rate").write_text(str((before + after) / 2))
@@ -203,16 +216,13 @@ def machine_rate(rank: Rank, seconds: float = 0.7) -> float:
     return count.item()
 
 
-def torchrun(folder: Path, jobs: Sequence[Job], workers: int) -> float:
-    """Run jobs one after another in processes without Ray; gives when they were started."""
-    for each in jobs:
-        Path(each.out).mkdir(parents=True)
-    path = folder / "jobs.pickle"
-    path.write_bytes(pickle.dumps(list(jobs)))
-    started, environment = time.time(), os.environ | launch.KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
+def torchrun(folder: Path, each: Job, workers: int) -> tuple[float, Path]:
+    """Run a job under PyTorch's launcher; gives when that was started, and where its files are."""
+    path, started = folder / "job.pickle", time.time()
+    path.write_bytes(pickle.dumps(each))
     command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "-m", "benchmarks.scaling"]
-    subprocess.run([sys.executable, "-m", *command, "--jobs", str(path)], cwd=ROOT, env=environment, check=True)
-    return started
+    subprocess.run([sys.executable, "-m", *command, "--job", str(path)], cwd=ROOT, check=True)
+    return started, Path(each.out)
 
 
 def under_ray(each: Job) -> tuple[float, Path]:
@@ -247,15 +257,16 @@ def median(steps: Sequence[Step]) -> Step:
     return Step(*map(statistics.median, zip(*steps, strict=True)))
 
 
-def speed(folder: Path, steps: int, counts: Sequence[int] = (1, 2, 4)) -> None:
+def speed(folder: Path, steps: int, only: Sequence[str] = (), counts: Sequence[int] = (1, 2, 4)) -> None:
     """Part a."""
     one: dict[str, tuple[Step, float]] = {}
+    names = only or METHODS
     print("| step | workers | tokens/s | speed-up | of matmuls alone | share of it | CPU time, ratio | in step, s |")
     lines = []
     for workers in counts:
-        jobs = [job(folder, f"a_{name}_{workers}", name, workers, steps) for name in METHODS]
-        torchrun(folder, jobs, workers)
-        for name, each in zip(METHODS, jobs, strict=True):
+        jobs = [job(folder, f"a_{name}_{workers}", name, workers, steps) for name in names]
+        forked(folder, jobs, workers)
+        for name, each in zip(names, jobs, strict=True):
             step, rate = median(steps_of(Path(each.out), workers)), float((Path(each.out) / "rate").read_text())
             base, base_rate = one.setdefault(name, (step, rate))
             tokens = mean_tokens(folder) * 2 * BATCH / step.seconds
@@ -288,14 +299,17 @@ def volume(model: str, config: Config, *, with_phi: bool) -> Volume:
     return Volume(layers, sum(p.numel() for p in policy.parameters()) - layers)
 
 
-def communication(folder: Path, steps: int, workers: int = 2) -> None:
+def communication(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2) -> None:
     """Part b."""
-    share, recompute = f"train.pairs_per_backward={2 * BATCH}", "train.gradient_checkpointing=true"
-    cases = [(name, precision, []) for precision in ("float32", "bfloat16") for name in METHODS]
-    cases += [("spo_rough", "bfloat16", []), ("dpo", "bfloat16", [recompute]), ("spo", "bfloat16", [recompute])]
-    jobs = [job(folder, f"b_{i}", name, workers, steps, share, f"train.precision={precision}", *more)
+    few, rows_each = folder / "few", [f"sft.batch_size={2 * workers}", f"preference.batch_size={workers}"]
+    make_inputs(few, steps * workers)  # a backward a step
+    recompute = "train.gradient_checkpointing=true"
+    cases: list[tuple[str, str, list[str]]] = [("spo_rough", "bfloat16", []), ("spo", "bfloat16", [recompute])]
+    cases = [(name, precision, []) for precision in ("float32", "bfloat16") for name in METHODS] + cases
+    cases = [case for case in cases if f"{case[0]},{case[1]}" in only] if only else cases
+    jobs = [job(few, f"b_{i}", name, workers, 1, *rows_each, f"train.precision={precision}", *more)
             for i, (name, precision, more) in enumerate(cases)]  # fmt: skip
-    torchrun(folder, jobs, workers)
+    forked(folder, jobs, workers)
     print("| step | compute type | MB sent | gathers | reductions | all-reduces, MB | of the minimum |")
     for (name, precision, more), each in zip(cases, jobs, strict=True):
         sent = median(steps_of(Path(each.out), workers))
@@ -309,7 +323,7 @@ def communication(folder: Path, steps: int, workers: int = 2) -> None:
               f"{sent.reduced / reductions:.2f} | {sent.other / 1e6:.4f} | {total / (gathers + reductions):.2f} |")  # fmt: skip
 
 
-def against_torchrun(folder: Path, steps: int, workers: int = 2) -> None:
+def against_torchrun(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2) -> None:
     """Part c: torchrun before and after Ray Train, so that a machine that grows busier does not decide."""
     jobs = [job(folder, f"c_{i}", "dpo", workers, steps) for i in range(3)]
     timed = []
@@ -320,7 +334,7 @@ def against_torchrun(folder: Path, steps: int, workers: int = 2) -> None:
             print(f"starting a local Ray cluster: {time.time() - started:.1f} s")
             timed.append(under_ray(each))
         else:
-            timed.append((torchrun(folder, [each], workers), Path(each.out)))
+            timed.append(torchrun(folder, each, workers))
     for name, (started, out) in zip(("torchrun", "Ray Train", "torchrun again"), timed, strict=True):
         step = median(steps_of(out, workers))
         first = clocks(out, workers)[0][0]["wall"] - started
@@ -330,9 +344,9 @@ def against_torchrun(folder: Path, steps: int, workers: int = 2) -> None:
     print(f"Ray Train against torchrun: {wall:+.1%} wall, {cpu:+.1%} CPU")
 
 
-def stalls(folder: Path, steps: int, workers: int = 2, every: int = 5) -> None:
+def stalls(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2, every: int = 5) -> None:
     """Part d."""
-    for i, background in enumerate(("true", "false")):
+    for i, background in enumerate(only or ("true", "false")):
         checkpoint = [f"train.checkpoint.every={every}", f"train.checkpoint.asynchronous={background}"]
         each = job(folder, f"d_{background}", "dpo", workers, steps, *checkpoint)
         if i == 0:
@@ -353,20 +367,24 @@ def main() -> None:
     """Measure what is asked for, all of it by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--steps", type=int, help="of every training; a multiple of 10")
-    parser.add_argument("--jobs", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="of every training")
+    parser.add_argument("--only", nargs="+", default=[], help="cases: dpo (a), dpo,bfloat16 (b), ray (c), true (d)")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.jobs:
-        work(arguments.jobs)
+    if any(os.environ.get(key) != value for key, value in ENVIRONMENT.items()):
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]], os.environ | ENVIRONMENT)
+    if arguments.job:
+        dist.init_process_group("gloo")
+        work([pickle.loads(arguments.job.read_bytes())])
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(Path(folder))
+        make_inputs(Path(folder), EPOCH * BATCH)
         for part in arguments.part:
             measure, steps = PARTS[part]
-            measure(Path(folder), arguments.steps or steps)
+            measure(Path(folder), arguments.steps or steps, arguments.only)
 
 
-PARTS = {"a": (speed, 10), "b": (communication, 10), "c": (against_torchrun, 30), "d": (stalls, 30)}
+PARTS = {"a": (speed, 10), "b": (communication, 4), "c": (against_torchrun, 30), "d": (stalls, 30)}
 
 if __name__ == "__main__":
     main()

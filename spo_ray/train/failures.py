@@ -3,10 +3,12 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from ray.train import UserCallback
 
 from spo_ray.errors import TrainingError, UserError
+from spo_ray.train.job import RESULT
 
 FAILURES = "failures.jsonl"
 """In a job's folder: one line for every time that its workers failed."""
@@ -28,11 +30,19 @@ class RecordFailures(UserCallback):
             "errors": {rank: f"{type(cause).__name__}: {str(cause)[:500]}" for rank, cause in causes.items()},
             "restart": fatal is None,
         }
-        for folder in self.folders:
-            with (Path(folder) / FAILURES).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+        for folder in map(Path, self.folders):
+            if not (folder / RESULT).exists():  # the job that was under way
+                with (folder / FAILURES).open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                break
         if fatal is not None:
             raise fatal
+
+
+def failures_of(folder: Path) -> list[dict[str, Any]]:
+    """What was written down about a job."""
+    file = folder / FAILURES
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -27,7 +27,7 @@ from spo_ray.errors import UserError
 from spo_ray.model.plan import Device, memory_plan
 from spo_ray.parallel import run_parallel
 from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
-from spo_ray.train.failures import FAILURES, RecordFailures, cause_of
+from spo_ray.train.failures import FAILURES, RecordFailures, cause_of, failures_of
 from spo_ray.train.feed import dataset
 from spo_ray.train.job import RESULT, Job, train_loop
 
@@ -113,8 +113,7 @@ def _train(
         for stage, job in zip(stages, jobs, strict=True):
             if job.finished:
                 result = json.loads((stage.scratch / RESULT).read_text())
-                failures = stage.scratch / FAILURES
-                stage.ledger.facts["restarts"] = len(failures.read_text().splitlines()) if failures.exists() else 0
+                stage.ledger.facts["restarts"] = sum(f["restart"] for f in failures_of(stage.scratch))
                 closed[stage.name] = run.close(stage, wall_s=result["wall_s"])
     return closed
 
@@ -206,7 +205,9 @@ def _explain(error: TrainingFailedError, config: Config) -> Exception:
 
 def _follow(jobs: list[Job], names: list[str], finished: threading.Event) -> None:
     """Every few seconds print the newest line of the growing step logs, and failures."""
-    shown: dict[Path, str] = {}
+    shown = {
+        path: path.read_text().splitlines()[-1] for path in (Path(j.out) / FAILURES for j in jobs) if path.exists()
+    }
     while not finished.wait(REPORT_EVERY_S):
         for job, name in zip(jobs, names, strict=True):
             for file, tell, least in ((STEP_LOG, _say_step, 2), (FAILURES, _say_failure, 1)):

@@ -17,7 +17,7 @@ from spo_ray.train_config import GroupConfig
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 256), nn.LayerNorm(256), nn.Linear(256, 96))
+    return nn.Sequential(nn.Linear(128, 256), nn.LayerNorm(256), nn.Linear(256, 97))  # uneven in shards
 
 
 def groups_of(model, **options):
@@ -30,7 +30,7 @@ def groups_of(model, **options):
 
 def train(model, optimizer, groups, steps, total, start=0):
     torch.manual_seed(1)
-    x, y = torch.randn(32, 128), torch.randn(32, 96)
+    x, y = torch.randn(32, 128), torch.randn(32, 97)
     for step in range(start, start + steps):
         optimizer.zero_grad()
         ((model(x) - y) ** 2).mean().backward()
@@ -161,7 +161,7 @@ def test_8_bit_states(tmp_path, monkeypatch):
         results[kind] = train(model, optimizer, groups, 6, 6)
     state = optimizer.state[model[0].weight]["exp_avg"]
     assert state.codes.dtype == torch.uint8 and state.codes.numel() == model[0].weight.numel()
-    shards, cached = (in_shards("adamw_8bit", tmp_path / run, 3) for run in ("fresh", "cached"))
+    shards, cached = (in_shards("adamw_8bit", tmp_path / run, 2) for run in ("fresh", "cached"))
     assert all(torch.equal(a, b) for a, b in zip(shards, cached, strict=True))
     for found in (results["adamw_8bit"], shards):
         for parameter, first, reference in zip(found, start.parameters(), results["adamw"], strict=True):
