@@ -1,6 +1,5 @@
 """The plan against real models: counts, saved tensors, optimizer states, and peaks of memory while a step runs."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from spo_ray.config import load
-from spo_ray.core.gradients import Sink, pull
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.spo import spo_gradients
-from spo_ray.errors import UserError
 from spo_ray.model.fsdp import shard
 from spo_ray.model.load import build_policy, parameter_groups
-from spo_ray.model.plan import BYTES, GIB, check_memory, memory_plan
+from spo_ray.model.plan import memory_plan
 from spo_ray.train.methods import Method
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
