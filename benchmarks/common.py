@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from spo_ray import rows as schemas
 from spo_ray.model.collate import collate_pairs
+from spo_ray.run import write_rows
 
 DATA = Path(os.environ.get("SPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PROMPT = "Question: {question}\nAnswer:\n"
@@ -103,6 +107,45 @@ def useful_flops(model: nn.Module, rows: Sequence[dict[str, Any]]) -> float:
     return 6.0 * (tokens * (total - head) + completion * head)
 
 
+def random_inputs(folder: Path, count: int) -> None:
+    """A Qwen2 of 4.2 million parameters in ``model``, pairs of random tokens in ``pairs``, their sides in ``sides``.
+
+    Chosen completions are the longer ones, so that their gradient is, and the hinge is active.
+    """
+    from spo_ray.train.scorer import Scorer  # and with it Ray
+
+    torch.manual_seed(0)
+    base = Path(__file__).parents[1] / "assets" / "toy_base"
+    shutil.copytree(base, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    rng, pairs, sides = random.Random(0), [], []
+    for i in range(count):
+        prompt, chosen, rejected = (
+            [rng.randrange(2, 4096) for _ in range(rng.randint(low, high))]
+            for low, high in ((32, 64), (48, 64), (32, 47))
+        )
+        pairs.append({"id": f"{i:03d}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        sides += [
+            {"id": f"{i:03d}{n}", "prompt_ids": prompt, "completion_ids": c} for n, c in enumerate((chosen, rejected))
+        ]
+    pairs, _ = Scorer(str(folder / "model"), "float32")(pairs)
+    for name, kind, table in (("pairs", schemas.ReferencedPair, pairs), ("sides", schemas.SftRow, sides)):
+        (folder / name).mkdir()
+        write_rows(folder / name / "part-0.parquet", table, kind)
+
+
 SHAPES = ((170, 384, 1024), (170, 1024, 384), (170, 384, 384), (95, 384, 32_000), (95, 32_000, 384))
 """Products of one sequence with the model's weights, as (rows, inner, columns)."""
 
@@ -127,6 +170,19 @@ def _rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float:
         spent += statistics.median(elapsed(products)[0] for _ in range(5)) / repeat
         flops += 2.0 * m * k * n
     return flops / spent
+
+
+def rate_of_all(seconds: float = 0.7) -> float:
+    """Matrix products a second of all processes of a group together, while each computes nothing else."""
+    a = torch.randn(256, 256)
+    dist.barrier()
+    started, count = time.perf_counter(), torch.zeros(1)
+    while time.perf_counter() - started < seconds:
+        torch.mm(a, a)
+        count += 1
+    count /= time.perf_counter() - started
+    dist.all_reduce(count)
+    return count.item()
 
 
 def clocks() -> tuple[float, float]:

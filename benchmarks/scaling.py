@@ -15,113 +15,58 @@ import inspect
 import json
 import os
 import pickle
-import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from spo_ray import rows
+from benchmarks.common import random_inputs, rate_of_all
 from spo_ray.cluster import connect
-from spo_ray.config import Config, load
+from spo_ray.config import load
 from spo_ray.model.fsdp import decoder_layers
 from spo_ray.model.load import build_policy
-from spo_ray.run import Run, external, write_rows
+from spo_ray.run import Run, external
 from spo_ray.train import launch, worker
 from spo_ray.train.feed import Table
 from spo_ray.train.job import Job, train_loop
 from spo_ray.train.loop import StepLog
 from spo_ray.train.rank import Rank
-from spo_ray.train.scorer import Scorer
 from spo_ray.train.snapshots import NoSnapshots, Snapshots
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY, BATCH, EPOCH = 4096, 8, 5
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
-SKIPPED = 2
-"""Steps at the start that are not counted."""
+BATCH, EPOCH = 8, 5
+SKIPPED = 2  # steps at the start
 ENVIRONMENT = launch.KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
-"""Of every process, as Ray Train's workers have it."""
 METHODS = ("sft", "dpo", "spo", "spo_hinge")
 SPO = "methods.{}={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 1, eta: 2e-5, full_precision: {}}}}}"
+UNWATCHED = "probe_every=100000 probe_pairs=1 probe_top_tokens=0 dynamics_every=null"
 BASE = [
-    f"sft.batch_size={2 * BATCH}",
-    f"preference.batch_size={BATCH}",
-    "preference.probe_every=100000",
-    "preference.probe_pairs=1",
-    "preference.probe_top_tokens=0",
-    "preference.dynamics_every=null",
-    "train.checkpoint.every=null",
-    SPO.format("spo", 0.0, "true"),
-    SPO.format("spo_rough", 0.0, "false"),
-    SPO.format("spo_hinge", 0.01, "true"),
+    *(f"preference.{setting}" for setting in f"{UNWATCHED} batch_size={BATCH}".split()),
+    *(f"sft.batch_size={2 * BATCH}", "train.checkpoint.every=null"),
+    *(SPO.format("spo", 0.0, "true"), SPO.format("spo_rough", 0.0, "false"), SPO.format("spo_hinge", 0.01, "true")),
 ]
-COLLECTIVES = {
-    "all_gather_single": ("output_tensor", 1),
-    "reduce_scatter_single": ("input", 1),
-    "all_reduce": ("tensor", 2),
-}
-"""What FSDP2 and the step call: the whole tensor's argument, and how often a ring sends (W - 1) / W of it."""
+WHOLE = {"all_gather_single": "output_tensor", "reduce_scatter_single": "input", "all_reduce": "tensor"}
+"""What FSDP2 and the step call, with the argument of which a ring sends (W - 1) / W, in an all-reduce twice."""
 
 
 class Step(NamedTuple):
     """One step of all workers."""
 
     seconds: float
-    cpu: float
-    """Seconds of all workers together."""
-    gathered: float
-    """Bytes that a worker sends, by kind."""
+    cpu: float  # of all workers
+    gathered: float  # bytes that a worker sends
     reduced: float
     other: float
-    save: float
-    """Seconds in ``Snapshots.save`` before this step."""
-
-
-def make_inputs(folder: Path, pairs: int) -> None:
-    """A model and rows of random tokens. Chosen completions are the longer ones, so that the hinge is active."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    shutil.copytree(ROOT / "assets" / "toy_base", folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    Qwen2ForCausalLM(Qwen2Config(**SHAPE)).save_pretrained(folder / "model")
-    rng = random.Random(0)
-
-    def tokens(low: int, high: int) -> list[int]:
-        return [rng.randrange(2, VOCABULARY) for _ in range(rng.randint(low, high))]
-
-    table: list[dict[str, Any]] = [
-        {"id": f"{i:03d}", "prompt_ids": tokens(32, 64), "chosen_ids": tokens(48, 64), "rejected_ids": tokens(32, 47)}
-        for i in range(pairs)
-    ]
-    sides = [{"id": r["id"] + s, "prompt_ids": r["prompt_ids"], "completion_ids": r[f"{s}_ids"]}
-             for r in table for s in ("chosen", "rejected")]  # fmt: skip
-    for name, kind, content in (
-        ("pairs", rows.ReferencedPair, Scorer(str(folder / "model"), "float32")(table)[0]),
-        ("sides", rows.SftRow, sides),
-    ):
-        (folder / name).mkdir()
-        write_rows(folder / name / "part-0.parquet", content, kind)
+    save: float  # seconds in ``Snapshots.save`` before this step
 
 
 def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrides: str) -> Job:
@@ -136,7 +81,7 @@ def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrid
 def instrument() -> None:
     """Make this process write a line of clocks and counts behind every step; it exports nothing."""
     run_job, write, save = worker.run_job, StepLog.write, Snapshots.save
-    notes: dict[str, Any] = {"save": 0.0} | dict.fromkeys(COLLECTIVES, 0.0)
+    notes: dict[str, Any] = {"save": 0.0} | dict.fromkeys(WHOLE, 0.0)
 
     def recorded(job: Job, rank: Rank, *others: Any) -> None:
         notes["path"] = Path(job.out) / f"clocks{rank.index}.jsonl"
@@ -146,29 +91,28 @@ def instrument() -> None:
         write(log, record)
         line = {"wall": time.time(), "cpu": time.process_time(), "active": record.get("spo/hinge_active")}
         with notes["path"].open("a") as file:
-            file.write(json.dumps(line | {key: notes[key] for key in ("save", *COLLECTIVES)}) + "\n")
-        notes.update({"save": 0.0} | dict.fromkeys(COLLECTIVES, 0.0))
+            file.write(json.dumps(line | {key: notes[key] for key in ("save", *WHOLE)}) + "\n")
+        notes.update({"save": 0.0} | dict.fromkeys(WHOLE, 0.0))
 
     def saved(*arguments: Any) -> None:
         started = time.perf_counter()
         save(*arguments)
         notes["save"] += time.perf_counter() - started
 
-    def counted(name: str, whole: str, times: int) -> Callable[..., Any]:
+    def counted(name: str, whole: str) -> Callable[..., Any]:
         function = getattr(dist, name)
         signature = inspect.signature(function)
 
         def call(*arguments: Any, **named: Any) -> Any:
             tensor = signature.bind(*arguments, **named).arguments[whole]
-            size = dist.get_world_size()
-            notes[name] += times * tensor.numel() * tensor.element_size() * (size - 1) / size
+            sent = 1 - 1 / dist.get_world_size()
+            notes[name] += (1 + (name == "all_reduce")) * tensor.numel() * tensor.element_size() * sent
             return function(*arguments, **named)
 
         return call
 
-    for name, (whole, times) in COLLECTIVES.items():
-        setattr(dist, name, counted(name, whole, times))
-    patches: list[tuple[Any, str, Any]] = [(worker, "run_job", recorded), (worker, "save", lambda *arguments: None)]
+    patches: list[tuple[Any, str, Any]] = [(dist, name, counted(name, whole)) for name, whole in WHOLE.items()]
+    patches += [(worker, "run_job", recorded), (worker, "save", lambda *arguments: None)]
     for owner, name, function in [*patches, (StepLog, "write", written), (Snapshots, "save", saved)]:
         setattr(owner, name, function)
 
@@ -181,7 +125,8 @@ def instrumented_loop(arguments: dict[str, Any]) -> None:
 
 def forked(folder: Path, jobs: Sequence[Job], workers: int) -> None:
     """Run jobs one after another in copies of this process, which has imported all it needs."""
-    mp.start_processes(_forked, (workers, tempfile.mktemp(dir=folder), jobs), nprocs=workers, start_method="fork")
+    arguments = (workers, f"{folder}/meeting_{jobs[0].key}", jobs)
+    mp.start_processes(_forked, arguments, nprocs=workers, start_method="fork")
 
 
 def _forked(index: int, size: int, meeting: str, jobs: Sequence[Job]) -> None:
@@ -193,27 +138,14 @@ def work(jobs: Sequence[Job]) -> None:
     """The jobs, each with a measurement of the machine before and after."""
     rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     instrument()
-    before = machine_rate(rank)
+    before = rate_of_all()
     for each in jobs:
         Path(each.out).mkdir(parents=True, exist_ok=True)
         worker.run_job(each, rank, NoSnapshots(rank), Table.of)
-        after = machine_rate(rank)
+        after = rate_of_all()
         (Path(each.out) / "rate").write_text(str((before + after) / 2))
         before = after
     dist.destroy_process_group()
-
-
-def machine_rate(rank: Rank, seconds: float = 0.7) -> float:
-    """Matrix products a second of all workers together, while each computes nothing else."""
-    a = torch.randn(256, 256)
-    dist.barrier()
-    started, count = time.perf_counter(), torch.zeros(1)
-    while time.perf_counter() - started < seconds:
-        torch.mm(a, a)
-        count += 1
-    count /= time.perf_counter() - started
-    rank.all_reduce([count])
-    return count.item()
 
 
 def torchrun(folder: Path, each: Job, workers: int) -> tuple[float, Path]:
@@ -244,10 +176,10 @@ def clocks(out: Path, workers: int) -> list[list[dict[str, Any]]]:
 def steps_of(out: Path, workers: int) -> list[Step]:
     """A job's steps, but for the first ones and the last (which measures the probe)."""
     ranks, steps = clocks(out, workers), []
-    for before, after in list(zip(zip(*ranks, strict=True), list(zip(*ranks, strict=True))[1:], strict=False)):
-        assert after[0]["active"] in (None, 1.0), "the hinge is not active: its passes are not measured"
+    for before, after in pairwise(zip(*ranks, strict=True)):
+        assert after[0]["active"] in (None, 1.0), "an inactive hinge makes fewer passes"
         cpu = sum(b["cpu"] - a["cpu"] for a, b in zip(before, after, strict=True))
-        sent = [after[0][name] for name in COLLECTIVES]
+        sent = [after[0][name] for name in WHOLE]
         steps.append(Step(after[0]["wall"] - before[0]["wall"], cpu, *sent, max(line["save"] for line in after)))
     return steps[SKIPPED:-1]
 
@@ -260,7 +192,8 @@ def median(steps: Sequence[Step]) -> Step:
 def speed(folder: Path, steps: int, only: Sequence[str] = (), counts: Sequence[int] = (1, 2, 4)) -> None:
     """Part a."""
     one: dict[str, tuple[Step, float]] = {}
-    names = only or METHODS
+    names, table = only or METHODS, external(folder / "sides").rows()
+    mean = statistics.mean(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in table)
     print("| step | workers | tokens/s | speed-up | of matmuls alone | share of it | CPU time, ratio | in step, s |")
     lines = []
     for workers in counts:
@@ -269,40 +202,24 @@ def speed(folder: Path, steps: int, only: Sequence[str] = (), counts: Sequence[i
         for name, each in zip(names, jobs, strict=True):
             step, rate = median(steps_of(Path(each.out), workers)), float((Path(each.out) / "rate").read_text())
             base, base_rate = one.setdefault(name, (step, rate))
-            tokens = mean_tokens(folder) * 2 * BATCH / step.seconds
+            tokens = mean * 2 * BATCH / step.seconds
             up, allowed = base.seconds / step.seconds, rate / base_rate
             lines.append(f"| {name} | {workers} | {tokens:.0f} | {up:.2f} | {allowed:.2f} | {up / allowed:.0%} | "
                          f"{step.cpu / base.cpu:.2f} | {step.seconds:.2f} |")  # fmt: skip
     print("\n".join(sorted(lines, key=lambda line: METHODS.index(line.split()[1]))))
 
 
-def mean_tokens(folder: Path) -> float:
-    """Tokens of a sequence, prompt included."""
-    return statistics.mean(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in external(folder / "sides").rows())
-
-
-class Volume(NamedTuple):
-    """Parameters that a pass moves."""
-
-    layers: int
-    root: int
-
-    def gathers(self, width: int) -> int:
-        """Bytes that one forward and backward gather: layers twice, the root once."""
-        return (2 * self.layers + self.root) * width
-
-
-def volume(model: str, config: Config, *, with_phi: bool) -> Volume:
-    """Count a model's parameters inside and outside of its layers."""
-    policy = build_policy(model, config.model, 0, with_phi=with_phi, device="meta")
+def sizes(each: Job) -> tuple[int, int]:
+    """Parameters inside and outside of the layers."""
+    policy = build_policy(each.model, each.config.model, 0, with_phi=each.method is not None, device="meta")
     layers = sum(p.numel() for layer in decoder_layers(policy) for p in layer.parameters())
-    return Volume(layers, sum(p.numel() for p in policy.parameters()) - layers)
+    return layers, sum(p.numel() for p in policy.parameters()) - layers
 
 
 def communication(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2) -> None:
     """Part b."""
     few, rows_each = folder / "few", [f"sft.batch_size={2 * workers}", f"preference.batch_size={workers}"]
-    make_inputs(few, steps * workers)  # a backward a step
+    random_inputs(few, steps * workers)  # a backward a step
     recompute = "train.gradient_checkpointing=true"
     cases: list[tuple[str, str, list[str]]] = [("spo_rough", "bfloat16", []), ("spo", "bfloat16", [recompute])]
     cases = [(name, precision, []) for precision in ("float32", "bfloat16") for name in METHODS] + cases
@@ -310,38 +227,31 @@ def communication(folder: Path, steps: int, only: Sequence[str] = (), workers: i
     jobs = [job(few, f"b_{i}", name, workers, 1, *rows_each, f"train.precision={precision}", *more)
             for i, (name, precision, more) in enumerate(cases)]  # fmt: skip
     forked(folder, jobs, workers)
-    print("| step | compute type | MB sent | gathers | reductions | all-reduces, MB | of the minimum |")
+    print("| step | compute type | MB sent | gathers | reductions | of the minimum |")
     for (name, precision, more), each in zip(cases, jobs, strict=True):
         sent = median(steps_of(Path(each.out), workers))
-        size = volume(each.model, each.config, with_phi=name != "sft")
-        part = (workers - 1) / workers
-        gathers = size.gathers(2 if precision == "bfloat16" else 4) * part
-        reductions = sum(size) * 4 * part
+        layers, root = sizes(each)
+        width, part = 2 if precision == "bfloat16" else 4, (workers - 1) / workers
+        gathers, reductions = (2 * layers + root) * width * part, (layers + root) * 4 * part
         total = sent.gathered + sent.reduced + sent.other
-        label = name + (", recompute" if more else "")
-        print(f"| {label} | {precision} | {total / 1e6:.1f} | {sent.gathered / gathers:.2f} | "
-              f"{sent.reduced / reductions:.2f} | {sent.other / 1e6:.4f} | {total / (gathers + reductions):.2f} |")  # fmt: skip
+        ratios = (sent.gathered / gathers, sent.reduced / reductions, total / (gathers + reductions))
+        columns = [name + ", recompute" * bool(more), precision, f"{total / 1e6:.1f}", *(f"{x:.2f}" for x in ratios)]
+        print(f"| {' | '.join(columns)} |")
 
 
 def against_torchrun(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2) -> None:
-    """Part c: torchrun before and after Ray Train, so that a machine that grows busier does not decide."""
-    jobs = [job(folder, f"c_{i}", "dpo", workers, steps) for i in range(3)]
-    timed = []
-    for i, each in enumerate(jobs):
-        if i == 1:
-            started = time.time()
+    """Part c."""
+    steady = []
+    for name in only or ("torchrun", "ray"):
+        each = job(folder, f"c_{name}", "dpo", workers, steps)
+        if name == "ray":
             connect(each.config)
-            print(f"starting a local Ray cluster: {time.time() - started:.1f} s")
-            timed.append(under_ray(each))
-        else:
-            timed.append(torchrun(folder, each, workers))
-    for name, (started, out) in zip(("torchrun", "Ray Train", "torchrun again"), timed, strict=True):
-        step = median(steps_of(out, workers))
+        started, out = under_ray(each) if name == "ray" else torchrun(folder, each, workers)
+        steady.append(median(steps_of(out, workers)))
         first = clocks(out, workers)[0][0]["wall"] - started
-        print(f"{name}: {step.seconds:.3f} s a step, {step.cpu:.3f} CPU s, {first:.1f} s until step 0")
-    plain, ray = [s for i in (0, 2) for s in steps_of(timed[i][1], workers)], steps_of(timed[1][1], workers)
-    wall, cpu = (median(ray)[i] / median(plain)[i] - 1 for i in (0, 1))
-    print(f"Ray Train against torchrun: {wall:+.1%} wall, {cpu:+.1%} CPU")
+        print(f"{name}: {steady[-1].seconds:.3f} s a step, {steady[-1].cpu:.3f} CPU s, {first:.1f} s until step 0")
+    ratios = (steady[-1].seconds / steady[0].seconds, steady[-1].cpu / steady[0].cpu)
+    print(f"the last against the first: {ratios[0] - 1:+.1%} wall, {ratios[1] - 1:+.1%} CPU")
 
 
 def stalls(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2, every: int = 5) -> None:
@@ -356,11 +266,9 @@ def stalls(folder: Path, steps: int, only: Sequence[str] = (), workers: int = 2,
         behind = {i + k for i in saves for k in range(2)}
         usual = statistics.median(step.seconds for i, step in enumerate(own) if i not in behind)
         save = statistics.median(own[i].save for i in saves)
-        lost = [sum(own[k].seconds - usual for k in (i, i + 1)) for i in saves if i + 1 < len(own)]
-        whole = statistics.median(lost)
-        print(f"asynchronous={background}: step {usual:.3f} s, {len(saves)} saves, save() {save:.3f} s, that and the slower "
-              f"two steps behind it {whole:.3f} s ({min(lost):.3f} to {max(lost):.3f}); "
-              f"per 100 steps {save / usual:.2f}% and {whole / usual:.2f}%")  # fmt: skip
+        lost = statistics.median(sum(own[k].seconds - usual for k in (i, i + 1)) for i in saves if i + 1 < len(own))
+        print(f"asynchronous={background}: step {usual:.3f} s, save() {save:.3f} s, with slower steps {lost:.3f} s;")
+        print(f"per 100 steps {save / usual:.2f}% and {lost / usual:.2f}% of their time")
 
 
 def main() -> None:
@@ -371,14 +279,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="cases: dpo (a), dpo,bfloat16 (b), ray (c), true (d)")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if any(os.environ.get(key) != value for key, value in ENVIRONMENT.items()):
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:]], os.environ | ENVIRONMENT)
+    missing = [f"{key}={value}" for key, value in ENVIRONMENT.items() if os.environ.get(key) != value]
+    if missing:
+        raise SystemExit(f"set {' '.join(missing)}: that is what Ray Train's workers have")
     if arguments.job:
         dist.init_process_group("gloo")
         work([pickle.loads(arguments.job.read_bytes())])
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(Path(folder), EPOCH * BATCH)
+        random_inputs(Path(folder), EPOCH * BATCH)
         for part in arguments.part:
             measure, steps = PARTS[part]
             measure(Path(folder), arguments.steps or steps, arguments.only)

@@ -151,7 +151,11 @@ def _shape(architecture: str, model: str, with_phi: bool) -> _Shape:
         policy: Any = build_policy(folder, config, 0, with_phi=with_phi, device="meta")
     named = dict(policy.named_parameters())
     theta, phi = (sum(named[name].numel() for name in names) for names in parameter_groups(policy))
-    whole, layers = _count(policy), [_count(layer) for layer in decoder_layers(policy)]
+    whole = _count(policy)
+    try:
+        layers = [_count(layer) for layer in decoder_layers(policy)]
+    except ValueError:  # it can't be sharded, and units matter to nothing else
+        layers = [(0, 0)]
     root = [size - sum(inside) for size, inside in zip(whole, zip(*layers, strict=True), strict=True)]
     head = (policy.get_base_model() if hasattr(policy, "get_base_model") else policy).get_output_embeddings().weight
     linear = [module.weight for module in policy.modules() if isinstance(module, nn.Linear)]
@@ -219,7 +223,7 @@ def _items(
     else:
         copies = w * shape.frozen if at.precise else c * (at.sides * shape.head + shape.matrices)
         items["copies for computing"] = copies if c < w else 0
-        tied = 2 if text.tie_word_embeddings else 1  # its gradients, before they are added up
+        tied = 2 if getattr(text, "tie_word_embeddings", False) else 1  # its gradients, before they are added up
         items["gradients on their way"] = max(map(prod, shape.tensors)) * max(tied * w, w + compute % w)
     items |= _passes(config, text, method, at, device, compute, compute < w and not sharded)
     return items | {"CUDA and its libraries": CUDA_BYTES if device == "cuda" else 0}

@@ -10,8 +10,8 @@ from spo_ray.core.logps import completion_logps
 from spo_ray.data.engines import open_engine
 from spo_ray.data.sample import choose
 from spo_ray.errors import UserError
-from spo_ray.model.checkpoint import PROBE, export_merged
 from spo_ray.model.collate import collate
+from spo_ray.model.export import PROBE, Probe, export
 from spo_ray.model.load import load_model
 
 CONFIG = EngineConfig(max_model_len=256)
@@ -27,7 +27,7 @@ ENGINES = [
 @pytest.fixture(scope="module")
 def checkpoints(toy_base, chat, tmp_path_factory):
     """Two different models with probes, as training exports them."""
-    probe = (chat.prompt_ids(QUESTIONS[0]), chat.completion_ids("5 * 7 = 35.\n#### 35"))
+    text = (chat.prompt_ids(QUESTIONS[0]), chat.completion_ids("5 * 7 = 35.\n#### 35"))
     paths = []
     for i in range(2):
         model = load_model(toy_base)
@@ -36,7 +36,9 @@ def checkpoints(toy_base, chat, tmp_path_factory):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02 * i)
         paths.append(tmp_path_factory.mktemp(f"model{i}"))
-        export_merged(model, chat, paths[-1], probe)
+        with torch.inference_mode():
+            logp = completion_logps(model.eval(), **collate([text], chat.pad_id))[0].item()
+        export(model, chat, paths[-1], Probe(*text, logp))
     return paths
 
 

@@ -1,5 +1,6 @@
 """The plan against real models: counts, saved tensors, optimizer states, and peaks of memory while a step runs."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from spo_ray.config import load
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.spo import spo_gradients
+from spo_ray.errors import UserError
 from spo_ray.model.fsdp import shard
 from spo_ray.model.load import build_policy, parameter_groups
-from spo_ray.model.plan import memory_plan
+from spo_ray.model.plan import GIB, check_memory, memory_plan
 from spo_ray.train.methods import Method
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -289,23 +291,20 @@ STEPS = {
     "dpo": ("dpo", []),
     "dpo-short": ("dpo", SHORT),
     "dpo-recomputed": ("dpo", ["train.gradient_checkpointing=true"]),
-    "dpo-eager": ("dpo", ["model.attention=eager"]),
     "dpo-adapter": ("dpo", [ADAPTER]),
     "dpo-last": ("dpo", [LAST]),
     "dpo-watched": ("dpo", [*SHORT, "preference.dynamics_every=1"]),
     "spo": ("spo", []),
     "spo-short": ("spo", SHORT),
-    "spo-2-inner-steps": ("spo", [*SHORT, "methods.spo.inner.steps=2"]),
     "spo-3-inner-steps-central": ("spo", [*SHORT, "methods.spo.inner.steps=3", "methods.spo.difference=central"]),
     "hinge": ("spo", [*SHORT, HINGE]),
     "hinge-central": ("spo", [*SHORT, HINGE, "methods.spo.difference=central"]),
-    "hinge-of-adapters": ("spo", [*SHORT, HINGE, "methods.spo.norm_scope=adapters"]),
     "hinge-per-pair": ("spo", [*SHORT, HINGE, "methods.spo.hinge=pair"]),
     "hinge-adapter-recomputed": ("spo", [HINGE, ADAPTER, "train.gradient_checkpointing=true"]),
 }
 
 
-IN_HALF = ("dpo", "dpo-adapter", "spo-short", "hinge", "hinge-per-pair", "hinge-adapter-recomputed")
+IN_HALF = ("dpo-adapter", "spo-short", "hinge", "hinge-per-pair")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +316,6 @@ def test_a_real_step_stays_just_below_its_plan(tmp_path, name, precision):
     model_config = tiny(vocabulary=256, hidden=96)
     config = load(QUICKSTART, [*BASE, *overrides])
     model = real_policy(model_config, config, tmp_path)
-    model.get_base_model().set_attn_implementation("eager" if config.model.attention == "eager" else "sdpa")
     plan = plan_of(model_config, *overrides, method=method)
     peak = peak_of_step(model, config, method, batch_of(model_config, 4, config.train.max_length))
     assert 0.97 < plan.total / peak < 1.3
@@ -347,3 +345,244 @@ def test_a_real_sharded_step_stays_just_below_its_plan(tmp_path, eight_ranks, na
     plan = plan_of(model_config, *overrides, method=method)
     peak = peak_of_step(model, config, method, batch_of(model_config, 1, config.train.max_length))
     assert 0.97 < plan.total / peak < 1.4
+
+
+def test_7b_with_adapters_alone_fits_80_gb_and_all_its_parameters_do_not():
+    method = "spo"
+    small = plan_of(QWEN_7B, *ADAPTER_7B, "train.max_length=1024", method=method, device="cuda")
+    check_memory(small, 80 * 10**9, "method_spo")
+    assert small.total > 7_615_616_512 * 6  # bfloat16 weights, and their float32 copies in term (b)
+    whole = plan_of(QWEN_7B, "train.precision=bfloat16", method=method, device="cuda")
+    assert whole.total > 7_615_616_512 * (4 + 4 + 8 + 4)  # with L_SFT's gradient
+    with pytest.raises(UserError, match=r"method_spo needs 1\d\d\.\d GiB .* there are 74\.5 GiB"):
+        check_memory(whole, 80 * 10**9, "method_spo")
+
+
+def advice(plan, available):
+    """(overrides, printed GiB) of each line of a refusal's advice."""
+    with pytest.raises(UserError) as refusal:
+        check_memory(plan, available, "sft")
+    lines = re.findall(r"^  (.+): ([\d.]+) GiB$", str(refusal.value), re.MULTILINE)
+    keys = r" (?=train\.|model\.|preference\.)"  # values have spaces too
+    return [(re.split(keys, text), float(size)) for text, size in lines], str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("available", "kinds"),
+    [
+        (475, {"gradient_checkpointing", "pairs_per_backward", "num_workers", "optimizer", "dynamics_every"}),
+        (200, {"num_workers", "cpu_offload", "theta"}),
+        (100, {"num_workers"}),
+    ],
+)
+def test_each_advice_really_fits(available, kinds):
+    overrides = [
+        "train.max_length=1024",
+        "train.pairs_per_backward=null",
+        "preference.batch_size=64",
+        "preference.dynamics_every=10",
+        "train.precision=bfloat16",
+        HINGE,
+    ]
+    plan = plan_of(QWEN_7B, *overrides, method="spo", device="cuda")
+    found, text = advice(plan, available * GIB)
+    assert plan.table() in text
+    for changes, size in found:
+        again = plan_of(QWEN_7B, *overrides, *changes, method="spo", device="cuda")
+        assert again.total <= available * GIB
+        assert round(again.total / GIB, 1) == size
+    named = {change.partition("=")[0].rpartition(".")[2] for changes, _ in found for change in changes}
+    assert kinds <= named
+    workers = next(int(change.partition("=")[2]) for changes, _ in found for change in changes if "num_w" in change)
+    fewer = plan_of(QWEN_7B, *overrides, f"train.num_workers={workers - 1}", method="spo", device="cuda")
+    assert fewer.total > available * GIB
+
+
+def test_advice_combines_changes_where_no_single_one_is_enough():
+    overrides = ["train.precision=bfloat16", "train.max_length=4096", "train.pairs_per_backward=null"]
+    plan = plan_of(QWEN_7B, *overrides, method="spo", device="cuda")
+    found, _ = advice(plan, 12 * GIB)
+    ((changes, size),) = found
+    assert len(changes) > 1
+    again = plan_of(QWEN_7B, *overrides, *changes, method="spo", device="cuda")
+    assert again.total / GIB == pytest.approx(size, abs=0.05)
+    assert again.total <= 12 * GIB
+
+
+def test_shorter_rows_are_advised_where_they_help():
+    overrides = ["train.max_length=16384", "train.pairs_per_backward=1"]
+    plan = plan_of(QWEN_HALF_B, *overrides, device="cuda")
+    found, _ = advice(plan, plan.total // 2)
+    lengths = {changes[0]: size for changes, size in found if "max_length" in changes[0]}
+    assert len(lengths) == 1
+    ((change, size),) = lengths.items()
+    assert 128 <= int(change.partition("=")[2]) < 16384
+    again = plan_of(QWEN_HALF_B, *overrides, change, device="cuda")
+    assert again.total / GIB == pytest.approx(size, abs=0.05)
+    assert again.total <= plan.total // 2
+
+
+def test_advice_may_be_none():
+    found, text = advice(plan_of(QWEN_7B, method=None, device="cuda"), GIB)
+    assert not found
+    assert "no setting that was tried makes it fit" in text
+    assert "train.memory_check=false" in text
+
+
+def test_advice_has_no_setting_that_the_method_refuses():
+    pair = ["methods.spo.hinge=pair", HINGE]
+    with pytest.raises(UserError, match="hinge=pair"):
+        plan_of(tiny(), *pair, "train.num_workers=2", method="spo")
+    found, _ = advice(plan_of(QWEN_HALF_B, *pair, method="spo", device="cuda"), 16 * GIB)
+    assert found
+    assert not [change for changes, _ in found for change in changes if "num_workers" in change]
+
+
+SHARDED = ["train.num_workers=2", "train.sharding=full"]
+SUMS = "SPO's sums and moves"
+WHOLE = 64 * 96 * 2 + 3 * (64 * (64 + 32 + 32 + 64 + 3 * 192) + 2 * 64) + 64
+"""Parameters of the tiny Llama."""
+LORA = 3 * 8 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 192))
+TRAINED = WHOLE + LORA
+HALF = "train.precision=bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("method", "item", "settings", "expected"),
+    [
+        ("dpo", "parameters", [], 4 * TRAINED),
+        ("dpo", "gradients", [], 4 * TRAINED),
+        ("dpo", "parameters", ["train.precision=float64"], 8 * TRAINED),
+        ("dpo", "parameters", [HALF], 4 * TRAINED),
+        ("dpo", "parameters", [HALF, ADAPTER], 2 * WHOLE + 4 * LORA * 3 // 2),
+        ("dpo", "gradients", [ADAPTER], 4 * LORA * 3 // 2),
+        ("dpo", "gradients", ["model.lora_rank=16"], 4 * (WHOLE + 2 * LORA)),
+        ("dpo", "parameters", SHARDED, 2 * TRAINED),
+        ("dpo", "optimizer states", SHARDED, 4 * TRAINED),
+        ("dpo", "parameters", ["train.num_workers=2", "train.sharding=none"], 4 * TRAINED),
+        ("dpo", "learning dynamics", ["preference.dynamics_every=5"], 3 * 4 * TRAINED),
+        ("dpo", "checkpoint under way", ["train.checkpoint.every=5"], 3 * 4 * TRAINED),
+        ("dpo", "checkpoint under way", ["train.checkpoint={every: 5, asynchronous: false}"], 0),
+        ("spo", SUMS, [], 4 * TRAINED),
+        ("spo", SUMS, ["methods.spo.lambda_sft=0"], 0),
+        ("spo", SUMS, ["methods.spo.lambda_sft=0", "methods.spo.safe_region={}"], 4 * TRAINED),
+    ],
+)
+def test_items_by_arithmetic(method, item, settings, expected):
+    assert plan_of(tiny(), *settings, method=method).items.get(item, 0) == expected
+
+
+def test_activations_follow_the_settings_of_a_backward():
+    def activations(*overrides, method="dpo"):
+        return plan_of(tiny(), *overrides, method=method).items["activations"]
+
+    base, several = activations(), ["train.pairs_per_backward=null", "preference.batch_size=16"]
+    assert activations("train.pairs_per_backward=2") == base / 2
+    assert activations("preference.batch_size=2") == base / 2
+    assert activations(*several) == base  # 256 tokens on a CPU: four rows of 64
+    assert activations(*several, "train.num_workers=8") == base / 2  # two pairs a worker
+    flash = "model.attention=flash_attention_2"
+    assert activations(flash, "train.max_length=32") == activations(flash) / 2
+    assert activations(flash) < base  # keys and values are not repeated, and there is no mask
+    assert activations("train.gradient_checkpointing=true") < base / 2
+    exact = "train.precision=float64"  # in which the step keeps its activations
+    assert activations(exact, "train.gradient_checkpointing=true") == activations(exact) > 1.9 * base
+    tokens, sides, layers = 4 * 64, 2, 3
+    assert activations("model.attention=eager") - base == sides * layers * tokens * (4 - 1) * 64 * 4  # heads, mask
+    assert activations("model.lora_rank=16") - base == sides * layers * tokens * 7 * 8 * 4
+    assert activations(HALF) < base
+    cast = activations(HALF, "train.num_workers=2", "train.sharding=none", "preference.batch_size=8")
+    assert activations(HALF, *SHARDED, "preference.batch_size=8") < cast == activations(HALF)
+    single = activations("methods.spo.hinge=pair", HINGE, "train.pairs_per_backward=4", method="spo")
+    assert single < activations(method="spo")
+
+
+def test_a_gpu_takes_more_tokens_to_a_backward():
+    base = ["train.pairs_per_backward=null", "preference.batch_size=128", "train.max_length=256"]
+    on_cpu, on_gpu = (plan_of(tiny(), *base, device=device).items for device in ("cpu", "cuda"))
+    assert on_gpu["activations"] == 32 * on_cpu["activations"]
+    assert "CUDA and its libraries" in on_gpu
+    assert "CUDA and its libraries" not in on_cpu
+
+
+def test_spo_takes_what_its_terms_take():
+    def sums(*overrides):
+        return plan_of(tiny(), *SHORT, *overrides, method="spo").items[SUMS] / (4 * TRAINED)
+
+    assert sums() == 1  # L_SFT's gradient
+    assert sums(HINGE) == 7  # and both sides', the move, R's, and two at the moved parameters
+    assert sums(HINGE, "methods.spo.difference=central") == 8
+    assert sums(HINGE, HALF) == 9  # both sides' again in float32
+    assert sums(HINGE, "methods.spo.norm_scope=adapters") == pytest.approx(6 + LORA / TRAINED)
+    assert sums(HINGE, "methods.spo.norm_scope=backbone") == pytest.approx(6 + WHOLE / TRAINED)
+    assert sums("methods.spo.inner.steps=2") == pytest.approx(1 + 2 * WHOLE / TRAINED)
+    assert sums("methods.spo.inner.steps=5") == pytest.approx(1 + 3 * WHOLE / TRAINED)
+    assert sums("methods.spo.inner.steps=0") == 1
+
+
+@pytest.mark.parametrize(
+    ("inner", "precise"),
+    [("{full_precision: true}", True), ("{full_precision: false}", False), ("{mode: literal}", False)],
+)
+def test_term_b_at_full_precision_takes_float32_copies_of_what_is_frozen(inner, precise):
+    plan = plan_of(tiny(layers=6), ADAPTER, HALF, *SHORT, f"methods.spo.inner={inner}", method="spo")
+    assert (plan.items["copies for computing"] == 4 * plan.parameters["frozen"]) is precise
+
+
+def test_sharding_gathers_the_root_and_two_layers():
+    root = 64 * 96 * 2 + 64
+    layer = (TRAINED - root) // 3
+    for precision, size in (("float64", 8), ("float32", 4), ("bfloat16", 2)):
+        plan = plan_of(tiny(), *SHARDED, f"train.precision={precision}")
+        assert plan.items["gathered layers"] == size * (root + 2 * layer)
+        assert "copies for computing" not in plan.items
+    assert plan.workers == 2
+    assert "gathered layers" not in plan_of(tiny()).items
+
+
+def test_offloading_moves_shards_to_main_memory():
+    base = ["preference.dynamics_every=1", "train.checkpoint.every=1"]
+    there = plan_of(tiny(), *base, *SHARDED, method="spo", device="cuda")
+    away = plan_of(tiny(), *base, *SHARDED, "train.cpu_offload=true", method="spo", device="cuda")
+    shards = {"parameters", "gradients", "optimizer states", SUMS, "learning dynamics"}
+    assert set(there.main_memory) == {"checkpoint under way"}
+    assert set(away.main_memory) == {"checkpoint under way"} | shards
+    assert not shards & set(away.items)
+    assert shards < set(there.items)
+    assert away.total == there.total - sum(there.items[name] for name in shards)
+    assert "gradients, in main memory" in away.table()
+    assert not plan_of(tiny(), *SHARDED, "train.cpu_offload=true").main_memory  # a CPU's is main memory already
+    alone = plan_of(tiny(), "train.cpu_offload=true", device="cuda")
+    assert "gathered layers" in alone.items  # a single worker is sharded to be offloaded
+
+
+def test_sft_trains_theta_on_one_side():
+    def sft(*overrides):
+        return plan_of(tiny(), "sft.batch_size=4", *overrides, method=None)
+
+    dpo = plan_of(tiny())
+    assert sft().parameters["phi"] == 0 < dpo.parameters["phi"]
+    assert 2 < dpo.items["activations"] / sft().items["activations"] < 2.2
+    assert sft("sft.batch_size=2").items["activations"] == sft().items["activations"] / 2
+    assert sft(LAST).items["activations"] < sft().items["activations"] / 2  # frozen layers below keep nothing
+    assert "learning dynamics" not in sft("preference.dynamics_every=1").items
+
+
+def test_tables_add_up():
+    plan = plan_of(QWEN_HALF_B, "train.max_length=1024", method="spo", device="cuda")
+    head, *lines = plan.table().splitlines()
+    assert "494,032,768 theta" in head
+    sizes = [float(line.split()[-2]) for line in lines]
+    assert lines[-1].startswith("total")
+    assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05 * len(sizes))
+    assert len({len(line) for line in lines}) == 1
+    check_memory(plan, plan.total, "method_spo")
+
+
+def test_the_stage_says_whether_there_is_a_method():
+    config = load(QUICKSTART, BASE)
+    for stage, method in (("sft", config.methods["dpo"]), ("method_dpo", None)):
+        with pytest.raises(ValueError, match="SFT has none"):
+            memory_plan(config, tiny(), stage, method)
+    with pytest.raises(UserError, match="3 layers"):
+        plan_of(tiny(), "model.theta={type: last_layers, count: 9}")
