@@ -51,24 +51,23 @@ class Sink:
         return [part for part in self.parts if part is not None]
 
 
-def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]], *, retain: bool = False) -> None:
+def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
     """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]) of ``targets``.
 
     All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs
     a single backward, whatever the number of weightings: they differ by a factor. Weights of zero need none. Where
-    parameters are sharded, neither holds: other ranks' weights differ, and a backward sums over the ranks. ``retain``
-    keeps the graph.
+    parameters are sharded, neither holds: other ranks' weights differ, and a backward sums over the ranks.
     """
     sharded = is_sharded(targets[0][0].params)
     targets = [(sink, weights.detach()) for sink, weights in targets if sharded or bool(weights.any())]
     if not targets:
         return
     with _own_grads(targets[0][0].params):
-        if len(values) == 1 and len(targets) > 1 and not retain and not sharded:
+        if len(values) == 1 and len(targets) > 1 and not sharded:
             _distribute(values.sum(), [(sink, weights.item()) for sink, weights in targets])
         else:
             for i, (sink, weights) in enumerate(targets):
-                _accumulate((values * weights).sum(), sink, retain=retain or i < len(targets) - 1)
+                _accumulate((values * weights).sum(), sink, retain=i < len(targets) - 1)
 
 
 def _accumulate(value: Tensor, sink: Sink, *, retain: bool) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spo_ray.core.gradients import Gradients, Sink, only, pull
@@ -45,6 +46,16 @@ class Side:
         """Some of the sequences, without the padding that only their neighbours need."""
         width = int(self.sizes[rows].max())
         return Side(self.input_ids[rows, :width], self.labels[rows, :width], self.attention_mask[rows, :width])
+
+    def joined(self, other: "Side") -> "Side":
+        """These sequences, then others; padded to one length."""
+        width = max(self.labels.shape[1], other.labels.shape[1])
+
+        def pad(tensor: Tensor, value: int) -> Tensor:
+            return F.pad(tensor, (0, width - tensor.shape[1]), value=value)
+
+        pairs = (("input_ids", 0), ("labels", IGNORE), ("attention_mask", 0))
+        return Side(*(torch.cat([pad(getattr(side, name), fill) for side in (self, other)]) for name, fill in pairs))
 
 
 class Tally:
@@ -182,15 +193,14 @@ class Passes:
         alone = sft is None and norms is None and visit is None
         for rows in parts:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
-            both = self.shared(sides) if alone else None
+            both = self.at_once(sides) if alone else None
             logps_w, logps_l = (self.logps(side) for side in sides) if both is None else both.chunk(2)
             self.watch(rows, logps_w, logps_l, tally)
             weights = self.weigh(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
-            if both is None and self.sharded:
-                both = torch.cat([logps_w, logps_l])  # one backward instead of two: each gathers all parameters again
             if both is not None:
-                pull(both, [(total, torch.cat([*weights]))], retain=not alone)
-            to_w, to_l = ([], []) if both is not None else ([(total, weights[0])], [(total, weights[1])])
+                pull(both, [(total, torch.cat([*weights]))])
+                continue
+            to_w, to_l = [(total, weights[0])], [(total, weights[1])]
             if sft is not None:
                 to_w.append((sft_sum, sft[rows]))
             if norms is not None:
@@ -200,9 +210,8 @@ class Passes:
             if visit:
                 to_w.append((own[0], torch.ones_like(logps_w)))
                 to_l.append((own[1], torch.ones_like(logps_l)))
-            for logps, targets in ((logps_w, to_w), (logps_l, to_l)):
-                if targets:
-                    pull(logps, targets)
+            pull(logps_w, to_w)
+            pull(logps_l, to_l)
             if visit and self.valid[rows].any():
                 total.add_all(visit(sides, (own[0].gradients(), own[1].gradients()), tally))
         sums = Sums(
@@ -223,6 +232,14 @@ class Passes:
             own = logps.detach()[valid]
             change = (own - reference[rows][valid]).mean().item()
             tally.add({f"logps/{side}": own.mean().item(), f"logps/{side}_change": change}, len(own))
+
+    def at_once(self, sides: tuple[Side, Side]) -> Tensor | None:
+        """Log-probabilities [2B] of both sides in one pass, where that is of use; else None.
+
+        Sharded parameters are gathered once for a pass, and its gradients are summed over the ranks layer by layer. (In
+        one backward through two passes the whole gradient of one would wait for that of the other.)
+        """
+        return self.logps(sides[0].joined(sides[1])) if self.sharded else self.shared(sides)
 
     def shared(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Log-probabilities [2B] of both sides in one pass over a shared prompt; None where there is no such pass."""

@@ -8,10 +8,9 @@ parameters (``sharding: full``; else 1). The moments of a step are added up one 
   sides' gradients and the parameters before; a checkpoint is a copy of parameters and states in main memory;
 - sharded: the root (embeddings, norm, head) and two layers gathered in the compute type (at full precision in float32).
   Whole, in bfloat16: autocast's copies of trained matrices (at full precision, float32 copies of frozen parameters);
-- gradients on their way. Sharded: c for the root's, or for all in a backward through both sides, and w for the largest
-  unit's. Whole: w + c for the largest tensor's;
+- gradients on their way. Sharded: c for the root's, and w for the largest unit's. Whole: w + c for the largest tensor's;
 - what backwards keep, see :func:`_per_token`: in a pair's pass for both sides, in inner passes for one. With gradient
-  checkpointing a hidden state per layer, and one layer of one side;
+  checkpointing a hidden state per layer, and one layer of a pass;
 - logits: three chunks of :mod:`spo_ray.core.logps` in float32.
 
 Left out: batches, passes without gradients, Gloo's buffers, and what a Llama-style block does not have.
@@ -85,7 +84,8 @@ class _Shape(NamedTuple):
     """Counts of a policy's parameters.
 
     ``tensors`` has (rows, values a row) of the trained ones; ``root`` and ``layer`` (all, trained) outside and in the
-    largest of the decoder layers; ``head`` and ``matrices`` the trained values that autocast copies.
+    largest of the decoder layers; ``head`` and ``matrices`` the trained values that autocast copies; ``norms`` is per
+    layer.
     """
 
     theta: int
@@ -96,21 +96,22 @@ class _Shape(NamedTuple):
     layer: tuple[int, int]
     head: int
     matrices: int
+    norms: int
 
 
 class _Moment(NamedTuple):
     """When memory may be at its largest.
 
     ``sums`` counts the values of SPO's gradients and moves, ``sides`` those of a pair whose activations are held;
-    passes are in float32 if ``precise``, and pairs go one by one if ``single``. Sharded, a backward through both sides
-    keeps the first one's gradients ``waiting`` until the second one's arrive.
+    passes are in float32 if ``precise``, pairs go one by one if ``single``, and both sides of a pair may go through one
+    pass if ``together``.
     """
 
     sums: int
     sides: int
     precise: bool = False
     single: bool = False
-    waiting: bool = False
+    together: bool = False
 
 
 def memory_plan(
@@ -153,16 +154,18 @@ def _shape(architecture: str, model: str, with_phi: bool) -> _Shape:
     theta, phi = (sum(named[name].numel() for name in names) for names in parameter_groups(policy))
     whole = _count(policy)
     try:
-        layers = [_count(layer) for layer in decoder_layers(policy)]
+        blocks = decoder_layers(policy)
     except ValueError:  # it can't be sharded, and units matter to nothing else
-        layers = [(0, 0)]
+        blocks = [nn.Module()]
+    layers = [_count(block) for block in blocks]
+    norms = sum("Norm" in type(module).__name__ for module in blocks[0].modules()) or 2
     root = [size - sum(inside) for size, inside in zip(whole, zip(*layers, strict=True), strict=True)]
     head = (policy.get_base_model() if hasattr(policy, "get_base_model") else policy).get_output_embeddings().weight
     linear = [module.weight for module in policy.modules() if isinstance(module, nn.Linear)]
     matrices = sum(weight.numel() for weight in linear if weight.requires_grad and weight is not head)
     tensors = [(len(p), prod(p.shape[1:])) for p in named.values() if p.requires_grad]
     head_size = head.numel() if head.requires_grad else 0
-    return _Shape(theta, phi, whole[0] - theta - phi, tensors, root, max(layers), head_size, matrices)
+    return _Shape(theta, phi, whole[0] - theta - phi, tensors, root, max(layers), head_size, matrices, norms)
 
 
 def _count(module: nn.Module) -> tuple[int, int]:
@@ -173,15 +176,13 @@ def _count(module: nn.Module) -> tuple[int, int]:
 def _moments(config: Config, shape: _Shape, method: MethodConfig | None) -> Iterator[_Moment]:
     """The moments of :func:`spo_ray.core.spo.spo_gradients`: the pairs' passes, R, inner steps, term (b)."""
     if not isinstance(method, Spo):
-        watched = config.preference.dynamics_every is not None  # which keeps the graph for more than one backward
-        yield _Moment(0, 2 if method else 1, waiting=watched)
-        yield _Moment(0, 1, waiting=method is not None)
+        yield _Moment(0, 2 if method else 1, together=config.preference.dynamics_every is None)
         return
     every, inner = shape.theta + shape.phi, method.inner
     sft = every if method.lambda_sft or method.safe_region else 0
     single, central = method.hinge == "pair" and method.gamma > 0, method.difference == "central"
     norms = 2 * every if method.gamma else 0  # of the batch, or of a pair
-    yield _Moment(sft + norms, 2, single=single, waiting=True)
+    yield _Moment(sft + norms, 2, single=single)
     if method.gamma:
         anew = norms if config.train.precision == "bfloat16" else 0  # at full precision
         move = {"all": every, "backbone": shape.theta, "adapters": shape.phi}[method.norm_scope]
@@ -218,14 +219,13 @@ def _items(
     items[SNAPSHOT] = copied * (items["parameters"] + items["optimizer states"])
     if sharded:
         items["gathered layers"] = (shape.root[0] + 2 * shape.layer[0]) * compute
-        waiting = every if at.waiting else shape.root[1]
-        items["gradients on their way"] = waiting * compute + max(shape.root[1], shape.layer[1]) * w
+        items["gradients on their way"] = shape.root[1] * compute + max(shape.root[1], shape.layer[1]) * w
     else:
         copies = w * shape.frozen if at.precise else c * (at.sides * shape.head + shape.matrices)
         items["copies for computing"] = copies if c < w else 0
         tied = 2 if getattr(text, "tie_word_embeddings", False) else 1  # its gradients, before they are added up
         items["gradients on their way"] = max(map(prod, shape.tensors)) * max(tied * w, w + compute % w)
-    items |= _passes(config, text, method, at, device, compute, compute < w and not sharded)
+    items |= _passes(config, text, shape.norms, method, at, device, compute, compute < w and not sharded)
     return items | {"CUDA and its libraries": CUDA_BYTES if device == "cuda" else 0}
 
 
@@ -241,7 +241,14 @@ def _states(rows: int, row: int, n: int, w: int, optimizer: str) -> int:
 
 
 def _passes(
-    config: Config, text: Any, method: MethodConfig | None, at: _Moment, device: Device, c: int, autocast: bool
+    config: Config,
+    text: Any,
+    norms: int,
+    method: MethodConfig | None,
+    at: _Moment,
+    device: Device,
+    c: int,
+    autocast: bool,
 ) -> dict[str, int]:
     """What grows with the tokens of a backward; ``c`` bytes of the type that passes compute in."""
     train, theta = config.train, config.model.theta
@@ -253,36 +260,40 @@ def _passes(
     ranks += [theta.rank] if isinstance(theta, SecondAdapter) else []
     trained = {WholeBackbone: text.num_hidden_layers, SecondAdapter: 0}.get(type(theta), getattr(theta, "count", 0))
     kinds = {True: trained, False: text.num_hidden_layers - trained if ranks else 0}
-    each = {kind: _per_token(config, text, c, ranks, kind, autocast) for kind in kinds if kinds[kind]}
+    each = {kind: _per_token(config, text, norms, c, ranks, kind, autocast) for kind in kinds if kinds[kind]}
     kept = at.sides * sum(kinds[kind] * size for kind, size in each.items())
     if train.gradient_checkpointing and train.precision != "float64":  # which the step does not compute again
         states = text.hidden_size * (4 if autocast and trained else c)
-        kept = at.sides * sum(kinds.values()) * states + max(each.values())
+        one_pass = at.together and (_sharded(config) or device == "cpu")
+        kept = at.sides * sum(kinds.values()) * states + max(each.values()) * (at.sides if one_pass else 1)
     kept += at.sides * text.hidden_size * (max(4, c) + 2 * c)  # in the final norm and the head
     logits = min(max(1, LOGITS_PER_CHUNK // text.vocab_size), tokens) * text.vocab_size
     return {"activations": tokens * kept, "logits": 3 * logits * max(4, c)}
 
 
-def _per_token(config: Config, text: Any, c: int, ranks: list[int], trained: bool, autocast: bool) -> int:
+def _per_token(config: Config, text: Any, norms: int, c: int, ranks: list[int], trained: bool, autocast: bool) -> int:
     """Bytes of a token that a decoder layer keeps for its backward, with D hidden, F wide and H heads of size d.
 
-    Norms keep their input in float32, and normalised if their weight is trained: 2 * (4 + c) * D. Attention keeps
-    queries, keys, values (repeated for all heads where a padded batch meets PyTorch's attention), its output and a row
-    of the mask, and scores only if it is ``eager``: (4 * H * d + T) * c. Linear layers keep their inputs, the MLP also
+    A norm keeps its input in float32, and normalised if its weight is trained: (4 + c) * D. Attention keeps queries,
+    keys, values (repeated for all heads where a padded batch meets PyTorch's attention), its output and a row of the
+    mask, and rows of scores only if it is ``eager``: (4 * H * d + T) * c. Linear layers keep their inputs, the MLP also
     gate, up and the activated gate: (2D + 4F) * c. Under autocast every matrix and every adapter casts its own input.
     """
     hidden, heads, length = text.hidden_size, text.num_attention_heads, config.train.max_length
     wide = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 4 * hidden
     wide *= getattr(text, "num_experts_per_tok", None) or 1
     size = getattr(text, "head_dim", None) or hidden // heads
-    flash = config.model.attention == "flash_attention_2"
+    attention, capped = config.model.attention, getattr(text, "attn_logit_softcapping", None) is not None
+    attention = "eager" if attention == "auto" and capped else attention
+    flash = attention == "flash_attention_2"
     keys = (getattr(text, "num_key_value_heads", None) or heads) if flash else heads
     users = trained + len(ranks) if autocast else 1
     values = users * ((5 if autocast else 2) * hidden + wide) + 3 * wide + 7 * sum(ranks)
     values += 2 * (heads + keys) * size + (len(ranks) * heads * size if autocast else 0)
-    norms = 2 * hidden * (max(4, c) + trained * (max(4, c) if autocast else c)) + 4 * (heads + 2)
-    scores = {"flash_attention_2": 0, "eager": heads * length * (max(4, c) + (c if c < 4 else 0))}
-    return c * values + norms + scores.get(config.model.attention, length * c)
+    normed = norms * (hidden * (max(4, c) + trained * (max(4, c) if autocast else c)) + 4) + 4 * heads
+    softmax = max(4, c) + (c if c < 4 else 0) + (c if capped else 0)
+    scores = {"flash_attention_2": 0, "eager": heads * length * softmax}
+    return c * values + normed + scores.get(attention, length * c)
 
 
 def check_memory(plan: MemoryPlan, available: int, what: str) -> None:

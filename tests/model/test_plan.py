@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from spo_ray.config import load
 from spo_ray.core.logps import completion_logps
@@ -200,6 +208,28 @@ def test_activations_are_what_a_real_forward_saves(tmp_path, kind, theta, mode, 
     saved = saved_bytes(model, batch_of(model_config, 4, 64), mode == "autocast")
     found = plan_of(model_config, *overrides).items["activations"]
     assert found / saved == pytest.approx(1.0, abs=0.08)
+
+
+SMALL = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "model_config",
+    [
+        Qwen3Config(**SMALL, **HEADS),
+        Gemma2Config(**SMALL, **HEADS),
+        Gemma3TextConfig(**SMALL, **HEADS),
+        GPT2Config(vocab_size=96, n_embd=64, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0),
+    ],
+    ids=["Qwen3", "Gemma2", "Gemma3", "GPT2"],
+)
+def test_other_blocks_are_near(tmp_path, model_config):
+    model = real_policy(model_config, load(QUICKSTART, BASE), tmp_path).eval()
+    plan = plan_of(model_config)
+    assert plan.parameters["total"] == sum(p.numel() for p in model.parameters())
+    saved = saved_bytes(model, batch_of(model_config, 4, 64), False)
+    assert plan.items["activations"] / saved == pytest.approx(1.0, abs=0.15)
 
 
 def test_adamw_states_are_those_of_the_real_optimizer():
@@ -572,7 +602,8 @@ def test_tables_add_up():
     plan = plan_of(QWEN_HALF_B, "train.max_length=1024", method="spo", device="cuda")
     head, *lines = plan.table().splitlines()
     assert "494,032,768 theta" in head
-    sizes = [float(line.split()[-2]) for line in lines]
+    units = {"GiB": 1.0, "MiB": 1 / 1024}
+    sizes = [float(line.split()[-2]) * units[line.split()[-1]] for line in lines]
     assert lines[-1].startswith("total")
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05 * len(sizes))
     assert len({len(line) for line in lines}) == 1
