@@ -8,7 +8,7 @@ parameters (``sharding: full``; else 1). The moments of a step are added up one 
   sides' gradients and the parameters before; a checkpoint is a copy of parameters and states in main memory;
 - sharded: the root (embeddings, norm, head) and two layers gathered in the compute type (at full precision in float32).
   Whole, in bfloat16: autocast's copies of trained matrices (at full precision, float32 copies of frozen parameters);
-- gradients on their way. Sharded: c for the root's, and w for the largest unit's. Whole: w + c for the largest tensor's;
+- gradients on their way. Sharded: c for the root's, w for the largest unit's. Whole: w + c for the largest tensor's;
 - what backwards keep, see :func:`_per_token`: in a pair's pass for both sides, in inner passes for one. With gradient
   checkpointing a hidden state per layer, and one layer of a pass;
 - logits: three chunks of :mod:`spo_ray.core.logps` in float32.
@@ -103,8 +103,8 @@ class _Moment(NamedTuple):
     """When memory may be at its largest.
 
     ``sums`` counts the values of SPO's gradients and moves, ``sides`` those of a pair whose activations are held;
-    passes are in float32 if ``precise``, pairs go one by one if ``single``, and both sides of a pair may go through one
-    pass if ``together``.
+    passes are in float32 if ``precise``, pairs go one by one if ``single``; both sides of a pair go through one pass if
+    ``together`` and sharded.
     """
 
     sums: int
@@ -264,8 +264,8 @@ def _passes(
     kept = at.sides * sum(kinds[kind] * size for kind, size in each.items())
     if train.gradient_checkpointing and train.precision != "float64":  # which the step does not compute again
         states = text.hidden_size * (4 if autocast and trained else c)
-        one_pass = at.together and (_sharded(config) or device == "cpu")
-        kept = at.sides * sum(kinds.values()) * states + max(each.values()) * (at.sides if one_pass else 1)
+        again = at.sides if at.together and _sharded(config) else 1
+        kept = at.sides * sum(kinds.values()) * states + again * max(each.values())
     kept += at.sides * text.hidden_size * (max(4, c) + 2 * c)  # in the final norm and the head
     logits = min(max(1, LOGITS_PER_CHUNK // text.vocab_size), tokens) * text.vocab_size
     return {"activations": tokens * kept, "logits": 3 * logits * max(4, c)}
