@@ -84,10 +84,10 @@ def test_resume_after_the_kill_of_the_driver(uninterrupted, referenced, sft_rows
     table = Artifact(tmp_path / "rows" / "referenced", "referenced")
     process = start(tmp_path, table, "all", "train.num_workers=2")
     wait_for_step(tmp_path, "spo", 7)
-    cluster = psutil.Process(process.pid).children(recursive=True)
+    orphans = workers(process)
     process.kill()
     process.wait()
-    psutil.wait_procs(cluster, timeout=60)  # Ray's processes notice by themselves
+    assert not psutil.wait_procs(orphans, timeout=60)[1]  # Ray's processes notice by themselves
     unfinished = tmp_path / "quickstart" / ".unfinished"
     result = unfinished / "method_dpo" / "result.json"
     written = result.stat().st_mtime_ns
