@@ -212,8 +212,11 @@ class Passes:
                 to_l.append((own[1], torch.ones_like(logps_l)))
             pull(logps_w, to_w)
             pull(logps_l, to_l)
-            if visit and self.valid[rows].any():
-                total.add_all(visit(sides, (own[0].gradients(), own[1].gradients()), tally))
+            if visit:
+                seen, counts = Tally(1), int(self.valid[rows].any())
+                grads = visit(sides, (own[0].gradients(), own[1].gradients()), seen)
+                tally.add(seen.sums, counts)  # of a pair that only fills up the names: all ranks must have the same
+                total.add_all(grads if counts else [])
         sums = Sums(
             total.gradients(),
             sft_sum.gradients() if sft is not None else [],
