@@ -21,7 +21,8 @@ from torch import nn
 from benchmarks import common
 from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
-from spo_ray.model.optim import make_optimizer
+from spo_ray.model.optim import Group, make_optimizer
+from spo_ray.train_config import GroupConfig
 
 os.environ["TQDM_DISABLE"] = "1"
 warnings.filterwarnings("ignore")
@@ -42,7 +43,9 @@ class Ours:
         self.model = common.make_model()
         self.names = [name for name, _ in self.model.named_parameters()]
         self.params = list(self.model.parameters())
-        self.optimizer = make_optimizer([(self.params, 1e-5)], 0.0)
+        self.optimizer = make_optimizer(
+            [Group("all", {str(i): p for i, p in enumerate(self.params)}, GroupConfig(lr=1e-5))], "adamw"
+        )
         self.bf16 = bf16
 
     def step(self, rows: list[dict[str, Any]]) -> None:
