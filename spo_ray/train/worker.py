@@ -4,7 +4,6 @@ Any number of workers takes the same steps on the same global batches: losses ar
 are sums over the ranks.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,11 +63,10 @@ def check_room(job: Job, rank: Rank) -> None:
 
 def run_job(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> None:
     """One training run; leaves a merged checkpoint, ``log.jsonl`` and ``result.json``."""
-    started = time.time()
     train = run_sft if job.method is None else run_preference
     result = train(job, rank, snapshots, table_of)
     if rank.index == 0:
-        write_json(Path(job.out) / RESULT, {"wall_s": time.time() - started} | result)
+        write_json(Path(job.out) / RESULT, result)
 
 
 def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> dict[str, Any]:
