@@ -217,6 +217,7 @@ class Passes:
                 grads = visit(sides, (own[0].gradients(), own[1].gradients()), seen)
                 tally.add(seen.sums, counts)  # of a pair that only fills up the names: all ranks must have the same
                 total.add_all(grads if counts else [])
+                del grads  # or it would lie beside the next pair's
         sums = Sums(
             total.gradients(),
             sft_sum.gradients() if sft is not None else [],

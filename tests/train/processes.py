@@ -1,6 +1,7 @@
 """Training processes over Gloo without Ray: the same code, started by torch's own launcher."""
 
 import json
+import multiprocessing
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def train(workers, rows, out, overrides, method=None, model="assets/toy_base", *
     out.mkdir(parents=True, exist_ok=True)
     start = tempfile.mktemp(dir=out)
     arguments = (workers, start, rows, str(out), overrides, method, str(model), snapshots)
-    mp.start_processes(_process, arguments, nprocs=workers, start_method="fork")  # imports are done: seconds each
+    # Forks of a server that has made the imports: seconds each otherwise. (Forks of this process, which other tests may
+    # have left with threads, could wait for a lock for ever.)
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(_process, arguments, nprocs=workers, start_method="forkserver")
     return torch.load(out / "whole.pt", weights_only=True)
 
 

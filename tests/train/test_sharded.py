@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from spo_ray import rows
 from spo_ray.run import write_rows
@@ -39,9 +40,7 @@ def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_p
     """20 steps and more in 1, 2 and 4 processes, gradients accumulated over several backward passes."""
     method, overrides, tolerance = CASES[case]
     table = (sft_rows if method is None else referenced).path
-    if (
-        case == "spo_hinge"
-    ):  # the hinge is active where the chosen side has the larger gradient: on these, the other way
+    if case == "spo_hinge":  # it is active where the chosen side has the larger gradient: here after an exchange
         table = tmp_path / "swapped"
         table.mkdir()
         write_rows(table / "part-0.parquet", swapped(referenced.rows()), rows.ReferencedPair)
@@ -60,14 +59,8 @@ def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_p
                 assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-4), (one["step"], key)
     if case == "spo_hinge":
         assert any(record.get("spo/hinge_active") for record in logs[1])
-    moved = train(
-        1,
-        table,
-        tmp_path / "0",
-        [*BASE, *overrides, "sft.lr=1e-12", *(o.replace("1e-4", "1e-12") for o in RATES)],
-        method,
-    )
-    assert difference(moved, whole[1]) > 100 * difference(whole[1], whole[2])
+    moved = difference(load_file("assets/toy_base/model.safetensors"), load_file(tmp_path / "1" / "model.safetensors"))
+    assert moved > 100 * difference(whole[1], whole[2])
 
 
 def test_whole_copies_take_the_steps_of_one_too(referenced, tmp_path):
