@@ -167,7 +167,7 @@ def full_precision(model: nn.Module) -> Generator[bool]:
     """
     own = getattr(model, "full_precision", None)  # a sharded model's
     if own is not None:
-        with own() as changed:
+        with own() as changed, exact_attention(model) if changed else nullcontext():
             yield changed
         return
     half = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
@@ -178,12 +178,28 @@ def full_precision(model: nn.Module) -> Generator[bool]:
         for p in half:
             p.grad = None
             p.data = p.data.float()
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device, enabled=False), exact_attention(model) if changed else nullcontext():
             yield changed
     finally:
         for p, origin, grad in zip(half, origins, grads, strict=True):
             p.data = origin
             p.grad = grad
+
+
+@contextmanager
+def exact_attention(model: nn.Module) -> Generator[None]:
+    """FlashAttention takes half precision alone: PyTorch's own meanwhile, or the plain one where scores are capped."""
+    config: Any = getattr(model, "config", None)  # of a Hugging Face model, which reads it in every pass
+    name = getattr(config, "_attn_implementation", None) or ""
+    if "flash" not in name:
+        yield
+        return
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    config._attn_implementation = "eager" if capped else "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
 
 
 @contextmanager

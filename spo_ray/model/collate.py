@@ -8,6 +8,14 @@ from torch import Tensor
 
 from spo_ray.core.logps import IGNORE
 
+SCORED_ROWS, SCORED_TOKENS = 32, 8192
+"""At most so many go through one pass without gradients."""
+
+
+def rows_at_once(max_length: int) -> int:
+    """Rows of up to ``max_length`` tokens for one pass without gradients."""
+    return max(1, min(SCORED_ROWS, SCORED_TOKENS // max_length))
+
 
 def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
     """(prompt ids, completion ids) rows to ``input_ids``, ``labels`` and ``attention_mask``, each [B, T] int64."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
 from spo_ray.errors import TrainingError
-from spo_ray.model.collate import collate, collate_pairs
+from spo_ray.model.collate import collate, collate_pairs, rows_at_once
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.train.feed import Table
 from spo_ray.train.rank import Rank
@@ -20,7 +20,7 @@ TokenRow = tuple[Sequence[int], Sequence[int]]
 """(prompt ids, completion ids)."""
 DRIFT_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
-SCORING_BATCH = 32
+CHECKED_PAIRS = 32
 MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy")
 
 
@@ -59,7 +59,7 @@ class Measure:
             TrainingError: they differ; the DPO loss would not start at ln 2.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
-        for own, valid in self.batches(range(min(len(table), SCORING_BATCH))):
+        for own, valid in self.batches(range(min(len(table), CHECKED_PAIRS))):
             batch = self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id))
             gap = (self.side(batch, "chosen") - batch["ref_chosen_logps"]).abs().double()
             tokens = (batch["chosen_labels"] >= 0).sum(dim=1)
@@ -75,9 +75,10 @@ class Measure:
     def batches(self, items: Sequence[Any]) -> Iterator[tuple[list[Any], Tensor]]:
         """Some items, the part of this rank, in batches for inference; and which of them count (0 or 1)."""
         own, counts = self.rank.share(items)
-        for start in range(0, len(own), SCORING_BATCH):
-            valid = torch.tensor(counts[start : start + SCORING_BATCH], dtype=torch.float64, device=self.rank.device)
-            yield own[start : start + SCORING_BATCH], valid
+        size = rows_at_once(self.config.max_length)  # the same for all ranks, whatever their rows
+        for start in range(0, len(own), size):
+            valid = torch.tensor(counts[start : start + size], dtype=torch.float64, device=self.rank.device)
+            yield own[start : start + size], valid
 
     @torch.no_grad()
     def side(self, batch: Mapping[str, Tensor], side: str) -> Tensor:

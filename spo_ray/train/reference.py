@@ -28,6 +28,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(uses_gpu(config))),
             model=str(model.path),
             precision=config.train.precision,
+            max_length=config.train.max_length,
         )
 
     settings = {"precision": config.train.precision}

@@ -10,6 +10,7 @@ from spo_ray.core.dynamics import forecast
 from spo_ray.core.gradients import Gradients
 from spo_ray.core.losses import Metrics
 from spo_ray.core.sharded import is_sharded
+from spo_ray.model.collate import rows_at_once
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.train.rank import Rank
 
@@ -49,24 +50,43 @@ class StepWatch:
 
 @torch.no_grad()
 def top_answers(
-    model: nn.Module, chat: ChatTokenizer, table: Sequence[Mapping[str, Any]], max_tokens: int, rank: Rank
+    model: nn.Module,
+    chat: ChatTokenizer,
+    table: Sequence[Mapping[str, Any]],
+    max_tokens: int,
+    max_length: int,
+    rank: Rank,
 ) -> list[tuple[list[int], list[int]]]:
     """A model's own greedy answers y* (prompt ids, completion ids), where they are not the chosen response.
 
     Theorem 2 says that mass which leaves y_w goes to the most probable output that is not y_w. A collective; all ranks
     get all answers. None with 0 tokens.
     """
-    generator: Any = model
-    generator.eval()
     own, valid = rank.share(table)
-    if not own or not max_tokens:
+    if not max_tokens:
         return []
-    width, sharded = max(len(row["prompt_ids"]) for row in own), is_sharded(model.parameters())
-    ids = torch.full((len(own), width), chat.pad_id)
+    model.eval()
+    size, answers = rows_at_once(max_length + max_tokens), []
+    for start in range(0, len(own), size):
+        rows = own[start : start + size]
+        found = _greedy(model, chat, [row["prompt_ids"] for row in rows], max_tokens, rank)
+        for row, counts, tokens in zip(rows, valid[start : start + size], found, strict=True):
+            if counts and tokens != list(row["chosen_ids"]):
+                answers.append((list(row["prompt_ids"]), tokens))
+    return rank.gather(answers)
+
+
+def _greedy(
+    model: nn.Module, chat: ChatTokenizer, prompts: Sequence[Sequence[int]], max_tokens: int, rank: Rank
+) -> list[list[int]]:
+    """Greedy answers of all ranks at once, each with its end token."""
+    generator: Any = model
+    width, sharded = max(map(len, prompts)), is_sharded(model.parameters())
+    ids = torch.full((len(prompts), width), chat.pad_id)
     mask = torch.zeros_like(ids)
-    for i, row in enumerate(own):
-        ids[i, width - len(row["prompt_ids"]) :] = torch.tensor(row["prompt_ids"])
-        mask[i, width - len(row["prompt_ids"]) :] = 1
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
     output = generator.generate(
         input_ids=ids.to(rank.device),
         attention_mask=mask.to(rank.device),
@@ -79,8 +99,7 @@ def top_answers(
     if sharded:
         generator.reshard()
     answers = []
-    for row, counts, tokens in zip(own, valid, output[:, width:].tolist(), strict=True):
+    for tokens in output[:, width:].tolist():
         end = next((i + 1 for i, token in enumerate(tokens) if token in chat.stop_ids), len(tokens))
-        if counts and tokens[:end] != list(row["chosen_ids"]):
-            answers.append((list(row["prompt_ids"]), tokens[:end]))
-    return rank.gather(answers)
+        answers.append(tokens[:end])
+    return answers

@@ -118,7 +118,7 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
     measure.check_reference(table)
     probe = range(min(len(table), settings.probe_pairs))
     dynamics = StepWatch(list(params.values()), settings.dynamics_every)
-    tops = top_answers(model, chat, table.rows(probe), settings.probe_top_tokens, rank)
+    tops = top_answers(model, chat, table.rows(probe), settings.probe_top_tokens, config.train.max_length, rank)
 
     def gradients(step: int, indices: Sequence[int]) -> tuple[Mapping[str, Tensor], Metrics]:
         numbers, valid = rank.share(indices)

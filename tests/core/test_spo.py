@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from spo_ray.core.gradients import full_precision
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import LOSSES, dpo, nll
 from spo_ray.core.spo import spo_gradients
@@ -237,6 +239,33 @@ def test_hinge_in_single_precision_and_under_autocast(autocast, tolerance):
             break
     found, exact = ([a - b for a, b in zip(added[1.0][i], added[0.0][i], strict=True)] for i in (0, 1))
     assert relative_error(found, exact) < tolerance
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_flash_attention_makes_way_in_full_precision(monkeypatch, sharded):
+    """A stand-in, as FlashAttention runs on GPUs alone: like it, it takes half precision only."""
+    half = []
+
+    def flash(module, query, key, value, mask, **named):
+        if not torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        half.append(query)  # the mask is of padding at the right, which causal attention never sees
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None, **named)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    double, *names = tiny_model()
+    single, batch = tiny_model()[0].float(), swapped(tiny_batch())
+    options = DEFAULTS | {"gamma": 1.0, "lambda_sft": 1.0, "inner_steps": 1}
+    exact, _ = gradient_of(double, names, batch, **options)
+    single.config._attn_implementation = "flash_attention_2"
+    if sharded:  # which leaves half precision in a way of its own
+        single.full_precision = lambda: full_precision(SimpleNamespace(parameters=single.parameters))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, metrics = gradient_of(single, names, batch, **options)
+    assert metrics["spo/hinge_active"]
+    assert half
+    assert single.config._attn_implementation == "flash_attention_2"
+    assert relative_error(found, exact) < 0.03
 
 
 def value_term(model, names, **options):

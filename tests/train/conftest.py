@@ -45,6 +45,6 @@ def referenced(pairs, toy_base, tmp_path_factory):
     from spo_ray.train.scorer import Scorer
 
     folder = tmp_path_factory.mktemp("referenced")
-    table, _ = Scorer(str(toy_base), "float32")(pairs.rows())
+    table, _ = Scorer(str(toy_base), "float32", 1024)(pairs.rows())
     write_rows(folder / "part-0.parquet", table, rows.ReferencedPair)
     return Artifact(folder, "referenced")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from spo_ray import rows
 from spo_ray.run import write_rows
 
+from ..conftest import ROOT
 from .processes import log_of, train
 
 BASE = ["preference.epochs=4", "sft.epochs=4", "sft.batch_size=4", "preference.dynamics_every=10"]
@@ -59,7 +60,9 @@ def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_p
                 assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-4), (one["step"], key)
     if case == "spo_hinge":
         assert any(record.get("spo/hinge_active") for record in logs[1])
-    moved = difference(load_file("assets/toy_base/model.safetensors"), load_file(tmp_path / "1" / "model.safetensors"))
+    moved = difference(
+        load_file(ROOT / "assets/toy_base/model.safetensors"), load_file(tmp_path / "1" / "model.safetensors")
+    )
     assert moved > 100 * difference(whole[1], whole[2])
 
 
