@@ -11,15 +11,15 @@ from collections.abc import Iterator
 
 from spo_ray.cli import script
 from spo_ray.cluster import connect
-from spo_ray.data.sample import sample
+from spo_ray.data.clean import clean_pairs
+from spo_ray.data.recipe import preference_pairs, referenced, sft_set
 from spo_ray.data.sources import load_data
-from spo_ray.data.stages import choose_sft_questions, make_pairs, score
 from spo_ray.data.tokens import tokenise_pairs, tokenise_sft
 from spo_ray.evaluate.accuracy import evaluate
 from spo_ray.preflight import preflight
 from spo_ray.report.page import write_report
-from spo_ray.run import Run, external
-from spo_ray.train.launch import train_methods, train_sft
+from spo_ray.run import Artifact, Run, external
+from spo_ray.train.launch import Start, train_methods, train_sft
 from spo_ray.train.reference import reference_logps
 
 
@@ -28,33 +28,30 @@ def stages(run: Run) -> Iterator[str]:
     config = run.config
     has_pairs = config.data.type == "preference"
     preflight(config)
-    train, test = load_data(run, "train"), load_data(run, "test")
+    test = load_data(run, "test")
+    train = load_data(run, "train", against=test)
     yield "data"
 
     connect(config)
     base = external(config.model.path)
-    if has_pairs:
-        sft_source = train
-    else:
-        sft_source = choose_sft_questions(run, score(run, "base_scores", sample(run, "base_samples", base, train)))
+    chosen = train if has_pairs else sft_set(run, base, train)
     yield "sample"
 
-    sft = train_sft(run, base, tokenise_sft(run, sft_source))
+    sft = train_sft(run, base, tokenise_sft(run, chosen))
     yield "sft"
 
-    if has_pairs:
-        pairs, held_out = (
-            train,
-            reference_logps(run, "held_out_pairs", sft, tokenise_pairs(run, "held_out_tokens", test)),
-        )
-    else:
-        pairs, held_out = make_pairs(run, score(run, "sft_scores", sample(run, "sft_samples", sft, sft_source))), None
+    held_out = (
+        reference_logps(run, "held_out_pairs", sft, tokenise_pairs(run, "held_out_tokens", test)) if has_pairs else None
+    )
+    pairs = clean_pairs(run, "pairs", train) if has_pairs else preference_pairs(run, sft, chosen)
     yield "pairs"
 
-    referenced = reference_logps(run, "reference", sft, tokenise_pairs(run, "pair_tokens", pairs))
+    first = Start(sft, referenced(run, sft, pairs))
     yield "reference"
 
-    methods = train_methods(run, sft, referenced, held_out)
+    methods = train_methods(run, dict.fromkeys(config.methods, first), held_out)
+    for number in range(2, config.rounds + 1):
+        methods = next_round(run, methods, chosen, number)
     yield "train"
 
     answers = {} if has_pairs else evaluate(run, {"base": base, "sft": sft} | methods, test)
@@ -62,6 +59,16 @@ def stages(run: Run) -> Iterator[str]:
 
     write_report(run, methods, answers, test)
     yield "report"
+
+
+def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number: int) -> dict[str, Artifact]:
+    """Every method goes on from its own last checkpoint, on pairs with that checkpoint's mistakes."""
+    starts = {}
+    for name, policy in policies.items():
+        suffix = f"_{name}_round{number}"
+        pairs = preference_pairs(run, policy, chosen, suffix)
+        starts[name] = Start(policy, referenced(run, policy, pairs, suffix))
+    return train_methods(run, starts, suffix=f"_round{number}")
 
 
 if __name__ == "__main__":

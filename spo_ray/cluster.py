@@ -9,6 +9,7 @@ import ray
 import ray.data
 
 from spo_ray.config import Config
+from spo_ray.data_config import EngineConfig
 from spo_ray.errors import UserError
 from spo_ray.run import say
 
@@ -77,9 +78,9 @@ def check_plan(config: Config, nodes: list[dict[str, Any]]) -> None:
             )
 
 
-def engine_gpus(config: Config) -> float:
+def engine_gpus(engine: EngineConfig) -> float:
     """GPUs per engine on the connected cluster."""
-    return float(_has_gpus()) if config.engine.gpus is None else config.engine.gpus
+    return float(_has_gpus()) if engine.gpus is None else engine.gpus
 
 
 def uses_gpu(config: Config) -> bool:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import (
     BaseModel,
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -22,10 +21,17 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
+from spo_ray.data_config import (
+    DataConfig,
+    EngineConfig,
+    PairsConfig,
+    SamplingConfig,
+    SftDataConfig,
+)
 from spo_ray.errors import UserError
 from spo_ray.method_config import MethodConfig, MethodName, Spo
 from spo_ray.section import Section
-from spo_ray.train_config import Dtype, Fraction, PreferenceConfig, SftConfig, TrainConfig
+from spo_ray.train_config import PreferenceConfig, SftConfig, TrainConfig
 
 
 class RayConfig(Section):
@@ -37,40 +43,6 @@ class RayConfig(Section):
     """Logical CPUs of a cluster started here; None: the cores, and at least 4."""
     worker_logs: bool = False
     """Show what the workers print; errors are shown in any case."""
-
-
-class ToyData(Section):
-    """The embedded word problems, generated from the seed."""
-
-    type: Literal["toy"] = "toy"
-    train_questions: PositiveInt = 500
-    test_questions: PositiveInt = 320
-
-
-class Gsm8kData(Section):
-    """GSM8K: ``train.jsonl`` and ``test.jsonl`` with ``question`` and ``answer`` (ending in ``#### N``)."""
-
-    type: Literal["gsm8k"] = "gsm8k"
-    path: Path
-    train_questions: PositiveInt | None = None
-    """Random questions to keep; None: all."""
-    test_questions: PositiveInt | None = None
-    skip_missing_gold: bool = False
-    """Quarantine questions without a gold answer instead of refusing the file."""
-
-
-class PreferenceData(Section):
-    """Ready preference pairs: ``train.jsonl`` with ``prompt``, ``chosen``, ``rejected``."""
-
-    type: Literal["preference"] = "preference"
-    path: Path
-    train_pairs: PositiveInt | None = None
-    """Random pairs to train on; None: all that are not held out."""
-    test_pairs: PositiveInt = 100
-    """Pairs held out for evaluation."""
-
-
-DataConfig = Annotated[ToyData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
 class WholeBackbone(Section):
@@ -115,52 +87,6 @@ class ModelConfig(Section):
     """Beside a method's merged checkpoint write its backbone, and phi as a PEFT adapter (`backbone`, `adapter`)."""
 
 
-class SamplingConfig(Section):
-    """Sampling the policy, for the SFT set and for the rejected responses."""
-
-    samples: PositiveInt = 8
-    """Responses per question, the K of pass@K."""
-    temperature: PositiveFloat = 0.7
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
-    """Questions per engine call, and per output file."""
-
-
-class EngineConfig(Section):
-    """The generation engines, for sampling and evaluation."""
-
-    type: Literal["auto", "vllm", "transformers"] = "auto"
-    replicas: PositiveInt = 1
-    """Engines, each an actor of its own."""
-    cpus: PositiveFloat = 1.0
-    """Logical CPUs per engine."""
-    gpus: NonNegativeFloat | None = None
-    """GPUs per engine; None: 1 where the cluster has GPUs. Below 1 it is a share of one, above 1 tensor parallelism."""
-    dtype: Dtype = "float32"
-    max_model_len: PositiveInt = 1024
-    """Prompt plus response, in tokens."""
-    memory_gib: PositiveFloat = 1.0
-    """KV-cache of vLLM's CPU build; on a GPU vLLM takes its usual share."""
-
-
-class SftDataConfig(Section):
-    """Which questions and responses make the SFT set."""
-
-    pass_k: PositiveInt = 1
-    """The k of the pass@k that chooses questions (unbiased estimate from all samples)."""
-    max_pass: Fraction = 0.5
-    """Questions with a pass@k of at most this are chosen."""
-    responses_per_question: PositiveInt = 2
-    teachers: list[Literal["gold", "samples"]] = Field(default=["samples", "gold"], min_length=1)
-    """Where correct responses come from, in order of preference."""
-
-
-class PairsConfig(Section):
-    """How preference pairs are made from the SFT model's samples."""
-
-    per_question: PositiveInt = 1
-
-
 class EvalConfig(Section):
     """Accuracy on held-out questions by generation."""
 
@@ -189,6 +115,8 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    rounds: PositiveInt = 1
+    """Rounds of sampling, pairing and training; each method's further rounds go on from its own last checkpoint."""
     methods: dict[MethodName, MethodConfig] = Field(min_length=1)
     eval: EvalConfig = EvalConfig()
 

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrainingError(RuntimeError):
     """Training can't go on, and could not after a restart either: the message says why and what to do."""
+
+
+class RowRejectedError(Exception):
+    """Raised by a row function for a row that can't be used; the message is the reason."""

@@ -4,7 +4,7 @@ One row stands for one question wherever samples are concerned, with its respons
 of questions and the pairing are all row-wise and need no shuffle.
 """
 
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import pyarrow as pa
 
@@ -22,14 +22,20 @@ class SftQuestion(Prompt):
     """A question chosen for SFT with its correct responses."""
 
     responses: list[str]
+    response_sources: list[str]
+    """``gold``, or ``STAGE:INDEX`` of the sample."""
 
 
 class Samples(SftQuestion):
-    """A question with the policy's samples; ``responses`` is carried along (empty before the SFT set exists)."""
+    """A question with a model's samples; ``responses`` is carried along (empty before the SFT set exists)."""
 
+    prompt_ids: list[int]
+    """What the model was given, templated; empty where an endpoint did that."""
+    seed: int | None
+    """All samples follow from it; None: there were none to make."""
     samples: list[str]
-    sample_logps: list[float]
-    """Sum of token log-probabilities (nats, at temperature 1) of each sample, the end token included."""
+    sample_logps: list[float | None]
+    """Sum of token log-probabilities (nats, at temperature 1) of each sample, the end token included; None: unknown."""
     sample_tokens: list[int]
     finished: list[bool]
     """Whether each sample ended with the end-of-turn token."""
@@ -40,15 +46,29 @@ class Scored(Samples):
 
     extracted: list[str | None]
     correct: list[bool]
+    strict: list[bool]
+    """Correct, and in the form that the task asks for."""
+
+
+class Turn(TypedDict):
+    """A chat message."""
+
+    role: str
+    content: str
 
 
 class Pair(TypedDict):
     """A preference pair as text."""
 
     id: str
-    prompt: str
+    prompt: list[Turn]
     chosen: str
     rejected: str
+    source_id: str
+    """The question, or the row of the file, that it was made from."""
+    chosen_source: str
+    rejected_source: str
+    """``gold`` or ``STAGE:INDEX`` of a sample; the seed and the model stand in that stage. For ready pairs ``data``."""
 
 
 class TokenisedPair(TypedDict):
@@ -85,6 +105,7 @@ class EvalRow(TypedDict):
     response: str
     extracted: str | None
     correct: bool
+    strict: bool
 
 
 class Rejected(TypedDict):
@@ -101,6 +122,8 @@ def schema(row: Any) -> pa.Schema:
 
 
 def _arrow(hint: Any) -> pa.DataType:
+    if is_typeddict(hint):
+        return pa.struct(list(schema(hint)))
     if get_origin(hint) is list:
         return pa.list_(_arrow(get_args(hint)[0]))
     for option in get_args(hint) or (hint,):

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 """In an unfinished stage that can go on where it was cut off."""
 REJECTED = "rejected.parquet"
+REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
 """A training stage's metrics, one JSON line a step."""
 HASHED_BYTES = 64 * 2**20
@@ -60,6 +61,15 @@ class Artifact:
     def rows(self) -> list[Any]:
         """The same as dictionaries."""
         return self.table().to_pylist()
+
+    def column(self, name: str) -> list[Any]:
+        """One column of all rows, as they come, without reading the others."""
+        return [value for part in self.parts for value in pq.read_table(part, columns=[name])[name].to_pylist()]
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return sum(pq.read_metadata(part).num_rows for part in self.parts)
 
 
 @dataclass
@@ -120,13 +130,15 @@ class Run:
         *,
         config: Mapping[str, Any],
         inputs: Mapping[str, Artifact],
+        resumable: bool = False,
     ) -> Artifact:
         """Give the finished stage ``name``: reuse it, or call ``build(directory, ledger)`` and close it.
 
         ``config`` is everything besides ``inputs`` that the output depends on. Whatever ``build`` raises leaves
-        earlier stages, and an earlier version of this one, as they were.
+        earlier stages, and an earlier version of this one, as they were. A ``resumable`` one finds what it has written
+        when it is called again.
         """
-        opened = self.open(name, config=config, inputs=inputs)
+        opened = self.open(name, config=config, inputs=inputs, resumable=resumable)
         if isinstance(opened, Artifact):
             return opened
         build(opened.scratch, opened.ledger)
@@ -174,6 +186,8 @@ class Run:
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
         }
         (stage.scratch / STARTED).unlink(missing_ok=True)
+        for file in stage.scratch.glob(REJECTED_PARTS):  # they are in the ledger
+            file.unlink()
         write_json(stage.scratch / MANIFEST, manifest)
         _replace(stage.scratch, self.root / stage.name)
         say(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
@@ -212,9 +226,9 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def require_rows(table: Sequence[Any], what: str) -> None:
+def require_rows(count: int, what: str) -> None:
     """Raise UserError where a stage has nothing to work on."""
-    if not table:
+    if not count:
         raise UserError(f"no {what}: see the drop reasons in the manifests of the stages before")
 
 

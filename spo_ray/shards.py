@@ -2,7 +2,7 @@
 
 What travels through Ray Data are shards: which rows to read, and how many came out. Rows never pass through the driver,
 and one operator does all the work, which spares the start of more worker processes. A retried task replaces its own
-file, so no row is written twice.
+file, so no row is written twice; a stage that was cut off goes on with the shards whose files are missing.
 """
 
 import time
@@ -16,17 +16,14 @@ import pyarrow.parquet as pq
 import ray.data
 
 from spo_ray import rows
-from spo_ray.run import Artifact, Ledger, say, write_rows
+from spo_ray.errors import RowRejectedError
+from spo_ray.run import REJECTED_PARTS, Artifact, Ledger, say, write_rows
 
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[rows.Rejected]]
 Mapper = Callable[[list[Row]], Mapped]
 """Rows in, (rows out, quarantined rows)."""
 REPORT_EVERY_S = 2.0
-
-
-class RowRejectedError(Exception):
-    """Raised by a row function for a row that can't be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,8 @@ class Pool:
     actors: int
     cpus: float
     gpus: float = 0.0
+    most: int | None = None
+    """Actors may be added up to so many; None: no more."""
 
 
 def each_row(function: Callable[[Row], list[Row]]) -> Mapper:
@@ -79,11 +78,30 @@ def map_shards(
         pool: actors; None runs stateless tasks.
         arguments: for ``mapper``.
     """
-    shards = _plan(source, batch_size)
-    if not shards:
-        return
+    every = _plan(source, batch_size)
+    shards = [shard for shard in every if not _part(out, shard).exists()]
+    for shard in every:
+        if shard not in shards:
+            ledger.read += shard["rows"]
+            ledger.kept += pq.read_metadata(_part(out, shard)).num_rows
+    if every and len(shards) < len(every):
+        say(name, f"{len(every) - len(shards)} of {len(every)} parts are there already")
+    if shards:
+        _run(name, shards, ledger, mapper, pool, {"out": str(out), "kind": kind}, arguments)
+    for file in sorted(out.glob(REJECTED_PARTS)):
+        ledger.rejected += pq.read_table(file).to_pylist()
+
+
+def _run(
+    name: str,
+    shards: list[Row],
+    ledger: Ledger,
+    mapper: Callable[..., Mapper],
+    pool: Pool | None,
+    write: Row,
+    arguments: Row,
+) -> None:
     dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
-    write = {"out": str(out), "kind": kind}
     if pool is None:
         task = partial(_map_and_write, mapper=mapper(**arguments), **write)
         stats = dataset.map(task, num_cpus=1)
@@ -92,7 +110,9 @@ def map_shards(
         stats = dataset.map(
             actor,
             fn_constructor_kwargs={"mapper": mapper, "arguments": arguments, **write},
-            compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(shards))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(pool.actors, len(shards)), max_size=min(pool.most or pool.actors, len(shards))
+            ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
         )
@@ -100,9 +120,6 @@ def map_shards(
     for done in _progress(name, stats.iter_rows(), total):
         ledger.read += done["read"]
         ledger.kept += done["kept"]
-    for file in sorted(out.glob("rejected-*.parquet")):
-        ledger.rejected += pq.read_table(file).to_pylist()
-        file.unlink()
 
 
 class _Actor:
@@ -130,14 +147,18 @@ def _plan(source: Artifact, batch_size: int) -> list[Row]:
     return shards
 
 
+def _part(out: Path, shard: Row) -> Path:
+    return out / f"part-{shard['name']}.parquet"
+
+
 def _map_and_write(shard: Row, mapper: Mapper, out: str, kind: Any) -> Row:
     table: list[Row] = []
     for piece in shard["pieces"]:
         table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
     kept, rejected = mapper(table)
-    write_rows(Path(out) / f"part-{shard['name']}.parquet", kept, kind)
-    if rejected:
+    if rejected:  # first: the part's presence means that the shard is done
         write_rows(Path(out) / f"rejected-{shard['name']}.parquet", rejected, rows.Rejected)
+    write_rows(_part(Path(out), shard), kept, kind)
     return {"read": len(table), "kept": len(kept)}
 
 

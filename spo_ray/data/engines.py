@@ -3,13 +3,15 @@
 import gc
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
 
-from spo_ray.config import EngineConfig
 from spo_ray.core.logps import completion_logps
+from spo_ray.data.completion import Answers, Completion
+from spo_ray.data.sample import TOO_LONG, Source, fits
+from spo_ray.data_config import EngineConfig
 from spo_ray.model.collate import collate
 from spo_ray.model.export import read_probe
 from spo_ray.model.load import load_model
@@ -17,16 +19,6 @@ from spo_ray.model.tokenise import ChatTokenizer
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest difference per token (nats) between the engine's and the trainer's log-probability of the probe text."""
-
-
-class Completion(NamedTuple):
-    """One generated response."""
-
-    text: str
-    logp: float
-    """Summed log-probability at temperature 1, nats, the end token included."""
-    tokens: int
-    finished: bool
 
 
 class Engine(Protocol):
@@ -67,6 +59,34 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
     return engine
 
 
+class LocalAnswers:
+    """Answers from an engine in this process."""
+
+    def __init__(self, kind: str, source: Source) -> None:
+        model = str(source.model.path)
+        self.chat = ChatTokenizer.load(model, source.chat_template)
+        self.config: Any = source.engine
+        self.engine = open_engine(kind, model, self.config, self.chat)
+        self.sampling = source.sampling
+
+    def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Answers | str]:
+        prompts = [self.chat.prompt_ids(prompt) for prompt, _ in asked]
+        able = [i for i, ids in enumerate(prompts) if fits(ids, self.config)]
+        found: list[Answers | str] = [TOO_LONG] * len(asked)
+        if not able:
+            return found
+        answers = self.engine.generate(
+            [prompts[i] for i in able],
+            n=self.sampling.samples,
+            temperature=self.sampling.temperature,
+            max_tokens=self.sampling.max_tokens,
+            seeds=[asked[i][1] for i in able],
+        )
+        for i, completions in zip(able, answers, strict=True):
+            found[i] = Answers(prompts[i], completions)
+        return found
+
+
 class VllmEngine:
     """vLLM in this process."""
 
@@ -84,15 +104,10 @@ class VllmEngine:
         if torch.cuda.is_available():
             gpus = config.gpus or 1.0
             hardware = {"tensor_parallel_size": max(1, int(gpus)), "gpu_memory_utilization": 0.9 * min(1.0, gpus)}
-        self.llm = LLM(
-            model=path,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            enable_prefix_caching=True,
-            load_format="safetensors",
-            seed=0,
-            **hardware,
-        )
+        usual: dict[str, Any] = {"enable_prefix_caching": True, "load_format": "safetensors", "seed": 0}
+        usual |= {"dtype": config.dtype, "max_model_len": config.max_model_len}
+        options: dict[str, Any] = usual | hardware | config.arguments
+        self.llm = LLM(model=path, **options)
 
     def generate(
         self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]

@@ -1,54 +1,91 @@
-"""Sampling a policy: Ray Data over a pool of engines."""
+"""Sampling models: Ray Data over a pool of engines, or over requests to an endpoint."""
 
 import hashlib
 import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from spo_ray import rows
 from spo_ray.cluster import engine_gpus
-from spo_ray.config import EngineConfig, SamplingConfig
+from spo_ray.config import Config
+from spo_ray.data.completion import Answers
+from spo_ray.data_config import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
 from spo_ray.errors import UserError
-from spo_ray.run import Artifact, Ledger, Run, require_rows
-from spo_ray.shards import Mapped, Pool, Row, map_shards
+from spo_ray.run import Artifact, Ledger, Run, external, require_rows
+from spo_ray.shards import Mapped, Mapper, Pool, Row, map_shards
+
+TOO_LONG = "prompt longer than engine.max_model_len"
 
 
-def sample(run: Run, name: str, model: Artifact, questions: Artifact) -> Artifact:
+Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Answers | str]]
+"""(prompt, seed) of some questions to their answers, or to the reason why there are none."""
+
+
+class Source(NamedTuple):
+    """What is sampled, and how."""
+
+    model: Artifact
+    engine: EngineConfig | EndpointConfig
+    sampling: SamplingConfig
+    chat_template: str | None = None
+    enough: int | None = None
+    """Questions with so many responses are passed on without samples."""
+
+    @classmethod
+    def policy(cls, config: Config, model: Artifact) -> "Source":
+        """The base model, or a checkpoint that was trained from it."""
+        return cls(model, config.engine, config.sampling, config.model.chat_template)
+
+    @classmethod
+    def teacher(cls, config: Config, teacher: TeacherModel) -> "Source":
+        """A model that answers what the policy can't; a hub id or an endpoint's name stands for itself."""
+        served = isinstance(teacher.engine, EndpointConfig)
+        model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
+        enough = config.sft_data.responses_per_question
+        return cls(model, teacher.engine, teacher.sampling, teacher.chat_template, enough)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What samples depend on, besides the model and the questions."""
+        if isinstance(self.engine, EndpointConfig):
+            engine: dict[str, Any] = {"engine": "endpoint", "url": self.engine.url}
+        else:
+            engine = {"engine": choose(self.engine)[0]}
+            engine |= self.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
+        own = {"chat_template": self.chat_template, "enough": self.enough}
+        return engine | own | self.sampling.model_dump()
+
+
+def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact:
     """Sample ``sampling.samples`` responses to every question (:class:`rows.Samples`).
 
     ``questions`` holds :class:`rows.Prompt` or :class:`rows.SftQuestion`. Each question has a seed of its own, made of
     the run's seed, the stage and the question's id, so a retried batch gives the same samples.
     """
-    config = run.config
-    kind, why = choose(config.engine)
+    kind = source.identity["engine"]
 
     def build(out: Path, ledger: Ledger) -> None:
-        require_rows(questions.rows(), f"questions for {name}")
-        ledger.facts |= {"engine": f"{kind} ({why})", "model": str(model.path)}
+        require_rows(questions.count, f"questions for {name}")
+        ledger.facts |= {"engine": kind, "model": str(source.model.path)}
+        seed = f"{run.config.seed}:{name}"
+        opened = _served if isinstance(source.engine, EndpointConfig) else _local
+        mapper, pool = opened(source, seed)
         map_shards(
             name,
             questions,
             out,
             ledger,
-            mapper=_Sampler,
+            mapper=mapper,
             kind=rows.Samples,
-            batch_size=config.sampling.batch_size,
-            pool=Pool(config.engine.replicas, config.engine.cpus, engine_gpus(config)),
-            engine_kind=kind,
-            model=str(model.path),
-            engine=config.engine,
-            sampling=config.sampling,
-            chat_template=config.model.chat_template,
-            seed=f"{config.seed}:{name}",
+            batch_size=source.sampling.batch_size,
+            pool=pool,
         )
 
-    settings = {
-        "engine": kind,
-        "dtype": config.engine.dtype,
-        "max_model_len": config.engine.max_model_len,
-        "chat_template": config.model.chat_template,
-        **config.sampling.model_dump(),
-    }
-    return run.stage(name, build, config=settings, inputs={"model": model, "questions": questions})
+    inputs = {"model": source.model, "questions": questions}
+    return run.stage(name, build, config=source.identity, inputs=inputs, resumable=True)
 
 
 def choose(config: EngineConfig) -> tuple[str, str]:
@@ -70,52 +107,62 @@ def row_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
+def fits(prompt_ids: list[int], config: EngineConfig) -> bool:
+    """Whether an engine can take a prompt and answer with a token or more."""
+    return len(prompt_ids) < config.max_model_len - 1
+
+
+def _local(source: Source, seed: str) -> tuple[Any, Pool]:
+    engine: Any = source.engine
+    pool = Pool(engine.replicas, engine.cpus, engine_gpus(engine), engine.max_replicas)
+    return partial(_open, choose(engine)[0], source, seed), pool
+
+
+def _open(kind: str, source: Source, seed: str) -> Mapper:
+    from spo_ray.data.engines import LocalAnswers  # heavy: engines are imported where they run
+
+    return _Sampler(LocalAnswers(kind, source), source, seed)
+
+
+def _served(source: Source, seed: str) -> tuple[Any, Pool]:
+    engine: Any = source.engine
+    return partial(_connect, os.environ.get(engine.api_key_env), source, seed), Pool(1, 0.1)
+
+
+def _connect(key: str | None, source: Source, seed: str) -> Mapper:
+    from spo_ray.data.endpoint import EndpointAnswers
+
+    return _Sampler(EndpointAnswers(key, source), source, seed)
+
+
 class _Sampler:
-    """A mapper that holds one engine."""
+    """A mapper from questions to questions with samples, whatever answers them."""
 
-    def __init__(
-        self,
-        engine_kind: str,
-        model: str,
-        engine: EngineConfig,
-        sampling: SamplingConfig,
-        chat_template: str | None,
-        seed: str,
-    ) -> None:
-        from spo_ray.data.engines import open_engine  # heavy: engines are imported where they run
-        from spo_ray.model.tokenise import ChatTokenizer
-
-        self.chat = ChatTokenizer.load(model, chat_template)
-        self.engine = open_engine(engine_kind, model, engine, self.chat)
-        self.sampling, self.seed = sampling, seed
-        self.longest = engine.max_model_len - 1
+    def __init__(self, answer: Answerer, source: Source, seed: str) -> None:
+        self.answer, self.source, self.seed = answer, source, seed
 
     def __call__(self, batch: list[Row]) -> Mapped:
-        prompts = [self.chat.prompt_ids(row["prompt"]) for row in batch]
-        fits = [i for i, ids in enumerate(prompts) if len(ids) < self.longest]
-        rejected: list[rows.Rejected] = [
-            {"id": row["id"], "reason": "prompt longer than engine.max_model_len", "excerpt": row["prompt"][:200]}
-            for row, ids in zip(batch, prompts, strict=True)
-            if len(ids) >= self.longest
+        carried: list[Row] = [{"responses": [], "response_sources": []} | row for row in batch]
+        enough = self.source.enough
+        seeds = [
+            row_seed(self.seed, row["id"]) if enough is None or len(row["responses"]) < enough else None
+            for row in carried
         ]
-        if not fits:
-            return [], rejected
-        answers = self.engine.generate(
-            [prompts[i] for i in fits],
-            n=self.sampling.samples,
-            temperature=self.sampling.temperature,
-            max_tokens=self.sampling.max_tokens,
-            seeds=[row_seed(self.seed, batch[i]["id"]) for i in fits],
-        )
-        kept = [
-            {"responses": []}
-            | batch[i]
-            | {
-                "samples": [c.text for c in completions],
-                "sample_logps": [c.logp for c in completions],
-                "sample_tokens": [c.tokens for c in completions],
-                "finished": [c.finished for c in completions],
-            }
-            for i, completions in zip(fits, answers, strict=True)
-        ]
+        asked = [(row["prompt"], seed) for row, seed in zip(carried, seeds, strict=True) if seed is not None]
+        answers = iter(self.answer(asked) if asked else [])
+        kept: list[Row] = []
+        rejected: list[rows.Rejected] = []
+        for row, seed in zip(carried, seeds, strict=True):
+            found = next(answers) if seed is not None else Answers([], [])
+            if isinstance(found, str) and enough is not None:
+                found = Answers([], [])  # other teachers may know
+            if isinstance(found, str):
+                rejected.append({"id": row["id"], "reason": found, "excerpt": row["prompt"][:200]})
+            else:
+                kept.append(row | {"seed": seed, "prompt_ids": found.prompt_ids} | _columns(found))
         return kept, rejected
+
+
+def _columns(answers: Answers) -> Row:
+    names = {"samples": "text", "sample_logps": "logp", "sample_tokens": "tokens", "finished": "finished"}
+    return {column: [getattr(c, field) for c in answers.completions] for column, field in names.items()}

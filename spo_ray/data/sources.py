@@ -1,44 +1,56 @@
-"""Where questions and ready pairs come from: the toy task, GSM8K, preference files."""
+"""Where questions and ready pairs come from: the toy task, questions with answers, preference data."""
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from spo_ray import rows
-from spo_ray.config import Gsm8kData, PreferenceData, ToyData
-from spo_ray.core.scoring import gold_answer
+from spo_ray.data.clean import Contamination
+from spo_ray.data.formats import preference, text_defect
+from spo_ray.data.read import inputs, raw_rows
 from spo_ray.data.toy import problems
-from spo_ray.errors import UserError
-from spo_ray.run import Artifact, Ledger, Run, external, require_rows, write_rows
+from spo_ray.data_config import FileData, PreferenceData, QuestionFields, ToyData
+from spo_ray.errors import RowRejectedError, UserError
+from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
+from spo_ray.verifiers import load_verifier, verifier_of
 
 Split = Literal["train", "test"]
 
 
-def load_data(run: Run, split: Split) -> Artifact:
+def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifact:
     """The questions (:class:`rows.Prompt`) or pairs (:class:`rows.Pair`) of one split.
+
+    With ``data.contamination_words``, rows whose prompts come up in ``against`` are quarantined.
 
     Raises:
         UserError: a missing or empty file, or questions without a gold answer.
     """
     data = run.config.data
     reader, kind = READERS[data.type]
+    words = data.contamination_words if isinstance(data, FileData) else None
+    other = against if words else None
 
     def build(out: Path, ledger: Ledger) -> None:
-        table = list(reader(data, split, run.config.seed, ledger))
-        ledger.kept = len(table)
-        ledger.read = len(table) + len(ledger.rejected)
-        ledger.facts["source"] = "generated" if isinstance(data, ToyData) else str(data.path)
-        require_rows(table, f"usable {split} rows in the {data.type} data")
-        write_rows(out / "part-0.parquet", table, kind)
+        table: Iterable[Any] = reader(data, split, run.config.seed, ledger)
+        if words and other:
+            table = Contamination(other.rows(), words).keep_clean(table, ledger)
+        kept = list(table)
+        ledger.kept = len(kept)
+        ledger.read = len(kept) + len(ledger.rejected)
+        ledger.facts["source"] = str(data.path) if isinstance(data, FileData) else "generated"
+        require_rows(len(kept), f"usable {split} rows in the {data.type} data")
+        write_rows(out / "part-0.parquet", kept, kind)
 
-    settings = data.model_dump(mode="json", exclude={"path"})
+    exclude = {"path", "contamination_words"}
     if not isinstance(data, PreferenceData):  # there one split depends on the other's size
-        settings.pop("test_questions" if split == "train" else "train_questions")
-    inputs = {} if isinstance(data, ToyData) else {"file": external(_file(data.path, _stem(data, split)))}
-    return run.stage(f"data_{split}", build, config=settings, inputs=inputs)
+        exclude.add("test_questions" if split == "train" else "train_questions")
+    settings = data.model_dump(mode="json", exclude=exclude)
+    sources = inputs(data, _file_split(data, split)) if isinstance(data, FileData) else {}
+    if other:
+        settings["contamination_words"], sources["against"] = words, other
+    return run.stage(f"data_{split}", build, config=settings, inputs=sources)
 
 
 def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
@@ -48,91 +60,77 @@ def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger) -> Iterator[row
         yield {"id": f"{split}-{i:06d}", "prompt": problem.question, "gold": problem.solution}
 
 
-def _gsm8k(data: Gsm8kData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
-    file = _file(data.path, split)
+def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
+    verifier = load_verifier(verifier_of(data))
     found: list[rows.Prompt] = []
     bare: list[str] = []
-    for row_id, row in _jsonl(file, split, ("question", "answer"), ledger, may_be_empty="answer"):
-        if gold_answer(row["answer"]) is None:
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), split, ledger):
+        question, answer = row.get(data.question_column), row.get(data.answer_column)
+        if isinstance(answer, int | float):
+            answer = str(answer)
+        defect = _defect(row, data, question, answer)
+        if defect:
+            ledger.reject(row_id, defect, excerpt)
+        elif verifier.accepts(str(answer)):
+            prompt = data.prompt.replace("{question}", str(question))
+            found.append({"id": row_id, "prompt": prompt, "gold": str(answer)})
+        else:
             bare.append(row_id)
-            ledger.reject(row_id, "no gold answer", row)
-            continue
-        found.append({"id": row_id, "prompt": row["question"], "gold": row["answer"]})
+            ledger.reject(row_id, "no gold answer", excerpt)
     if bare and not data.skip_missing_gold:
         raise UserError(
-            f"{file}: {len(bare)} questions without a gold answer ('#### N' or a number), first "
+            f"{data.path}: {len(bare)} questions without a gold answer ('#### N' or a number for GSM8K), first "
             f"{bare[0]}: add them, or set data.skip_missing_gold=true to leave these rows out"
         )
-    return iter(_choose(found, data.train_questions if split == "train" else data.test_questions, seed))
+    count = data.train_questions if split == "train" else data.test_questions
+    return iter(found if count is None or count >= len(found) else random.Random(seed).sample(found, count))
+
+
+def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: Any) -> str | None:
+    missing = [column for column in (data.question_column, data.answer_column) if column not in row]
+    if missing:
+        return f"no column {missing[0]!r}"
+    return text_defect(question, data.question_column) or text_defect(answer, data.answer_column, may_be_empty=True)
 
 
 def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Pair]:
-    """One file serves both splits: a seeded shuffle holds out the first ``test_pairs``."""
-    columns = ("prompt", "chosen", "rejected")
-    found: list[Any] = [{"id": i} | row for i, row in _jsonl(_file(data.path, "train"), "pair", columns, ledger)]
+    """One split may serve for both: a seeded shuffle holds out the first ``test_pairs``."""
+    found: list[Any] = []
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), "pair", ledger):
+        try:
+            pair = preference(row, rejected=data.rejected, seed=f"{seed}:{row_id}")
+        except RowRejectedError as error:
+            ledger.reject(row_id, str(error), excerpt)
+            continue
+        source = {"source_id": row_id, "chosen_source": "data", "rejected_source": "data"}
+        found.append({"id": row_id} | pair._asdict() | source)
+    random.Random(seed).shuffle(found)
+    if data.held_out == "test_split":
+        return iter(found[: data.test_pairs if split == "test" else data.train_pairs])
     if len(found) <= data.test_pairs:
         raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out")
-    random.Random(seed).shuffle(found)
-    if split == "test":
-        return iter(found[: data.test_pairs])
-    return iter(found[data.test_pairs :][: data.train_pairs])
+    return iter(found[: data.test_pairs] if split == "test" else found[data.test_pairs :][: data.train_pairs])
 
 
 READERS: dict[str, tuple[Callable[..., Iterator[Any]], Any]] = {
     "toy": (_toy, rows.Prompt),
-    "gsm8k": (_gsm8k, rows.Prompt),
+    "gsm8k": (_questions, rows.Prompt),
+    "questions": (_questions, rows.Prompt),
     "preference": (_preference, rows.Pair),
 }
 
 
-def _stem(data: Gsm8kData | PreferenceData, split: Split) -> str:
-    return "train" if isinstance(data, PreferenceData) else split
+def _file_split(data: FileData, split: Split) -> str:
+    """What the split is called in the data; pairs may be held out of the training split."""
+    from_train = isinstance(data, PreferenceData) and data.held_out == "from_train"
+    return data.train_split if split == "train" or from_train else data.test_split
 
 
-def _file(path: Path, stem: str) -> Path:
-    file = path / f"{stem}.jsonl"
-    if not file.is_file():
-        raise UserError(f"no data file {file}: set data.path to a folder with {stem}.jsonl")
-    return file
-
-
-def _jsonl(
-    file: Path, prefix: str, columns: tuple[str, ...], ledger: Ledger, may_be_empty: str | None = None
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """(id, row) of every usable line; the others go to the ledger with their reason."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            row_id = f"{prefix}-{number:06d}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                ledger.reject(row_id, "not JSON", line)
-                continue
-            reason = _defect(row, columns, may_be_empty)
-            if reason:
-                ledger.reject(row_id, reason, line)
-            else:
-                yield row_id, {column: row[column] for column in columns}
-
-
-def _defect(row: Any, columns: tuple[str, ...], may_be_empty: str | None) -> str | None:
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for column in columns:
-        if column not in row:
-            return f"no column {column!r}"
-        if not isinstance(row[column], str):
-            return f"{column!r} is no text"
-        if not row[column].strip() and column != may_be_empty:
-            return f"{column!r} is empty"
-        try:
-            row[column].encode()
-        except UnicodeEncodeError:
-            return f"{column!r} is not valid Unicode"
-    return None
-
-
-def _choose(found: list[Any], count: int | None, seed: int) -> list[Any]:
-    return found if count is None or count >= len(found) else random.Random(seed).sample(found, count)
+def _rows(data: FileData, split: str, prefix: str, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(id, row, excerpt) of every row that can be read; the others go to the ledger."""
+    for raw in raw_rows(data, split):
+        row_id = f"{prefix}-{raw.number:06d}"
+        if raw.defect:
+            ledger.reject(row_id, raw.defect, raw.excerpt)
+        else:
+            yield row_id, raw.row, raw.excerpt

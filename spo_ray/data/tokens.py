@@ -38,7 +38,7 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
             chat_template=config.chat_template,
             limit=limit,
         )
-        require_rows(Artifact(out, "").rows(), f"rows that fit into train.max_length={limit}")
+        require_rows(Artifact(out, "").count, f"rows that fit into train.max_length={limit}")
 
     settings = {"max_length": limit, "chat_template": config.chat_template}
     return run.stage(name, build, config=settings, inputs={"rows": source, "model": model})

@@ -10,14 +10,14 @@ import ray
 from spo_ray import rows
 from spo_ray.cluster import engine_gpus
 from spo_ray.config import Config
-from spo_ray.core.scoring import extract, is_correct
 from spo_ray.core.stats import mean_interval, mean_std, wilson
-from spo_ray.data.sample import choose, row_seed
+from spo_ray.data.sample import TOO_LONG, choose, fits, row_seed
 from spo_ray.parallel import run_parallel
 from spo_ray.run import Artifact, Ledger, Run, write_rows
 from spo_ray.shards import Row
+from spo_ray.verifiers import Verifier, load_verifier, verifier_of
 
-TOO_LONG = "[prompt longer than engine.max_model_len]"
+NO_ANSWER = f"[{TOO_LONG}]"
 """Stands for the answer to a question that the engine cannot take; counted as wrong."""
 
 
@@ -27,7 +27,7 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
     kind, why = choose(config.engine)
     table = questions.rows()
     actors: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    remote: Any = ray.remote(num_cpus=config.engine.cpus, num_gpus=engine_gpus(config))(Evaluator)
+    remote: Any = ray.remote(num_cpus=config.engine.cpus, num_gpus=engine_gpus(config.engine))(Evaluator)
     started: list[Any] = []
 
     def build(out: Path, ledger: Ledger, method: str, checkpoint: Artifact) -> None:
@@ -39,7 +39,7 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
         answers = ray.get(actor.answer.remote(method, str(checkpoint.path), table))
         actors.put(actor)  # not after a failure: that ends the evaluation
         ledger.read, ledger.kept = len(table), len(answers)
-        ledger.facts["too_long_counted_wrong"] = sum(row["response"] == TOO_LONG for row in answers)
+        ledger.facts["too_long_counted_wrong"] = sum(row["response"] == NO_ANSWER for row in answers)
         ledger.facts["engine"] = f"{kind} ({why})"
         write_rows(out / "part-0.parquet", answers, rows.EvalRow)
 
@@ -52,6 +52,7 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
                 "dtype": config.engine.dtype,
                 "max_model_len": config.engine.max_model_len,
                 "chat_template": config.model.chat_template,
+                "verifier": verifier_of(config.data),
                 **config.eval.model_dump(),
             },
             inputs={"model": checkpoint, "questions": questions},
@@ -80,11 +81,12 @@ class Evaluator:
         chat = ChatTokenizer.load(model, self.config.model.chat_template)
         engine = open_engine(self.kind, model, self.config.engine, chat)
         every = [(row, chat.prompt_ids(row["prompt"])) for row in questions]
-        fitting = [(row, ids) for row, ids in every if len(ids) < self.config.engine.max_model_len - 1]
-        too_long = [row for row, ids in every if len(ids) >= self.config.engine.max_model_len - 1]
+        fitting = [(row, ids) for row, ids in every if fits(ids, self.config.engine)]
+        too_long = [row for row, ids in every if not fits(ids, self.config.engine)]
+        grade = partial(_graded, load_verifier(verifier_of(self.config.data)), method)
         found: list[Row] = []
         for seed in (None, *settings.seeds):
-            found += [_graded(method, seed, row, TOO_LONG) for row in too_long]
+            found += [grade(seed, row, NO_ANSWER) for row in too_long]
             for start in range(0, len(fitting), settings.batch_size):
                 part = fitting[start : start + settings.batch_size]
                 answers = engine.generate(
@@ -94,18 +96,14 @@ class Evaluator:
                     max_tokens=settings.max_tokens,
                     seeds=[row_seed("eval", seed, row["id"]) for row, _ in part],
                 )
-                found += [
-                    _graded(method, seed, row, texts[0].text) for (row, _), texts in zip(part, answers, strict=True)
-                ]
+                found += [grade(seed, row, texts[0].text) for (row, _), texts in zip(part, answers, strict=True)]
         engine.close()
         return found
 
 
-def _graded(method: str, seed: int | None, question: Row, response: str) -> Row:
-    extracted = extract(response)
-    correct = is_correct(extracted, question["gold"])
-    key = {"id": question["id"], "method": method, "seed": seed}
-    return key | {"response": response, "extracted": extracted, "correct": correct}
+def _graded(verifier: Verifier, method: str, seed: int | None, question: Row, response: str) -> Row:
+    key = {"id": question["id"], "method": method, "seed": seed, "response": response}
+    return key | verifier.grade(response, question["gold"])._asdict()
 
 
 def accuracies(answers: list[Row]) -> dict[str, Any]:

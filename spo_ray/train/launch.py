@@ -3,8 +3,9 @@
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,38 +48,51 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
         return stage
     # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
     group = _name([stage])
-    return run_parallel({"sft": partial(_train, run, [stage], group, model, rows)}, 1)["sft"]["sft"]
+    return run_parallel({"sft": partial(_train, run, [stage], group, {"sft": (None, Start(model, rows))})}, 1)["sft"][
+        "sft"
+    ]
 
 
-def train_methods(run: Run, model: Artifact, pairs: Artifact, held_out: Artifact | None = None) -> dict[str, Artifact]:
-    """Every configured preference method, each from the SFT checkpoint on the same pairs; merged checkpoints.
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from."""
+
+    model: Artifact
+    rows: Artifact
+
+
+def train_methods(
+    run: Run, starts: Mapping[str, Start], held_out: Artifact | None = None, suffix: str = ""
+) -> dict[str, Artifact]:
+    """Preference methods by their names in the configuration, each from a checkpoint on pairs; merged checkpoints.
 
     Methods share a group of workers, one after another: starting a group takes far longer than a small model's
-    training. ``train.parallel_methods`` groups work side by side.
+    training. ``train.parallel_methods`` groups work side by side. ``suffix`` is for their stages' names.
     """
     config = run.config
-    inputs = {"model": model, "pairs": pairs} | ({} if held_out is None else {"held_out": held_out})
+    more = {} if held_out is None else {"held_out": held_out}
     stages = {
         name: run.open(
-            f"method_{name}",
+            f"method_{name}{suffix}",
             config={
-                "method": method.model_dump(),
+                "method": config.methods[name].model_dump(),
                 "preference": config.preference.model_dump(),
                 "train": _identity(run),
                 "model": config.model.model_dump(exclude={"path", "attention"}),
             },
-            inputs=inputs,
+            inputs={"model": start.model, "pairs": start.rows} | more,
             resumable=True,
         )
-        for name, method in config.methods.items()
+        for name, start in starts.items()
     }
+    by_stage = {f"method_{name}{suffix}": (name, start) for name, start in starts.items()}
     count = len(stages) if config.train.checkpoint.best else config.train.parallel_methods
     groups = [list(stages.values())[i::count] for i in range(count)]
     calls = {}
     for group in groups:
         pending = [stage for stage in group if isinstance(stage, OpenStage)]
         if pending:  # named after all: the same group goes on when some are done
-            calls[_name(group)] = partial(_train, run, pending, _name(group), model, pairs, held_out)
+            calls[_name(group)] = partial(_train, run, pending, _name(group), by_stage, held_out)
     trained: dict[str, Artifact] = {}
     for closed in run_parallel(calls, config.train.parallel_methods).values():
         trained |= closed
@@ -94,17 +108,16 @@ def _train(
     run: Run,
     stages: list[OpenStage],
     group: str,
-    model: Artifact,
-    rows: Artifact,
+    starts: Mapping[str, tuple[str | None, Start]],
     held_out: Artifact | None = None,
 ) -> dict[str, Artifact]:
     """Train stages one after another in one group of workers; those that finished count, even if a later one fails."""
-    count, jobs = len(rows.table()), []
+    jobs = []
     for stage in stages:
-        stage.ledger.read = stage.ledger.kept = count
-        method = stage.name.removeprefix("method_") if stage.name != "sft" else None
+        method, start = starts[stage.name]
+        stage.ledger.read = stage.ledger.kept = start.rows.count
         key = f"{stage.name}_{stage.digest[:12]}"
-        jobs.append(Job(run.config, str(model.path), rows, str(stage.scratch), key, method, held_out))
+        jobs.append(Job(run.config, str(start.model.path), start.rows, str(stage.scratch), key, method, held_out))
     closed = {}
     try:
         if not all(job.finished for job in jobs):

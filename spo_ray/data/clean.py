@@ -1,0 +1,145 @@
+"""Rows that should not be trained on: test questions in disguise, duplicates, lopsided pairs."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow.parquet as pq
+
+from spo_ray import rows
+from spo_ray.data_config import PairsConfig
+from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
+
+PERMUTATIONS = 128
+
+
+def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
+    """The pairs that are kept (:class:`rows.Pair`): no duplicates, and sides of comparable length as configured."""
+    config = run.config.pairs
+
+    def build(out: Path, ledger: Ledger) -> None:
+        seen = DUPLICATES[config.dedup](config)
+        for part in candidates.parts:  # one after another: whether a pair was there before depends on all of them
+            kept = []
+            for row in pq.read_table(part).to_pylist():
+                ledger.read += 1
+                reason = _lopsided(row, config.max_length_ratio) or seen.earlier(row["id"], _text(row))
+                if reason:
+                    ledger.reject(row["id"], reason, row)
+                else:
+                    kept.append(row)
+            write_rows(out / Path(part).name, kept, rows.Pair)
+            ledger.kept += len(kept)
+        require_rows(ledger.kept, "pairs left by pairs.dedup and pairs.max_length_ratio")
+
+    settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
+    return run.stage(name, build, config=settings, inputs={"candidates": candidates})
+
+
+def _lopsided(row: Any, limit: float | None) -> str | None:
+    short, long = sorted((len(row["chosen"]), len(row["rejected"])))
+    return f"lengths differ by more than pairs.max_length_ratio={limit}" if limit and long > limit * short else None
+
+
+def _text(row: Any) -> str:
+    return "\n".join([*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]])
+
+
+class Duplicates(Protocol):
+    """Remembers texts."""
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        """The reason to drop a text that was there before; None remembers it."""
+        ...
+
+
+class _AllDifferent:
+    def __init__(self, config: PairsConfig) -> None: ...
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        return None
+
+
+class _Exact:
+    def __init__(self, config: PairsConfig) -> None:
+        self.ids: dict[bytes, str] = {}
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        first = self.ids.setdefault(hashlib.sha256(self.form(text).encode()).digest()[:16], row_id)
+        return None if first == row_id else "duplicate"
+
+    def form(self, text: str) -> str:
+        return text
+
+
+class _Normalised(_Exact):
+    def form(self, text: str) -> str:
+        return " ".join(words(text))
+
+
+class _Near:
+    def __init__(self, config: PairsConfig) -> None:
+        from datasketch import MinHashLSH  # needs SciPy, which takes a second
+
+        self.index: Any = MinHashLSH(threshold=config.near_threshold, num_perm=PERMUTATIONS)
+        self.threshold = config.near_threshold
+        self.sketches: dict[str, Any] = {}
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        from datasketch import MinHash
+
+        sketch = MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([" ".join(shingle).encode() for shingle in shingles(words(text), 3)])
+        found = self.index.query(sketch)  # candidates: the estimate decides
+        if any(sketch.jaccard(self.sketches[other]) >= self.threshold for other in found):
+            return "near duplicate"
+        self.index.insert(row_id, sketch)
+        self.sketches[row_id] = sketch
+        return None
+
+
+DUPLICATES: dict[str, type[Any]] = {
+    "none": _AllDifferent,
+    "exact": _Exact,
+    "normalised": _Normalised,
+    "near": _Near,
+}
+
+
+class Contamination:
+    """Finds prompts that share ``n`` words in a row with one of ``others`` (or all words, where those are fewer)."""
+
+    def __init__(self, others: Iterable[Any], n: int) -> None:
+        self.n = n
+        self.known: dict[int, str] = {}
+        for row in others:
+            for shingle in shingles(words(_prompt(row)), n):
+                self.known.setdefault(hash(shingle), row["id"])
+
+    def keep_clean(self, table: Iterable[Any], ledger: Ledger) -> Iterator[Any]:
+        """The rows that share nothing; the others go to the ledger with the row that they share it with."""
+        for row in table:
+            hits = (self.known.get(hash(shingle)) for shingle in shingles(words(_prompt(row)), self.n))
+            other = next((hit for hit in hits if hit is not None), None)
+            if other is None:
+                yield row
+            else:
+                ledger.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
+
+
+def _prompt(row: Any) -> str:
+    return row["prompt"] if isinstance(row["prompt"], str) else "\n".join(turn["content"] for turn in row["prompt"])
+
+
+def words(text: str) -> list[str]:
+    """Words and numbers in lower case."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def shingles(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """All runs of ``n`` items; the whole where there are fewer, and nothing of nothing."""
+    if not items:
+        return []
+    return [tuple(items[i : i + n]) for i in range(max(1, len(items) - n + 1))]
