@@ -163,7 +163,7 @@ def under_ray(each: Job) -> tuple[float, Path]:
     config = each.config.model_copy(update={"name": each.key, "methods": {method: each.config.methods[method]}})
     setattr(launch, "train_loop", instrumented_loop)  # noqa: B010
     started = time.time()
-    trained = launch.train_methods(Run(config), external(each.model), each.rows)
+    trained = launch.train_methods(Run(config), {method: launch.Start(external(each.model), each.rows)})
     return started, trained[method].path
 
 

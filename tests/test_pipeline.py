@@ -251,7 +251,7 @@ def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
     assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 8
     assert summary["methods"]["spo"]["pairs"] > 0
     questions = {json.loads(line)["question"] for line in (shared_data / "gsm8k" / "train.jsonl").open()}
-    assert all(pair["prompt"] in questions for pair in Artifact(root / "pairs", "").rows())
+    assert all(pair["prompt"][0]["content"] in questions for pair in Artifact(root / "pairs", "").rows())
 
 
 def test_real_preference_pairs_run_through_the_whole_job(tmp_path, shared_data):

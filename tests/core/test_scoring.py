@@ -1,8 +1,11 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from spo_ray.core.scoring import extract, gold_answer, is_correct
+from spo_ray.core.scoring import extract, extract_flexible, gold_answer, is_correct
+from spo_ray.verifiers import load_verifier
 
 
 @pytest.mark.parametrize(
@@ -47,3 +50,60 @@ def test_every_real_gold_answer_extracts(shared_data):
             assert float(gold_answer(solution)) == expected
             count += 1
     assert count == 8792
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 18", "18"),
+        ("A: 18", "18"),
+        ("The answer is $1,234.50.", "1234.5"),
+        (r"so it is \boxed{3/4}", "3/4"),
+        (r"\boxed{\frac{6}{8}}", "3/4"),
+        (r"$\boxed{1{,}234}$", "1234"),
+        (r"\boxed{\text{18 dollars}}", "18"),
+        ("That is 25%.", "25"),
+        ("It weighs 12 kg in all", "12"),
+        ("The answer is -7 degrees.", "-7"),
+        ("It is − 3", "-3"),
+        ("answer: **42**", "42"),
+        ("So 5. The answer is 12. No, the answer is 15, I think; 3 are left", "15"),
+        ("#### 7\nThat leaves 2 for each of the 3.", "7"),
+        ("A: 18 apples in 3 boxes", "18"),
+        ("20 - 5 = 15", "15"),
+        ("it costs 20-5", "5"),
+        ("1, 2, 3", "3"),
+        ("She has $.50", "0.5"),
+        ("#### **18**", "18"),
+        (r"\boxed{blue}, so 4", "4"),
+        ("#### 5/0", None),
+        ("9" * 5000, None),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_flexible_extraction(text, answer):
+    assert extract_flexible(text) == answer
+
+
+def test_fractions_and_decimals_are_equal_as_numbers():
+    assert is_correct("3/4", "#### 0.75")
+    assert is_correct("0.75", "3/4")
+    assert not is_correct("3/4", "no gold")
+
+
+@given(st.text())
+def test_no_response_breaks_extraction(text):
+    for found in (extract(text), extract_flexible(text)):
+        assert found is None or is_correct(found, found)
+
+
+def test_strict_is_a_part_of_flexible(shared_data):
+    lines = (shared_data / "gsm8k" / "test.jsonl").read_text().splitlines()
+    for line in lines:
+        solution = json.loads(line)["answer"]
+        grade = load_verifier("gsm8k").grade(solution, solution)
+        assert grade.correct
+        assert grade.strict
+        bare = solution.split("####")[1]
+        assert load_verifier("gsm8k").grade(f"The answer is {bare}.", solution) == (grade.extracted, True, False)

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from spo_ray.config import EngineConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.engines import open_engine
 from spo_ray.data.sample import choose
+from spo_ray.data_config import EngineConfig
 from spo_ray.errors import UserError
 from spo_ray.model.collate import collate
 from spo_ray.model.export import PROBE, Probe, export

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spo_ray.config import Gsm8kData, PreferenceData
 from spo_ray.data.sources import load_data
+from spo_ray.data_config import Gsm8kData, PreferenceData
 from spo_ray.errors import UserError
 from spo_ray.run import Run
 
@@ -89,7 +89,7 @@ def test_pairs_are_held_out_of_training(in_root, tmp_path):
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = PreferenceData(path=tmp_path, train_pairs=15, test_pairs=10)
     run = Run(small_config(tmp_path / "out").model_copy(update={"data": data}))
-    train, test = ({r["prompt"] for r in load_data(run, split).rows()} for split in ("train", "test"))
+    train, test = ({r["prompt"][0]["content"] for r in load_data(run, split).rows()} for split in ("train", "test"))
     assert (len(train), len(test)) == (15, 10)
     assert not train & test
     small = PreferenceData(path=tmp_path, test_pairs=30)

@@ -18,7 +18,7 @@ OVERRIDES = ["train.checkpoint.every=3", "preference.epochs=2", "sft.epochs=2", 
 def train(output, referenced, stages, *overrides):
     """On the cluster that is connected."""
     from spo_ray.run import Artifact, Run, external
-    from spo_ray.train.launch import train_methods, train_sft
+    from spo_ray.train.launch import Start, train_methods, train_sft
 
     from ..helpers import small_config
 
@@ -26,7 +26,7 @@ def train(output, referenced, stages, *overrides):
     rows, base = Path(referenced), external("assets/toy_base")
     if stages == "all":
         train_sft(run, base, Artifact(rows.with_name("sft_rows"), "sft_rows"))
-    train_methods(run, base, Artifact(rows, "referenced"))
+    train_methods(run, dict.fromkeys(run.config.methods, Start(base, Artifact(rows, "referenced"))))
     print("FINISHED", flush=True)
 
 

@@ -9,10 +9,15 @@ from spo_ray import rows
 from spo_ray.config import load
 from spo_ray.run import Artifact, Run, external, write_rows
 from spo_ray.train.feed import epoch_batches
-from spo_ray.train.launch import train_methods
+from spo_ray.train.launch import Start, train_methods
 from spo_ray.train.reference import reference_logps
 
 from ..helpers import small_config
+
+
+def train_all(run, model, table, held_out=None):
+    """Every configured method on the same pairs."""
+    return train_methods(run, dict.fromkeys(run.config.methods, Start(model, table)), held_out)
 
 
 @pytest.mark.parametrize(("count", "size"), [(207, 4), (10, 3), (8, 4), (3, 8)])
@@ -33,7 +38,7 @@ def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy
     base = external(toy_base)
     referenced = reference_logps(run, "reference", base, pairs)
     reference = {r["id"]: (r["ref_chosen_logps"], r["ref_rejected_logps"]) for r in referenced.rows()}
-    methods = train_methods(run, base, referenced, held_out=referenced)
+    methods = train_all(run, base, referenced, held_out=referenced)
     for name, artifact in methods.items():
         result = json.loads((artifact.path / "result.json").read_text())
         log = [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
@@ -60,7 +65,7 @@ def test_the_best_checkpoint_is_exported_if_so_configured(local_ray, in_root, to
         "train.checkpoint={every: 2, keep: 1, best: {metric: probe/logps/chosen, mode: max}}",
     )
     run = Run(config.model_copy(update={"methods": {"dpo": config.methods["dpo"]}}))
-    artifact = train_methods(run, external(toy_base), referenced)["dpo"]
+    artifact = train_all(run, external(toy_base), referenced)["dpo"]
     measured = {
         r["step"]: r["probe/logps/chosen"] for r in steps_of(artifact) if r["step"] and "probe/logps/chosen" in r
     }
@@ -119,7 +124,7 @@ def test_reference_log_probabilities_of_another_model_are_refused(local_ray, in_
     table = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 1.0} for row in referenced.rows()]
     write_rows(shifted / "part-0.parquet", table, rows.ReferencedPair)
     with pytest.raises(RuntimeError, match="differs from the stored reference"):
-        train_methods(run, base, Artifact(shifted, "shifted"))
+        train_all(run, base, Artifact(shifted, "shifted"))
 
 
 def steps_of(artifact):
@@ -142,7 +147,7 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
         "methods.spo.safe_region={epsilon: 0.01, lr: 10}",
     )
     run, base = Run(config), external(toy_base)
-    methods = train_methods(run, base, reference_logps(run, "reference", base, pairs))
+    methods = train_all(run, base, reference_logps(run, "reference", base, pairs))
     log = steps_of(methods["spo"])
     for record in log[1:]:
         assert ("dynamics/forecast_chosen" in record) == (record["step"] % 2 == 1)
@@ -168,7 +173,7 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
 def test_bfloat16_compute_trains(local_ray, in_root, toy_base, pairs, tmp_path):
     run = Run(small_config(tmp_path, "train.precision=bfloat16"))
     base = external(toy_base)
-    methods = train_methods(run, base, reference_logps(run, "reference", base, pairs))
+    methods = train_all(run, base, reference_logps(run, "reference", base, pairs))
     log = [json.loads(line) for line in (methods["spo"].path / "log.jsonl").read_text().splitlines()]
     assert log[1]["loss"] == pytest.approx(0.6931, abs=0.02)
     assert load("configs/quickstart.yaml").train.precision == "float32"
