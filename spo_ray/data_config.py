@@ -192,7 +192,7 @@ class PairsConfig(Section):
     """Which wrong samples: any; the most probable ones; those most like the chosen response; or that begin like it."""
     dedup: Literal["none", "exact", "normalised", "near"] = "exact"
     """Drop pairs that were there before: to the letter; but for case, punctuation and spaces; or nearly (MinHash)."""
-    near_threshold: Fraction = 0.9
+    near_threshold: Annotated[float, Field(ge=0.1, le=0.95)] = 0.9
     """Jaccard similarity of word triples from which on two pairs are near duplicates."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Longest allowed ratio of the two sides' lengths in characters."""
