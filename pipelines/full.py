@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from spo_ray.cli import script
 from spo_ray.cluster import connect
 from spo_ray.data.clean import clean_pairs
-from spo_ray.data.recipe import preference_pairs, referenced, sft_set
+from spo_ray.data.recipe import preference_pairs, sft_set
 from spo_ray.data.sources import load_data
 from spo_ray.data.tokens import tokenise_pairs, tokenise_sft
 from spo_ray.evaluate.accuracy import evaluate
@@ -34,19 +34,17 @@ def stages(run: Run) -> Iterator[str]:
 
     connect(config)
     base = external(config.model.path)
-    chosen = train if has_pairs else sft_set(run, base, train)
+    chosen = clean_pairs(run, "pairs", train) if has_pairs else sft_set(run, base, train)
     yield "sample"
 
     sft = train_sft(run, base, tokenise_sft(run, chosen))
     yield "sft"
 
-    held_out = (
-        reference_logps(run, "held_out_pairs", sft, tokenise_pairs(run, "held_out_tokens", test)) if has_pairs else None
-    )
-    pairs = clean_pairs(run, "pairs", train) if has_pairs else preference_pairs(run, sft, chosen)
+    held_out = referenced(run, sft, test, "held_out_tokens", "held_out_pairs") if has_pairs else None
+    pairs = chosen if has_pairs else preference_pairs(run, sft, chosen)
     yield "pairs"
 
-    first = Start(sft, referenced(run, sft, pairs))
+    first = Start(sft, referenced(run, sft, pairs, "pair_tokens", "reference"))
     yield "reference"
 
     methods = train_methods(run, dict.fromkeys(config.methods, first), held_out)
@@ -67,8 +65,13 @@ def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number
     for name, policy in policies.items():
         suffix = f"_{name}_round{number}"
         pairs = preference_pairs(run, policy, chosen, suffix)
-        starts[name] = Start(policy, referenced(run, policy, pairs, suffix))
+        starts[name] = Start(policy, referenced(run, policy, pairs, f"pair_tokens{suffix}", f"reference{suffix}"))
     return train_methods(run, starts, suffix=f"_round{number}")
+
+
+def referenced(run: Run, policy: Artifact, pairs: Artifact, tokens: str, name: str) -> Artifact:
+    """Pairs as token ids, then with the policy's log-probabilities before it is trained on them."""
+    return reference_logps(run, name, policy, tokenise_pairs(run, tokens, pairs))
 
 
 if __name__ == "__main__":

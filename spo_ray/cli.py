@@ -1,5 +1,6 @@
 """Command lines: ``spo-ray`` and the scripts in ``pipelines/``. Exit codes: 0, 1 failure, 2 bad input, 130 stopped."""
 
+import json
 import os
 import sys
 import traceback
@@ -83,6 +84,59 @@ def run(*overrides: str, config: ConfigPath, until: Part = "report") -> int:
     from pipelines.full import stages
 
     return guarded(lambda: follow(stages, config, overrides, until))
+
+
+@app.command
+def inspect(
+    *overrides: str, config: ConfigPath = Path("configs/quickstart.yaml"), data: Path | None = None, rows: int = 3
+) -> int:
+    """Show what training sees of preference data: tokens, masks, lengths, and what would be dropped.
+
+    Parameters
+    ----------
+    overrides
+        Dotted keys of the configuration, such as model.path=organisation/name.
+    config
+        Where the model, its template and the length limit are taken from, and the data without --data.
+    data
+        A .jsonl or .parquet file, a folder with train.jsonl, or a dataset on the hub.
+    rows
+        Rows to show.
+    """
+
+    def work() -> None:
+        from rich.console import Console
+
+        from spo_ray.data.inspect import inspect_data
+
+        inspect_data(load(config, overrides), data, rows, Console())
+
+    return guarded(work)
+
+
+score = App(name="score", help="Grade responses that were made elsewhere.")
+app.command(score)
+
+
+@score.command
+def gsm8k(file: Path) -> int:
+    """Grade a JSONL file with question, answer and response; writes FILE.scored.jsonl and prints the accuracy.
+
+    Parameters
+    ----------
+    file
+        JSONL; answers are GSM8K solutions or numbers.
+    """
+
+    def work() -> None:
+        from spo_ray.evaluate.score import score_gsm8k
+
+        result, defects = score_gsm8k(file)
+        print(json.dumps(result))
+        for defect in defects:
+            print(f"left out, {defect}", file=sys.stderr)
+
+    return guarded(work)
 
 
 def main() -> None:

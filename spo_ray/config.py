@@ -25,13 +25,14 @@ from spo_ray.data_config import (
     DataConfig,
     EngineConfig,
     PairsConfig,
+    PreferenceData,
     SamplingConfig,
     SftDataConfig,
 )
 from spo_ray.errors import UserError
 from spo_ray.method_config import MethodConfig, MethodName, Spo
 from spo_ray.section import Section
-from spo_ray.train_config import PreferenceConfig, SftConfig, TrainConfig
+from spo_ray.train_config import Fraction, PreferenceConfig, SftConfig, TrainConfig
 
 
 class RayConfig(Section):
@@ -76,6 +77,9 @@ class ModelConfig(Section):
     """A local directory, or a hub id."""
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's template."""
+    max_template_mismatch: Fraction = 0.05
+    """Share of rows for which the template may give other tokens than prompt and completion by themselves; see
+    ``spo-ray inspect``."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention implementation; auto: FlashAttention 2 where it is installed and computes bfloat16, else PyTorch's."""
     theta: ThetaConfig = WholeBackbone()
@@ -124,6 +128,8 @@ class Config(Section):
     def _fields_agree(self) -> "Config":
         if self.sft_data.pass_k > self.sampling.samples:
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
+        if self.rounds > 1 and isinstance(self.data, PreferenceData):
+            raise ValueError("rounds sample new pairs, and need questions: with preference data, set rounds=1")
         if self.train.cpu_offload and self.train.sharding == "none":
             raise ValueError("train.cpu_offload needs train.sharding=full")
         sharded = self.train.sharding == "full" and (self.train.num_workers > 1 or self.train.cpu_offload)

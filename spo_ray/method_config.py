@@ -10,21 +10,28 @@ SftReduction = Literal["sum", "token_mean"]
 FlipRate = Annotated[float, Field(ge=0.0, lt=0.5)]
 
 
-class Nll(Section):
+class Trained(Section):
+    """What every method has."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of theta and phi; None: those of ``preference``."""
+
+
+class Nll(Trained):
     """-log pi(y_w) alone."""
 
     type: Literal["nll"]
     sft_reduction: SftReduction = "sum"
 
 
-class Dpo(Section):
+class Dpo(Trained):
     """DPO."""
 
     type: Literal["dpo"]
     beta: PositiveFloat = 0.5
 
 
-class CDpo(Section):
+class CDpo(Trained):
     """Conservative DPO."""
 
     type: Literal["cdpo"]
@@ -33,7 +40,7 @@ class CDpo(Section):
     """Share of pairs believed to be the wrong way round."""
 
 
-class RobustDpo(Section):
+class RobustDpo(Trained):
     """Robust DPO: without bias under flipped labels."""
 
     type: Literal["robust_dpo"]
@@ -41,7 +48,7 @@ class RobustDpo(Section):
     label_smoothing: FlipRate = 0.1
 
 
-class Ipo(Section):
+class Ipo(Trained):
     """IPO."""
 
     type: Literal["ipo"]
@@ -51,7 +58,7 @@ class Ipo(Section):
     """Log-ratios per token, or summed (the paper)."""
 
 
-class SimPo(Section):
+class SimPo(Trained):
     """SimPO; the margin is absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
 
     type: Literal["simpo"]
@@ -59,7 +66,7 @@ class SimPo(Section):
     margin: NonNegativeFloat = 1.0
 
 
-class AlphaDpo(Section):
+class AlphaDpo(Trained):
     """AlphaDPO; alpha is beta times the alpha of its public trainer."""
 
     type: Literal["alpha_dpo"]
@@ -70,7 +77,7 @@ class AlphaDpo(Section):
     """Running statistics of the z-score: corrected for their start, or just as in the public trainer."""
 
 
-class Dpop(Section):
+class Dpop(Trained):
     """DPO-Positive."""
 
     type: Literal["dpop"]
@@ -79,7 +86,7 @@ class Dpop(Section):
     """Weight of a fall of log pi(y_w), inside beta."""
 
 
-class DpoNll(Section):
+class DpoNll(Trained):
     """DPO + mu * L_SFT, on all parameters."""
 
     type: Literal["dpo_nll"]
@@ -125,7 +132,7 @@ class SafeRegion(Section):
     max_lambda: PositiveFloat = 100.0
 
 
-class Spo(Section):
+class Spo(Trained):
     """Stable Preference Optimization around a base loss, whose own fields stand here too."""
 
     type: Literal["spo"]

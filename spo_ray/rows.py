@@ -78,6 +78,8 @@ class TokenisedPair(TypedDict):
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    template_differs: bool
+    """See :meth:`spo_ray.model.tokenise.ChatTokenizer.is_changed_by_template`."""
 
 
 class ReferencedPair(TokenisedPair):
@@ -93,6 +95,7 @@ class SftRow(TypedDict):
     id: str
     prompt_ids: list[int]
     completion_ids: list[int]
+    template_differs: bool
 
 
 class EvalRow(TypedDict):

@@ -38,7 +38,7 @@ def line_of(text):
         ),
         (
             ("  dpo: {type: dpo, beta: 0.5}", "  dpo: {type: dpo, gamma: 1}"),
-            ["methods.dpo.gamma", "known keys: beta, type"],
+            ["methods.dpo.gamma", "known keys: beta, lr, type"],
         ),
         (("  epochs: 3", "  epochs: three"), ["sft.epochs", "valid integer", "'three'"]),
         (("  max_pass: 0.5", "  max_pass: 1.5"), ["sft_data.max_pass", "less than or equal to 1"]),

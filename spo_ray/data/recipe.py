@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from spo_ray.data.clean import clean_pairs
 from spo_ray.data.sample import Source, sample
 from spo_ray.data.stages import add_responses, choose_sft_questions, pair_samples, score
-from spo_ray.data.tokens import tokenise_pairs
 from spo_ray.data_config import TeacherModel
 from spo_ray.run import Artifact, Run
-from spo_ray.train.reference import reference_logps
 
 
 def sft_set(run: Run, base: Artifact, questions: Artifact) -> Artifact:
@@ -48,8 +46,3 @@ def preference_pairs(run: Run, policy: Artifact, questions: Artifact, suffix: st
     samples = sample(run, f"{name}_samples", Source.policy(run.config, policy), questions)
     scored = score(run, f"{name}_scores", samples)
     return clean_pairs(run, f"pairs{suffix}", pair_samples(run, f"pair_candidates{suffix}", scored))
-
-
-def referenced(run: Run, policy: Artifact, pairs: Artifact, suffix: str = "") -> Artifact:
-    """Pairs as token ids with the policy's log-probabilities before training (:class:`rows.ReferencedPair`)."""
-    return reference_logps(run, f"reference{suffix}", policy, tokenise_pairs(run, f"pair_tokens{suffix}", pairs))

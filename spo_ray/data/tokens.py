@@ -1,12 +1,16 @@
 """Text to token ids: the last stages before training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spo_ray import rows
+from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.run import Artifact, Ledger, Run, external, require_rows
-from spo_ray.shards import Mapped, Mapper, Row, RowRejectedError, each_row, map_shards
+from spo_ray.shards import Mapped, Mapper, Row, each_row, map_shards
+
+if TYPE_CHECKING:
+    from spo_ray.model.tokenise import ChatTokenizer  # takes seconds to import
 
 ROWS_PER_SHARD = 2000
 
@@ -38,10 +42,19 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
             chat_template=config.chat_template,
             limit=limit,
         )
-        require_rows(Artifact(out, "").count, f"rows that fit into train.max_length={limit}")
+        written = Artifact(out, "")
+        require_rows(written.count, f"rows that fit into train.max_length={limit}")
+        differ = sum(written.column("template_differs"))
+        ledger.facts["template_differs"] = differ
+        if differ > config.max_template_mismatch * written.count:
+            raise UserError(
+                f"{name}: in {differ} of {written.count} rows the chat template, given the whole conversation, gives "
+                "other tokens than prompt and completion by themselves (it may trim or rewrite answers): see spo-ray "
+                "inspect; if the template is the right one, raise model.max_template_mismatch"
+            )
 
     settings = {"max_length": limit, "chat_template": config.chat_template}
-    return run.stage(name, build, config=settings, inputs={"rows": source, "model": model})
+    return run.stage(name, build, config=settings, inputs={"rows": source, "model": model}, resumable=True)
 
 
 def _sft_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper:
@@ -49,14 +62,9 @@ def _sft_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper:
 
     chat = ChatTokenizer.load(model, chat_template)
 
-    def tokenise(row: Row) -> list[Row]:
-        prompt = chat.prompt_ids(row["prompt"])
-        completion = _checked(prompt, chat.completion_ids(row["response"]), limit)
-        return [{"id": row["id"], "prompt_ids": prompt, "completion_ids": completion}]
-
     def mapper(batch: list[Row]) -> Mapped:
         """Each response by itself: one that is too long must not take the others of its question along."""
-        return each_row(tokenise)(
+        return each_row(lambda row: [tokenise_row(chat, row, {"response": "completion_ids"}, limit)])(
             [
                 {"id": f"{row['id']}-{i}", "prompt": row["prompt"], "response": response}
                 for row in batch
@@ -71,27 +79,44 @@ def _pair_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper
     from spo_ray.model.tokenise import ChatTokenizer
 
     chat = ChatTokenizer.load(model, chat_template)
+    sides = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
 
     def tokenise(row: Row) -> list[Row]:
-        prompt = chat.prompt_ids(row["prompt"])
-        sides = {
-            f"{side}_ids": _checked(prompt, chat.completion_ids(row[side]), limit) for side in ("chosen", "rejected")
-        }
-        if sides["chosen_ids"] == sides["rejected_ids"]:
+        found = tokenise_row(chat, row, sides, limit)
+        if found["chosen_ids"] == found["rejected_ids"]:
             raise RowRejectedError("chosen and rejected are the same")
-        return [{"id": row["id"], "prompt_ids": prompt, **sides}]
+        return [found]
 
     return each_row(tokenise)
 
 
-def _checked(prompt: list[int], completion: list[int], limit: int) -> list[int]:
-    """A completion that can be trained on.
+def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limit: int) -> Row:
+    """A prompt and its completions as token ids.
 
     Rows are dropped rather than cut: a cut completion has lost its end-of-turn token, and training on it teaches the
     model never to stop.
+
+    Args:
+        chat: the tokenizer.
+        row: ``id``, ``prompt``, and completions.
+        sides: the completions' columns, and those of their ids.
+        limit: tokens of the longest prompt and completion.
+
+    Raises:
+        RowRejectedError: an empty completion, one that is too long, or special tokens within the text.
     """
-    if not completion:
-        raise RowRejectedError("empty completion")
-    if len(prompt) + len(completion) > limit:
-        raise RowRejectedError(f"longer than train.max_length={limit} tokens")
-    return completion
+    prompt = chat.prompt_ids(row["prompt"])
+    found: Row = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
+    turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
+    if any(chat.has_markup(text + " ") for text in turns):
+        raise RowRejectedError("special tokens within the prompt")
+    for side, column in sides.items():
+        found[column] = chat.completion_ids(row[side])
+        if not found[column]:
+            raise RowRejectedError("empty completion")
+        if len(prompt) + len(found[column]) > limit:
+            raise RowRejectedError(f"longer than train.max_length={limit} tokens")
+        if chat.has_markup(row[side]):
+            raise RowRejectedError("special tokens within a completion")
+        found["template_differs"] |= chat.is_changed_by_template(row["prompt"], row[side])
+    return found

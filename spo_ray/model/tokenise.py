@@ -57,6 +57,22 @@ class ChatTokenizer:
         ids = self._encode(text)
         return ids if ids[-1] == self.end_id else [*ids, self.end_id]
 
+    def is_changed_by_template(self, prompt: str | Sequence[Message], text: str) -> bool:
+        """Whether the template, given the whole conversation, does not begin with the tokens of prompt and completion.
+
+        It then trims or rewrites answers, or a token spans their beginning: a model that was trained with such a
+        template has seen answers in another form.
+        """
+        turns = [*_messages(prompt), {"role": "assistant", "content": text}]
+        whole = self._encode(str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
+        parts = self.prompt_ids(prompt) + self.completion_ids(text)
+        return whole[: len(parts)] != parts
+
+    def has_markup(self, text: str) -> bool:
+        """Whether text contains special tokens, such as the end of a turn, before its last token."""
+        special = set(self.tokenizer.all_special_ids) | {self.end_id}
+        return any(token in special for token in self._encode(text)[:-1])
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -99,8 +99,8 @@ def _describe(run: Run) -> str:
     p = config.preference
     return (
         f"{config.data.type} data, model {config.model.path}, seed {config.seed}. Every method: {p.epochs} epochs, "
-        f"batch {p.batch_size}, learning rates {p.theta.lr:g} (backbone) and {p.phi.lr:g} (adapters), from the same "
-        "SFT checkpoint."
+        f"batch {p.batch_size}, learning rates {p.theta.lr:g} (backbone) and {p.phi.lr:g} (adapters) unless it has its "
+        "own, from the same SFT checkpoint."
     )
 
 

@@ -22,6 +22,7 @@ class Method:
     """A preference method in training: the step's arguments, and what it remembers between steps."""
 
     def __init__(self, config: MethodConfig) -> None:
+        self.lr = config.lr
         base = config.base_config if isinstance(config, Spo) else config
         self.statistics = STATISTICS[base.statistics]() if isinstance(base, AlphaDpo) else None
         self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics), "beta": getattr(base, "beta", 1.0)}

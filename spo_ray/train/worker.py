@@ -152,9 +152,10 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
                 metrics["probe/logps/top"] = measure.mean_logp(tops)
         return metrics
 
+    rate = {} if method.lr is None else {"lr": method.lr}
     groups = [
-        Group("theta", {name: params[name] for name in backbone}, settings.theta),
-        Group("phi", {name: params[name] for name in adapters}, settings.phi),
+        Group("theta", {name: params[name] for name in backbone}, settings.theta.model_copy(update=rate)),
+        Group("phi", {name: params[name] for name in adapters}, settings.phi.model_copy(update=rate)),
     ]
     batches = list(epoch_batches(len(table), settings.batch_size, settings.epochs, config.seed))
     log, remembered = StepLog(Path(job.out) / STEP_LOG, rank), Remembered(method.state_dict, method.load_state_dict)

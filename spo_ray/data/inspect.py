@@ -1,0 +1,95 @@
+"""``spo-ray inspect``: what training sees of preference data, token by token."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from spo_ray.config import Config
+from spo_ray.data.formats import preference
+from spo_ray.data.read import raw_rows
+from spo_ray.data.tokens import tokenise_row
+from spo_ray.data_config import FileData, PreferenceData
+from spo_ray.errors import RowRejectedError, UserError
+from spo_ray.model.tokenise import ChatTokenizer
+
+SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}
+"""By turns, so that every token's borders are seen."""
+LOOKED_AT = 1000
+QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
+EXCERPT = 400
+"""Tokens shown at each end of a long text."""
+
+
+def inspect_data(config: Config, data: Path | None, rows: int, console: Console) -> None:
+    """Show some rows, then lengths and what would be dropped among the first thousand.
+
+    Raises:
+        UserError: the data can't be read, or no row can be used.
+    """
+    section = config.data if isinstance(config.data, PreferenceData) else None
+    if data is not None:
+        section = PreferenceData(path=data, train_split=section.train_split if section else "train")
+    if not isinstance(section, FileData):
+        raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
+    chat, limit = ChatTokenizer.load(config.model.path, config.model.chat_template), config.train.max_length
+    reasons: Counter[str] = Counter()
+    tokenised: list[dict[str, Any]] = []
+    for raw in islice(raw_rows(section, section.train_split), LOOKED_AT):
+        try:
+            if raw.defect:
+                raise RowRejectedError(raw.defect)
+            row = preference(raw.row)._asdict() | {"id": str(raw.number)}
+            found = tokenise_row(chat, row, SIDES, limit)
+        except RowRejectedError as error:
+            reasons[str(error)] += 1
+            continue
+        tokenised.append(found)
+        if len(tokenised) <= rows:
+            _show(console, chat, found)
+    _summary(console, tokenised, reasons, config)
+    if not tokenised:
+        raise UserError("no row can be used: the reasons are above")
+
+
+def _show(console: Console, chat: ChatTokenizer, row: dict[str, Any]) -> None:
+    console.rule(f"row {row['id']}")
+    for side, column in {"prompt": "prompt_ids", **SIDES}.items():
+        ids = row[column]
+        mask = f"mask 0 x {len(ids)}" if side == "prompt" else f"mask 0 x {len(row['prompt_ids'])}, 1 x {len(ids)}"
+        console.print(Text(f"{side}: {len(ids)} tokens, {mask}", style="bold"))
+        console.print(_tokens(chat, ids, COLOURS[side]))
+
+
+def _tokens(chat: ChatTokenizer, ids: Sequence[int], colours: tuple[str, str]) -> Text:
+    text, cut = Text(), len(ids) > 2 * EXCERPT
+    for i, token in enumerate(ids):
+        if cut and EXCERPT <= i < len(ids) - EXCERPT:
+            if i == EXCERPT:
+                text.append(f" ... {len(ids) - 2 * EXCERPT} tokens ... ", "italic")
+            continue
+        special = token in chat.tokenizer.all_special_ids or token == chat.end_id
+        text.append(str(chat.tokenizer.decode([token])), "reverse" if special else colours[i % 2])
+    return text
+
+
+def _summary(console: Console, tokenised: Sequence[dict[str, Any]], reasons: Counter[str], config: Config) -> None:
+    read = len(tokenised) + sum(reasons.values())
+    console.rule(f"{read} rows")
+    for side, column in {"prompt": "prompt_ids", **SIDES}.items():
+        lengths = sorted(len(row[column]) for row in tokenised)
+        if lengths:
+            at = {name: lengths[min(len(lengths) - 1, int(q * len(lengths)))] for name, q in QUANTILES.items()}
+            console.print(f"{side} tokens: " + ", ".join(f"{name} {value}" for name, value in at.items()))
+    long = sum(n for reason, n in reasons.items() if reason.startswith("longer than"))
+    differ = sum(row["template_differs"] for row in tokenised)
+    console.print(f"truncated: 0 (rows are never cut); longer than train.max_length={config.train.max_length} and "
+                  f"dropped: {long} ({long / max(1, read):.1%})")  # fmt: skip
+    console.print(f"the template would give other tokens: {differ} ({differ / max(1, len(tokenised)):.1%})")
+    for reason, count in reasons.most_common():
+        console.print(f"dropped: {count} ({reason})")
