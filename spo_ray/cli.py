@@ -26,15 +26,20 @@ def script(stages: Stages, until: Part, description: str) -> int:
     app = App(help=f"{description}\n\n{USAGE}", version=__version__)
 
     @app.default
-    def job(*overrides: str, config: ConfigPath) -> int:
-        return guarded(lambda: follow(stages, config, overrides, until))
+    def job(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
+        return guarded(lambda: follow(stages, config, overrides, until, dry_run))
 
     return int(app() or 0)
 
 
-def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: Part) -> None:
-    """Load the configuration and run the job's stages up to the named one."""
+def follow(stages: Stages, config: Path, overrides: tuple[str, ...], until: Part, dry_run: bool = False) -> None:
+    """Load the configuration and run the job's stages up to the named one, or print what they would be."""
     run = Run(load(config, overrides))
+    if dry_run:
+        from spo_ray.outline import outline
+
+        print(outline(run))
+        return
     if not run.config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
         say(
             "job",
@@ -69,7 +74,7 @@ app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", version
 
 
 @app.command
-def run(*overrides: str, config: ConfigPath, until: Part = "report") -> int:
+def run(*overrides: str, config: ConfigPath, until: Part = "report", dry_run: bool = False) -> int:
     """Run the whole job, or the job up to a stage; finished stages are reused.
 
     Parameters
@@ -80,10 +85,12 @@ def run(*overrides: str, config: ConfigPath, until: Part = "report") -> int:
         A file from configs/, or one of your own.
     until
         The part of the job to stop after.
+    dry_run
+        Print the resolved configuration and the stages, and do nothing.
     """
     from pipelines.full import stages
 
-    return guarded(lambda: follow(stages, config, overrides, until))
+    return guarded(lambda: follow(stages, config, overrides, until, dry_run))
 
 
 @app.command

@@ -56,6 +56,18 @@ def test_summary_has_every_method_with_its_figures(finished):
             assert (entry[f"delta_logp_{side}"] is None) == (name in ("base", "sft"))
 
 
+def test_a_dry_run_names_the_stages_and_bounds_their_rows(finished):
+    root, arguments, _ = finished
+    text = run([*FULL, *arguments, "--dry-run"]).stdout
+    found = dict(re.findall(r"^(\w+) +there +([\d,]+) ", text, re.MULTILINE))
+    made = {path.parent.name: json.loads(path.read_text()) for path in root.glob("*/manifest.json")}
+    assert found.keys() == made.keys()
+    for name, most in found.items():
+        if not name.endswith(("_samples", "_scores")):  # whose rows have several samples each
+            assert made[name]["rows"]["kept"] <= int(most.replace(",", "")), name
+    assert int(found["base_samples"]) == made["base_samples"]["rows"]["kept"] * 4
+
+
 def test_stages_account_for_every_row(finished):
     root, _, _ = finished
     for path in root.glob("*/manifest.json"):

@@ -1,0 +1,203 @@
+"""Sampling that is interrupted, and sampling over HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import psutil
+import pytest
+
+from spo_ray import rows
+from spo_ray.data.endpoint import EndpointAnswers
+from spo_ray.data.recipe import teacher_groups
+from spo_ray.data.sample import Source, _Sampler, sample
+from spo_ray.data_config import EndpointConfig, SamplingConfig, TeacherModel
+from spo_ray.run import Artifact, Run, write_rows
+
+from ..conftest import ROOT
+from ..helpers import small_config
+
+DEADLINE_S = 400
+
+
+def start(folder, questions):
+    command = [sys.executable, "-m", "tests.data.sampling", str(folder), str(questions)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with (folder / "output.txt").open("a") as output:
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_for_parts(folder, count):
+    scratch = folder / "quickstart" / ".unfinished" / "base_samples"
+    end = time.time() + DEADLINE_S
+    while time.time() < end:
+        found = sorted(scratch.glob("part-*.parquet"))
+        if len(found) >= count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError((folder / "output.txt").read_text()[-3000:])
+
+
+def engines(process):
+    """The actors that hold an engine."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in family if "MapWorker" in " ".join(p.cmdline())]
+
+
+def test_killed_engines_and_a_killed_driver_lose_and_repeat_nothing(tmp_path):
+    """256 questions with 8 samples each; an engine is killed twice, the driver once, then the same command again."""
+    process = start(tmp_path, 256)
+    for parts in (2, 5):
+        wait_for_parts(tmp_path, parts)
+        (engine,) = engines(process)
+        engine.kill()
+        wait_for_parts(tmp_path, parts + 1)
+    done = wait_for_parts(tmp_path, 8)
+    process.kill()
+    process.wait()
+    times = {part.name: part.stat().st_mtime_ns for part in done}
+    again = start(tmp_path, 256)
+    assert again.wait(DEADLINE_S) == 0, (tmp_path / "output.txt").read_text()[-3000:]
+    output = (tmp_path / "output.txt").read_text()
+    assert "base_samples: goes on" in output
+    final = tmp_path / "quickstart" / "base_samples"
+    assert {name: (final / name).stat().st_mtime_ns for name in times} == times
+    table = Artifact(final, "").rows()
+    assert Counter(row["id"] for row in table) == Counter(f"train-{i:06d}" for i in range(256))
+    assert all(len(row["samples"]) == 8 for row in table)
+    counts = json.loads((final / "manifest.json").read_text())["rows"]
+    assert (counts["read"], counts["kept"]) == (256, 256)
+    short = tmp_path / "uninterrupted"
+    short.mkdir()
+    assert start(short, 64).wait(DEADLINE_S) == 0
+    assert Artifact(short / "quickstart" / "base_samples", "").rows() == table[:64]
+
+
+class Server(BaseHTTPRequestHandler):
+    """Speaks OpenAI's protocol as the test scripts it: a real server, whose answers are made up."""
+
+    requests: list = []
+    script: list = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}, body))
+        trouble = self.script.pop(0) if self.script else None
+        if trouble == "close":
+            self.connection.close()
+            return
+        status = trouble or (400 if "too long" in body["messages"][0]["content"] else 200)
+        choices = [
+            {
+                "index": i,
+                "finish_reason": "stop" if i else "length",
+                "message": {"role": "assistant", "content": f"{body['messages'][0]['content']} {body['seed']} {i}"},
+                "logprobs": {"content": [{"token": "a", "logprob": -0.5, "top_logprobs": []}] * 3},
+            }
+            for i in range(body["n"])
+        ]
+        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
+        data = json.dumps(answer if status == 200 else {"error": {"message": "no"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Retry-After", "0")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def endpoint():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    Server.requests, Server.script = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def served(url, **options):
+    config = EndpointConfig(type="endpoint", url=url, **options)
+    return Source(Artifact("teacher", "t"), config, SamplingConfig(samples=2, temperature=0.6, max_tokens=9))
+
+
+def test_an_endpoint_answers_after_refusals(endpoint):
+    Server.script = [429, 500, "close"]
+    answers = EndpointAnswers("secret", served(endpoint, concurrency=1))([("2 + 2?", 7), ("too long", 8)])
+    assert answers[1] == "the endpoint refused the request (400)"
+    assert answers[0].prompt_ids == []
+    assert [c.text for c in answers[0].completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
+    assert [c.finished for c in answers[0].completions] == [False, True]
+    assert [(c.logp, c.tokens) for c in answers[0].completions] == [(-1.5, 3)] * 2
+    path, headers, body = Server.requests[-1]
+    assert (path, headers["authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    assert {key: body[key] for key in ("model", "n", "temperature", "max_tokens")} == {
+        "model": "teacher",
+        "n": 2,
+        "temperature": 0.6,
+        "max_tokens": 9,
+    }
+    assert len(Server.requests) == 5
+
+
+def test_an_endpoint_that_keeps_refusing_ends_the_stage(endpoint):
+    Server.script = [401]
+    with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*AuthenticationError"):
+        EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
+    Server.script = [500] * 9
+    with pytest.raises(RuntimeError, match="InternalServerError"):
+        EndpointAnswers(None, served(endpoint, retries=1))([("2 + 2?", 7)])
+    with pytest.raises(RuntimeError, match="APIConnectionError"):
+        EndpointAnswers(None, served("http://127.0.0.1:9/v1", retries=0))([("2 + 2?", 7)])
+
+
+def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, endpoint, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "hidden")
+    (tmp_path / "in").mkdir()
+    table = [
+        {"id": str(i), "prompt": prompt, "gold": "#### 1", "responses": ["r"] * i, "response_sources": ["gold"] * i}
+        for i, prompt in enumerate(["none", "one", "two", "too long"])
+    ]
+    write_rows(tmp_path / "in" / "part-0.parquet", table, rows.SftQuestion)
+    engine = EndpointConfig(type="endpoint", url=endpoint, api_key_env="TEACHER_KEY")
+    teacher = TeacherModel(model="r1", engine=engine, sampling=SamplingConfig(samples=2))
+    run = Run(small_config(tmp_path, "sft_data.responses_per_question=2"))
+    artifact = sample(run, "teacher1_samples", Source.teacher(run.config, teacher), Artifact(tmp_path / "in", "in"))
+    found = {row["prompt"]: row for row in artifact.rows()}
+    assert {name: len(row["samples"]) for name, row in found.items()} == {"none": 2, "one": 2, "two": 0, "too long": 0}
+    assert found["two"]["seed"] is None
+    assert found["one"]["samples"][1] == f"one {found['one']['seed']} 1"
+    assert found["one"]["responses"] == ["r"]
+    assert all(headers["authorization"] == "Bearer hidden" for _, headers, _ in Server.requests)
+    assert "hidden" not in (artifact.path / "manifest.json").read_text()
+
+
+def test_teachers_are_grouped_behind_models():
+    model = TeacherModel(model="m")
+    assert teacher_groups(["samples", "gold"]) == [(None, ["samples", "gold"])]
+    assert teacher_groups([model, "gold", model]) == [(None, []), (model, ["gold"]), (model, [])]
+
+
+def test_the_seed_of_a_question_depends_on_nothing_else():
+    seen = []
+
+    def answer(asked):
+        seen.append(dict(asked))
+        return ["no"] * len(asked)
+
+    source = Source(Artifact("m", "m"), EndpointConfig(type="endpoint", url=""), SamplingConfig())
+    batch = [{"id": str(i), "prompt": f"p{i}"} for i in range(3)]
+    for part in (batch, batch[1:]):
+        kept, rejected = _Sampler(answer, source, "0:base")(part)
+        assert not kept
+        assert [row["reason"] for row in rejected] == ["no"] * len(part)
+    _Sampler(answer, source, "1:base")(batch)
+    assert seen[1] == {"p1": seen[0]["p1"], "p2": seen[0]["p2"]}
+    assert len({*seen[0].values(), *seen[2].values()}) == 6
