@@ -76,3 +76,38 @@ def test_a_killed_actor_loses_and_repeats_no_row(local_ray, source, tmp_path):
     assert (tmp_path / "killed").exists()
     assert [row["id"] for row in artifact.rows()] == [f"q{i:03d}" for i in range(100)]
     assert ledger.read == ledger.kept == 100
+
+
+class Counting:
+    """Leaves a file per call."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, batch):
+        (self.folder / batch[0]["id"]).touch()
+        dropped = [{"id": row["id"], "reason": "third", "excerpt": ""} for row in batch[2:3]]
+        return [row for row in batch if row["id"] != dropped[0]["id"]], dropped
+
+
+@pytest.mark.parametrize("pool", [None, Pool(1, 1, most=2)])
+def test_a_stage_goes_on_with_the_parts_that_are_missing(local_ray, source, tmp_path, pool):
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    calls.mkdir()
+    out.mkdir()
+
+    def stage():
+        ledger = Ledger()
+        arguments = {"mapper": partial(Counting, calls), "kind": rows.Prompt, "batch_size": 20, "pool": pool}
+        map_shards("test", source, out, ledger, **arguments)
+        assert (ledger.read, ledger.kept, len(ledger.rejected)) == (100, 95, 5)
+        return Artifact(out, "").rows()
+
+    first = stage()
+    assert len(list(calls.iterdir())) == 5
+    for file in calls.iterdir():
+        file.unlink()
+    (out / "part-00001.parquet").unlink()
+    assert stage() == first
+    assert [file.name for file in calls.iterdir()] == ["q020"]
+    assert stage() == first

@@ -1,0 +1,109 @@
+"""Rows from files and from the hub."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spo_ray.data.read import inputs, on_hub, raw_rows
+from spo_ray.data.sources import load_data
+from spo_ray.data_config import PreferenceData, QuestionData
+from spo_ray.errors import UserError
+from spo_ray.run import Run
+
+from ..helpers import small_config
+
+ROWS = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(5)]
+
+
+def read(path, split="train", **options):
+    return [(raw.number, raw.row) for raw in raw_rows(PreferenceData(path=path, **options), split)]
+
+
+def test_every_layout_gives_the_same_rows(tmp_path):
+    expected = list(enumerate(ROWS))
+    table = pa.Table.from_pylist(ROWS)
+    lines = "\n".join(map(json.dumps, ROWS))
+    layouts = {
+        "lines/train.jsonl": lambda file: file.write_text(lines),
+        "parquet/train.parquet": lambda file: pq.write_table(table, file),
+        "hub/data/train-00000-of-00002.parquet": lambda file: pq.write_table(table.slice(0, 2), file),
+        "hub/data/train-00001-of-00002.parquet": lambda file: pq.write_table(table.slice(2), file),
+    }
+    for name, write in layouts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name)
+    assert read(tmp_path / "lines") == read(tmp_path / "parquet") == read(tmp_path / "hub") == expected
+    assert read(tmp_path / "lines" / "train.jsonl", split="anything") == expected
+    before = inputs(PreferenceData(path=tmp_path / "hub"), "train")
+    assert len(before) == 2
+    pq.write_table(table.slice(3), tmp_path / "hub" / "data" / "train-00001-of-00002.parquet")
+    assert inputs(PreferenceData(path=tmp_path / "hub"), "train") != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("train.parquet", b"no parquet", "can't be read as Parquet"), ("rows.csv", b"a,b", "is no data file")],
+)
+def test_files_that_are_none(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_dataset_on_the_hub_that_cannot_be_had(in_root):
+    """The network is off in tests."""
+    data = PreferenceData(path="organisation-that-is-not-here/data")
+    assert on_hub(data.path)
+    assert not on_hub(in_root / "configs")
+    with pytest.raises(UserError, match=r"organisation-that-is-not-here/data.*can't be loaded.*HF_HOME"):
+        list(raw_rows(data, "train"))
+
+
+def test_a_dataset_on_the_hub(monkeypatch):
+    """A stand-in for the hub, which tests can't reach: what is asked of the library."""
+    asked = []
+
+    def load_dataset(*arguments, **named):
+        asked.append((arguments, named))
+        return iter(ROWS)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = PreferenceData(path="organisation/data", subset="main", revision="abc", train_split="train_prefs")
+    assert [raw.row for raw in raw_rows(data, "train_prefs")] == ROWS
+    assert asked == [(("organisation/data", "main"), {"split": "train_prefs", "revision": "abc"})]
+    assert inputs(data, "train") != inputs(data.model_copy(update={"revision": "abd"}), "train")
+
+
+def test_splits_columns_and_contamination(in_root, tmp_path):
+    rows = [{"q": f"Is {i} even, and if so, by what is it divided?", "a": i} for i in range(4)]
+    (tmp_path / "learn.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"q": "Why?", "a": 3}])))
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"q": "is 2 even and if so, by what is it...", "a": 1}))
+    data = QuestionData(
+        type="questions",
+        verifier="gsm8k",
+        path=tmp_path,
+        train_split="learn",
+        test_split="exam",
+        question_column="q",
+        answer_column="a",
+        contamination_words=9,
+    )
+    run = Run(small_config(tmp_path).model_copy(update={"data": data}))
+    test = load_data(run, "test")
+    train = load_data(run, "train", against=test)
+    assert [row["prompt"] for row in train.rows()] == [rows[0]["q"], rows[1]["q"], rows[3]["q"], "Why?"]
+    assert [row["gold"] for row in train.rows()] == ["0", "1", "3", "3"]
+    assert train.manifest["rows"]["dropped"] == {"shares 9 words in a row with a test prompt": 1}
+
+
+def test_pairs_from_a_split_of_their_own(in_root, tmp_path):
+    for split, rows in (("train", ROWS), ("eval", [row | {"prompt": "other"} for row in ROWS])):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(path=tmp_path, test_split="eval", held_out="test_split", train_pairs=3, test_pairs=2)
+    run = Run(small_config(tmp_path).model_copy(update={"data": data}))
+    train, test = load_data(run, "train"), load_data(run, "test")
+    assert (train.count, test.count) == (3, 2)
+    assert {row["prompt"][0]["content"] for row in test.rows()} == {"other"}
+    assert all(row["source_id"] == row["id"] and row["chosen_source"] == "data" for row in train.rows())
