@@ -140,7 +140,7 @@ def random_inputs(folder: Path, count: int) -> None:
         sides += [
             {"id": f"{i:03d}{n}", "prompt_ids": prompt, "completion_ids": c} for n, c in enumerate((chosen, rejected))
         ]
-    pairs, _ = Scorer(str(folder / "model"), "float32")(pairs)
+    pairs, _ = Scorer(str(folder / "model"), "float32", 1024)(pairs)
     for name, kind, table in (("pairs", schemas.ReferencedPair, pairs), ("sides", schemas.SftRow, sides)):
         (folder / name).mkdir()
         write_rows(folder / name / "part-0.parquet", table, kind)

@@ -18,6 +18,14 @@ from spo_ray.core.shared_prompt import can_share, pair_logps, prompt_lengths
 
 TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
 """Pairs share a backward until one side has so many tokens: fewer leave the hardware idle."""
+SHARDED_TOKENS_PER_BACKWARD = 2048
+"""At least so many where parameters are sharded: every backward gathers them all anew."""
+
+
+def tokens_per_backward(device: str, sharded: bool = False) -> int:
+    """The tokens of one side that share a backward on a type of device."""
+    usual = TOKENS_PER_BACKWARD.get(device, TOKENS_PER_BACKWARD["cuda"])
+    return max(usual, SHARDED_TOKENS_PER_BACKWARD) if sharded else usual
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class Passes:
     def split(self, pairs_per_backward: int | None) -> list[list[int]]:
         """Pairs that go through a backward together: neighbours in length, so that padding is little."""
         sizes = torch.maximum(self.chosen.sizes, self.rejected.sizes).tolist()
-        count = pairs_per_backward or max(1, TOKENS_PER_BACKWARD.get(self.device.type, 8192) // max(sizes))
+        count = pairs_per_backward or max(1, tokens_per_backward(self.device.type) // max(sizes))
         order = sorted(self.rows, key=lambda i: -sizes[i])
         return [order[i : i + count] for i in range(0, len(order), count)]
 

@@ -31,7 +31,7 @@ from transformers import PretrainedConfig
 
 from spo_ray.config import Config, ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.core.logps import LOGITS_PER_CHUNK
-from spo_ray.core.passes import TOKENS_PER_BACKWARD
+from spo_ray.core.passes import tokens_per_backward
 from spo_ray.errors import UserError
 from spo_ray.method_config import MethodConfig, Spo
 from spo_ray.model.fsdp import decoder_layers
@@ -253,7 +253,7 @@ def _passes(
     """What grows with the tokens of a backward; ``c`` bytes of the type that passes compute in."""
     train, theta = config.train, config.model.theta
     rows = 1 if at.single else -(-(config.preference if method else config.sft).batch_size // train.num_workers)
-    longest = max(TOKENS_PER_BACKWARD[device], train.max_length)
+    longest = max(tokens_per_backward(device, _sharded(config)), train.max_length)
     tokens = min(rows, train.pairs_per_backward or rows) * train.max_length
     tokens = tokens if train.pairs_per_backward else min(tokens, longest)
     ranks = [config.model.lora_rank] if method else []

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from spo_ray.core.gradients import Sink, pull
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
-from spo_ray.core.passes import TOKENS_PER_BACKWARD
+from spo_ray.core.passes import tokens_per_backward
 from spo_ray.core.sharded import is_sharded
 from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate, collate_pairs
@@ -84,7 +84,7 @@ def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> di
         loss, tokens = torch.zeros_like(counts[0]), counts.sum()
         rank.all_reduce([tokens])
         sink = Sink(list(params.values()))
-        size = rows_per_backward(rows, config.train, rank)
+        size = rows_per_backward(rows, config.train, rank, is_sharded(params.values()))
         model.train()
         for start in range(0, len(rows), size):
             batch = rank.to_device(collate(rows[start : start + size], chat.pad_id))
@@ -125,7 +125,7 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
         rows = table.rows(numbers)
         batch = rank.to_device(collate_pairs(rows, chat.pad_id) | {"valid": torch.tensor(valid)})
         sides = [(row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
-        agreed = rows_per_backward(sides, config.train, rank) if is_sharded(params.values()) else None
+        agreed = rows_per_backward(sides, config.train, rank, True) if is_sharded(params.values()) else None
         model.train()  # checkpointed layers compute again in training mode only; the step turns dropout off
         with compute_type(model, config.train, rank):
             grads, metrics = spo_gradients(
@@ -209,10 +209,10 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: named[name] for names in parameter_groups(model) for name in names}
 
 
-def rows_per_backward(rows: Sequence[TokenRow], config: TrainConfig, rank: Rank) -> int:
+def rows_per_backward(rows: Sequence[TokenRow], config: TrainConfig, rank: Rank, sharded: bool) -> int:
     """How many rows share a backward, the same on all ranks."""
     longest = rank.largest(max(len(prompt) + len(completion) for prompt, completion in rows))
-    return config.pairs_per_backward or max(1, TOKENS_PER_BACKWARD.get(rank.device.type, 8192) // longest)
+    return config.pairs_per_backward or max(1, tokens_per_backward(rank.device.type, sharded) // longest)
 
 
 def global_mean(metrics: Metrics, local: int, total: int, rank: Rank) -> Metrics:
