@@ -20,6 +20,7 @@ from spo_ray.errors import UserError
 from spo_ray.preflight import preflight
 from spo_ray.run import Artifact
 
+from .cluster import head, submit
 from .helpers import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,11 +35,13 @@ def run(command, check=True, **options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One finished run, which the tests below look at."""
+    """One finished run, submitted to a cluster, which the tests below look at."""
     output = tmp_path_factory.mktemp("runs")
     arguments = [f"output={output}", *SMALL, "methods={dpo: {type: dpo}, spo: {type: spo}}"]
-    done = run([*FULL, *arguments])
-    return output / "quickstart", arguments, done.stdout
+    with head(tmp_path_factory.mktemp("head")) as environment:
+        printed = submit(environment, ["python", *FULL[1:], *arguments])
+    assert "joined a cluster" in printed
+    return output / "quickstart", arguments, printed
 
 
 def test_summary_has_every_method_with_its_figures(finished):
@@ -245,7 +248,6 @@ def test_plans_are_compared_with_the_cluster(in_root, overrides, nodes, message)
 
 
 def test_usage_errors_exit_with_2():
-    assert run([sys.executable, "pipelines/full.py"], check=False).returncode == 2
     assert run([sys.executable, "pipelines/full.py", "--cnfig", "x"], check=False).returncode == 2
 
 
@@ -254,21 +256,40 @@ def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
     arguments = [
         f"output={tmp_path}",
         f"data.path={shared_data}/gsm8k",
-        "data.train_questions=24",
-        "data.test_questions=8",
+        "data.train_questions=12",
+        "data.test_questions=4",
+        "data.contamination_words=13",
+        "sampling.max_tokens=96",
+        "eval.max_tokens=64",
+        "methods={spo: {type: spo}}",
+        "rounds=2",
     ]
     run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
     root = tmp_path / "gsm8k-tiny-cpu"
     summary = json.loads((root / "summary.json").read_text())
-    assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 8
+    assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 4
     assert summary["methods"]["spo"]["pairs"] > 0
     questions = {json.loads(line)["question"] for line in (shared_data / "gsm8k" / "train.jsonl").open()}
-    assert all(pair["prompt"][0]["content"] in questions for pair in Artifact(root / "pairs", "").rows())
+    for suffix in ("", "_spo_round2"):
+        pairs = Artifact(root / f"pairs{suffix}", "").rows()
+        assert pairs
+        assert all(pair["prompt"][0]["content"] in questions for pair in pairs)
+        assert {pair["rejected_source"].split(":")[0] for pair in pairs} == {f"{suffix[1:] or 'sft'}_samples"}
+    last = json.loads((root / "method_spo_round2" / "manifest.json").read_text())["inputs"]
+    assert last["model"] == json.loads((root / "method_spo" / "manifest.json").read_text())["digest"]
+    assert json.loads((root / "eval_spo" / "manifest.json").read_text())["inputs"]["model"] == digest_of(
+        root / "method_spo_round2"
+    )
+
+
+def digest_of(stage):
+    return json.loads((stage / "manifest.json").read_text())["digest"]
 
 
 def test_real_preference_pairs_run_through_the_whole_job(tmp_path, shared_data):
     config = "configs/ultrafeedback/tiny-cpu.yaml"
     arguments = [f"output={tmp_path}", f"data.path={shared_data}/ultrafeedback", "data.train_pairs=24"]
+    arguments += ["data.contamination_words=13", "pairs.dedup=near"]
     run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
     root = tmp_path / "ultrafeedback-tiny-cpu"
     summary = json.loads((root / "summary.json").read_text())

@@ -7,12 +7,14 @@ import torch
 
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.engines import open_engine
-from spo_ray.data.sample import choose
-from spo_ray.data_config import EngineConfig
+from spo_ray.data.sample import Source, _local, choose
+from spo_ray.data_config import EngineConfig, SamplingConfig
 from spo_ray.errors import UserError
 from spo_ray.model.collate import collate
 from spo_ray.model.export import PROBE, Probe, export
 from spo_ray.model.load import load_model
+from spo_ray.run import Artifact
+from spo_ray.shards import Pool
 
 CONFIG = EngineConfig(max_model_len=256)
 QUESTIONS = ["Each of 5 boxes holds 7 pens. How many pens do the boxes hold?", "Ada owns 3 toys and finds 4 more."]
@@ -108,3 +110,21 @@ def test_the_choice_of_an_engine_is_explained(monkeypatch):
     assert "not installed" in why
     with pytest.raises(UserError, match=r"engine\.type=vllm, but vLLM is not installed"):
         choose(EngineConfig(type="vllm"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_arguments_reach_vllm(checkpoints, chat):
+    config = EngineConfig(max_model_len=256, arguments={"max_num_seqs": 3, "enable_prefix_caching": False})
+    engine = open_engine("vllm", str(checkpoints[0]), config, chat)
+    settings = engine.llm.llm_engine.vllm_config
+    assert settings.scheduler_config.max_num_seqs == 3
+    assert not settings.cache_config.enable_prefix_caching
+    engine.close()
+
+
+def test_more_engines_than_the_first_are_an_option():
+    config = EngineConfig(replicas=2, max_replicas=3, cpus=0.5, gpus=0.0)
+    source = Source(Artifact("m", "m"), config, SamplingConfig())
+    assert _local(source, "seed")[1] == Pool(2, 0.5, 0.0, most=3)
+    with pytest.raises(ValueError, match="max_replicas=1 is below replicas=2"):
+        EngineConfig(replicas=2, max_replicas=1)

@@ -49,6 +49,7 @@ def engines(process):
     return [p for p in family if "MapWorker" in " ".join(p.cmdline())]
 
 
+@pytest.mark.slow
 def test_killed_engines_and_a_killed_driver_lose_and_repeat_nothing(tmp_path):
     """256 questions with 8 samples each; an engine is killed twice, the driver once, then the same command again."""
     process = start(tmp_path, 256)

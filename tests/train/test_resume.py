@@ -61,28 +61,19 @@ def uninterrupted(referenced, tmp_path_factory):
     return finish(start(folder, referenced, "methods", "train.num_workers=2"), folder)
 
 
-def test_resume_after_the_kill_of_a_rank(uninterrupted, referenced, tmp_path):
-    """At a random step one of two workers is killed with SIGKILL; Ray Train starts the group again."""
-    rng = random.Random()
-    step, victim = rng.randint(1, 11), rng.randint(0, 1)
-    print(f"step {step}, worker {victim}")
-    process = start(tmp_path, referenced, "methods", "train.num_workers=2")
-    wait_for_step(tmp_path, "spo", step)
-    workers(process)[victim].kill()
-    run = finish(process, tmp_path)
-    for name in ("dpo", "spo"):
-        same(run, uninterrupted, name)
-    manifest = json.loads((run / "method_spo" / "manifest.json").read_text())
-    assert manifest["facts"]["restarts"] == 1
-    assert not list((run / ".unfinished").glob("train_*"))
-
-
-def test_resume_after_the_kill_of_the_driver(uninterrupted, referenced, sft_rows, tmp_path):
-    """The same command again: nothing that was finished is done again, and the rest goes on from its checkpoint."""
+def test_resume_after_the_kill_of_a_rank_and_of_the_driver(uninterrupted, referenced, sft_rows, tmp_path):
+    """At a random step one of two workers is killed with SIGKILL: Ray Train starts the group again. Then the driver is:
+    with the same command nothing that was finished is done again, and the rest goes on from its checkpoint.
+    """
     shutil.copytree(referenced.path, tmp_path / "rows" / "referenced")
     shutil.copytree(sft_rows.path, tmp_path / "rows" / "sft_rows")
     table = Artifact(tmp_path / "rows" / "referenced", "referenced")
+    rng = random.Random()
+    step, victim = rng.randint(1, 11), rng.randint(0, 1)
+    print(f"step {step}, worker {victim}")
     process = start(tmp_path, table, "all", "train.num_workers=2")
+    wait_for_step(tmp_path, "dpo", step)
+    workers(process)[victim].kill()
     wait_for_step(tmp_path, "spo", 7)
     orphans = workers(process)
     process.kill()
@@ -97,12 +88,15 @@ def test_resume_after_the_kill_of_the_driver(uninterrupted, referenced, sft_rows
         same(run, uninterrupted, name)
     assert (run / "method_dpo" / "result.json").stat().st_mtime_ns == written
     assert (run / "method_spo" / "log.jsonl").read_text().splitlines()[:7] == kept
+    assert json.loads((run / "method_dpo" / "manifest.json").read_text())["facts"]["restarts"] == 1
+    assert not list((run / ".unfinished").glob("train_*"))
     output = (tmp_path / "output.txt").read_text()
     assert output.count("sft: starts") == 1
     assert "sft: reused" in output
     assert "method_spo: goes on" in output
 
 
+@pytest.mark.slow
 def test_resume_after_a_full_disk(uninterrupted, referenced, tmp_path):
     """Checkpoints go to a file system with room for two: the third fails, the second is good for going on."""
     storage = tmp_path / "storage"

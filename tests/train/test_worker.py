@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from spo_ray import rows
-from spo_ray.config import load
-from spo_ray.run import Artifact, Run, external, write_rows
+from spo_ray.run import Run, external, write_rows
 from spo_ray.train.feed import epoch_batches
 from spo_ray.train.launch import Start, train_methods
 from spo_ray.train.reference import reference_logps
 
-from ..helpers import small_config
+from ..helpers import SMALL, small_config
+from .processes import log_of, train
 
 
 def train_all(run, model, table, held_out=None):
@@ -115,25 +115,21 @@ def trained_means(artifact, pairs):
     return means
 
 
-def test_reference_log_probabilities_of_another_model_are_refused(local_ray, in_root, toy_base, pairs, tmp_path):
-    run = Run(small_config(tmp_path))
-    base = external(toy_base)
-    referenced = reference_logps(run, "reference", base, pairs)
-    shifted = tmp_path / "shifted"
-    shifted.mkdir()
+def test_reference_log_probabilities_of_another_model_are_refused(referenced, tmp_path):
     table = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 1.0} for row in referenced.rows()]
-    write_rows(shifted / "part-0.parquet", table, rows.ReferencedPair)
-    with pytest.raises(RuntimeError, match="differs from the stored reference"):
-        train_all(run, base, Artifact(shifted, "shifted"))
+    (tmp_path / "shifted").mkdir()
+    write_rows(tmp_path / "shifted" / "part-0.parquet", table, rows.ReferencedPair)
+    with pytest.raises(Exception, match="differs from the stored reference"):
+        train(1, tmp_path / "shifted", tmp_path / "out", SMALL, "dpo")
 
 
 def steps_of(artifact):
     return [json.loads(line) for line in (artifact.path / "log.jsonl").read_text().splitlines()]
 
 
-def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_ray, in_root, toy_base, pairs, tmp_path):
-    config = small_config(
-        tmp_path,
+def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(toy_base, referenced, tmp_path):
+    overrides = [
+        *SMALL,
         "preference.theta.lr=1e-6",
         "preference.phi.lr=1e-6",
         "preference.dynamics_every=2",
@@ -145,10 +141,10 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
         "train.gradient_checkpointing=true",
         "train.pairs_per_backward=3",
         "methods.spo.safe_region={epsilon: 0.01, lr: 10}",
-    )
-    run, base = Run(config), external(toy_base)
-    methods = train_all(run, base, reference_logps(run, "reference", base, pairs))
-    log = steps_of(methods["spo"])
+    ]
+    for name in ("dpo", "spo"):
+        train(1, referenced.path, tmp_path / name, overrides, name)
+    log = log_of(tmp_path / "spo")
     for record in log[1:]:
         assert ("dynamics/forecast_chosen" in record) == (record["step"] % 2 == 1)
     for record in log[1::2]:
@@ -163,17 +159,15 @@ def test_dynamics_forecast_what_happens_and_the_safe_region_moves_lambda(local_r
         assert b["spo/lambda"] == pytest.approx(expected, rel=1e-6)
         assert a["spo/gap"] == pytest.approx(-a["logps/chosen_change"])
     tops = [record["probe/logps/top"] for record in log if "probe/logps/top" in record]
-    assert tops[0] == pytest.approx(own_answer_logps(toy_base, pairs, 24), abs=1e-3)
+    assert tops[0] == pytest.approx(own_answer_logps(toy_base, referenced, 24), abs=1e-3)
     assert len(tops) > 1
-    state = json.loads((methods["spo"].path / "result.json").read_text())["method_state"]
+    state = json.loads((tmp_path / "spo" / "result.json").read_text())["method_state"]
     assert state["dual"]["value"] == pytest.approx(max(1e-3, log[-1]["spo/lambda"] + 10 * (log[-1]["spo/gap"] - 0.01)))
-    assert "spo/lambda" not in steps_of(methods["dpo"])[1]
+    assert "spo/lambda" not in log_of(tmp_path / "dpo")[1]
 
 
-def test_bfloat16_compute_trains(local_ray, in_root, toy_base, pairs, tmp_path):
-    run = Run(small_config(tmp_path, "train.precision=bfloat16"))
-    base = external(toy_base)
-    methods = train_all(run, base, reference_logps(run, "reference", base, pairs))
-    log = [json.loads(line) for line in (methods["spo"].path / "log.jsonl").read_text().splitlines()]
-    assert log[1]["loss"] == pytest.approx(0.6931, abs=0.02)
-    assert load("configs/quickstart.yaml").train.precision == "float32"
+def test_a_method_may_have_a_rate_of_its_own(referenced, tmp_path):
+    for name, overrides in {"shared": [], "own": ["methods.dpo.lr=1e-6"]}.items():
+        train(1, referenced.path, tmp_path / name, [*SMALL, "preference.theta.lr=1e-4", *overrides], "dpo")
+    shared, own = (log_of(tmp_path / name)[3] for name in ("shared", "own"))
+    assert own["learning_rate/theta"] == own["learning_rate/phi"] == pytest.approx(shared["learning_rate/theta"] / 100)

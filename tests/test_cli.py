@@ -1,0 +1,97 @@
+"""Commands on files: grading, and looking at tokens."""
+
+import json
+
+import pytest
+
+from spo_ray import cli
+
+ROWS = [
+    {"question": "q", "answer": "So 18.\n#### 18", "response": "The answer is $18.00.", "more": [1]},
+    {"question": "q", "answer": 5, "response": "#### 5"},
+    {"question": "q", "answer": "1,234", "response": "#### 5"},
+]
+BROKEN = [
+    '{"question": "q"',
+    "[1]",
+    '{"question": "q", "answer": "1"}',
+    '{"question": "q", "answer": "x", "response": "1"}',
+]
+BROKEN += ['{"question": "q", "answer": NaN, "response": "1"}', '{"question": "q", "answer": "1", "response": 1}']
+
+
+def call(*arguments):
+    return int(cli.app(arguments, exit_on_error=False, result_action="return_value") or 0)
+
+
+def test_score_gsm8k(tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n".join([*map(json.dumps, ROWS), "", *BROKEN]))
+    assert call("score", "gsm8k", str(file)) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "n": 3,
+        "accuracy": pytest.approx(2 / 3),
+        "strict_accuracy": pytest.approx(1 / 3),
+    }
+    scored = [json.loads(line) for line in (tmp_path / "answers.scored.jsonl").read_text().splitlines()]
+    assert [(row["correct"], row["extracted"], row["strict_correct"]) for row in scored] == [
+        (True, "18", False),
+        (True, "5", True),
+        (False, "5", False),
+    ]
+    assert all(row.items() <= graded.items() for row, graded in zip(ROWS, scored, strict=True))
+    reasons = [
+        "not JSON",
+        "not a JSON object",
+        "no column 'response'",
+        "no gold answer",
+        "'answer' is neither",
+        "no text",
+    ]
+    lines = printed.err.splitlines()
+    assert len(lines) == len(reasons)
+    for number, (line, reason) in enumerate(zip(lines, reasons, strict=True), 5):
+        assert f"line {number}: " in line
+        assert reason in line
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "can't be read"), ("", "it is empty"), ("{", "line 1: not JSON")])
+def test_score_without_a_usable_row(tmp_path, capsys, text, message):
+    file = tmp_path / "answers.jsonl"
+    if text is not None:
+        file.write_text(text)
+    assert call("score", "gsm8k", str(file)) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ([] if text is None else [file.name])
+
+
+def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, capsys):
+    rows = [{"prompt": "How many?", "chosen": "5 pens", "rejected": "6 pens"}] * 3
+    rows += [
+        {"prompt": "How many?", "chosen": "5" * 300, "rejected": "6"},
+        {"prompt": "p", "chosen": "", "rejected": "6"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--rows", "2", "train.max_length=100"]
+    assert call("inspect", *arguments) == 0
+    text = capsys.readouterr().out
+    assert text.count("How many?<|end|><|assistant|>") == 2
+    assert text.count("5 pens<|end|>") == 2
+    prompt, chosen = len(chat.prompt_ids("How many?")), len(chat.completion_ids("5 pens"))
+    assert text.count(f"chosen: {chosen} tokens, mask 0 x {prompt}, 1 x {chosen}") == 2
+    assert "dropped: 1 (longer than train.max_length=100 tokens)" in text
+    assert "dropped: 1 ('chosen' is empty)" in text
+    assert "5 rows" in text
+
+
+def test_inspect_without_usable_data(in_root, tmp_path, capsys):
+    assert call("inspect") == 2
+    assert "--data" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p"}')
+    assert call("inspect", "--data", str(tmp_path)) == 2
+    (tmp_path / "train.jsonl").write_text('{"prompt": "p"}')
+    assert call("inspect", "--data", str(tmp_path)) == 2
+    printed = capsys.readouterr()
+    assert "no column 'chosen'" in printed.out
+    assert "no row can be used" in printed.err
