@@ -55,6 +55,7 @@ def test_summary_has_every_method_with_its_figures(finished):
         answers = pq.read_table(root / f"eval_{name}" / "part-0.parquet").to_pylist()
         right = [row["correct"] for row in answers if row["seed"] is None]
         assert greedy["value"] == sum(right) / len(right)
+        assert greedy["strict"] == sum(row["strict"] for row in answers if row["seed"] is None) / 16
         for side in ("chosen", "rejected"):
             assert (entry[f"delta_logp_{side}"] is None) == (name in ("base", "sft"))
 

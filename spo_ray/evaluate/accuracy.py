@@ -107,16 +107,21 @@ def _graded(verifier: Verifier, method: str, seed: int | None, question: Row, re
 
 
 def accuracies(answers: list[Row]) -> dict[str, Any]:
-    """``accuracy_greedy`` (Wilson interval) and ``accuracy_sampled`` (mean and standard deviation over seeds)."""
+    """``accuracy_greedy`` (Wilson interval) and ``accuracy_sampled`` (mean and standard deviation over seeds).
+
+    ``strict`` counts only answers in the form that was asked for.
+    """
     greedy = [row["correct"] for row in answers if row["seed"] is None]
+    strict = [row["strict"] for row in answers if row["seed"] is None]
     low, high = wilson(sum(greedy), len(greedy))
     seeds = sorted({row["seed"] for row in answers} - {None})
     sampled = {seed: {row["id"]: row["correct"] for row in answers if row["seed"] == seed} for seed in seeds}
     mean, std = mean_std([sum(graded.values()) / len(graded) for graded in sampled.values()])
     by_question = [sum(graded[i] for graded in sampled.values()) / len(seeds) for i in sampled[seeds[0]]]
     sampled_low, sampled_high = mean_interval(by_question)
+    share = {"value": sum(greedy) / len(greedy), "strict": sum(strict) / len(strict)}
     return {
-        "accuracy_greedy": {"value": sum(greedy) / len(greedy), "low": low, "high": high, "n": len(greedy)},
+        "accuracy_greedy": share | {"low": low, "high": high, "n": len(greedy)},
         "accuracy_sampled": {
             "value": mean,
             "std": std,
