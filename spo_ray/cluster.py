@@ -9,7 +9,7 @@ import ray
 import ray.data
 
 from spo_ray.config import Config
-from spo_ray.data_config import EngineConfig
+from spo_ray.data_config import EngineConfig, TeacherModel
 from spo_ray.errors import UserError
 from spo_ray.run import say
 
@@ -63,6 +63,18 @@ def check_plan(config: Config, nodes: list[dict[str, Any]]) -> None:
     engine_gpu = float(has_gpus) if engine.gpus is None else engine.gpus
     plans = [
         ("sampling", engine.replicas, engine.cpus, engine_gpu, DATA_TASK_CPUS, "engine.replicas, engine.cpus"),
+        *(
+            (
+                "a teacher",
+                own.replicas,
+                own.cpus,
+                float(has_gpus) if own.gpus is None else own.gpus,
+                DATA_TASK_CPUS,
+                "the engine of sft_data.teachers",
+            )
+            for own in (teacher.engine for teacher in config.sft_data.teachers if isinstance(teacher, TeacherModel))
+            if isinstance(own, EngineConfig)
+        ),
         ("training", workers, train.cpus_per_worker, gpu, 0.0, "train.num_workers, train.parallel_methods"),
         ("reference", train.num_workers, train.cpus_per_worker, gpu, DATA_TASK_CPUS, "train.num_workers"),
     ]

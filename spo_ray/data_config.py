@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -116,6 +116,14 @@ class EngineConfig(Section):
     arguments: dict[str, str | int | float | bool | None] = {}
     """Further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``; they replace what is set otherwise."""
 
+    @field_validator("arguments")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if re.search("token$|key|password|secret", name):
+                raise ValueError(f"{name} may be a secret, and would be written into manifests: set HF_TOKEN instead")
+        return value
+
     @model_validator(mode="after")
     def _range(self) -> "EngineConfig":
         if self.max_replicas is not None and self.max_replicas < self.replicas:
@@ -137,16 +145,32 @@ class EndpointConfig(Section):
     retries: Annotated[int, Field(ge=0)] = 5
     """Of a request that failed, was refused for its rate, or timed out."""
 
+    @field_validator("url")
+    @classmethod
+    def _no_secrets(cls, value: str) -> str:
+        if "@" in value:
+            raise ValueError("a user name or password would be written into manifests: use api_key_env")
+        return value
+
 
 class TeacherModel(Section):
     """A model that answers the questions which the policy fails."""
 
     model: str
     """A local directory, a hub id, or the name of the model at an endpoint."""
-    engine: Annotated[EngineConfig | EndpointConfig, Field(discriminator="type")] = EngineConfig()
+    engine: Annotated[EngineConfig | EndpointConfig, Field(discriminator="type")] = EngineConfig(max_model_len=8192)
     sampling: SamplingConfig = SamplingConfig(samples=4, temperature=0.6, max_tokens=4096)
     chat_template: str | None = None
     """Jinja text that replaces the teacher's template."""
+
+    @model_validator(mode="after")
+    def _room_for_answers(self) -> "TeacherModel":
+        if isinstance(self.engine, EngineConfig) and self.engine.max_model_len <= self.sampling.max_tokens:
+            raise ValueError(
+                f"engine.max_model_len={self.engine.max_model_len} leaves no room for a prompt beside "
+                f"sampling.max_tokens={self.sampling.max_tokens}"
+            )
+        return self
 
 
 class SftDataConfig(Section):

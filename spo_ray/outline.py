@@ -70,11 +70,13 @@ def _lines(config: Config) -> Iterator[Line]:
                 f"eval_{name}", answers, f"answers, greedy and {len(config.eval.seeds)} seeds", _engines(config.engine)
             )
 
+    yield Line("report", 1, "a page", "driver")
+
 
 def _sft_set(config: Config, train: int | None) -> Generator[Line, None, int | None]:
     yield from _sampled("base", train, config.sampling.samples, config.sampling.max_tokens, config.engine)
     share = config.sft_data.quantile
-    chosen = train if train is None or share is None else ceil(share * train)
+    chosen = train  # with quantile, equals of the last are kept too: no bound but this
     rule = f"pass@{config.sft_data.pass_k} of at most {config.sft_data.max_pass}"
     yield Line("sft_questions", chosen, rule if share is None else f"the lowest {share:.0%} by pass@k")
     teachers = [teacher for teacher in config.sft_data.teachers if isinstance(teacher, TeacherModel)]

@@ -31,6 +31,8 @@ class Samples(SftQuestion):
 
     prompt_ids: list[int]
     """What the model was given, templated; empty where an endpoint did that."""
+    refused: str | None
+    """Why there are no samples, where a teacher could not be asked."""
     seed: int | None
     """All samples follow from it; None: there were none to make."""
     samples: list[str]
@@ -117,6 +119,12 @@ class Rejected(TypedDict):
     id: str
     reason: str
     excerpt: str
+
+
+class Dropped(Rejected):
+    """A quarantined row in a finished stage's ``rejected.parquet``."""
+
+    stage: str
 
 
 def schema(row: Any) -> pa.Schema:

@@ -163,6 +163,10 @@ class Run:
             say(name, "reused")
             return Artifact(self.root / name, digest)
         scratch = self.root / ".unfinished" / name
+        if _identity(scratch) == digest:  # it was cut off on the way to its place
+            self._put(name)
+            say(name, "reused")
+            return Artifact(self.root / name, digest)
         if _identity(scratch, STARTED) == digest:
             say(name, "goes on")
         else:
@@ -177,7 +181,8 @@ class Run:
         """Write the manifest and put the stage in its place; ``wall_s`` if it is not the time since it was opened."""
         ledger = stage.ledger
         if ledger.rejected:
-            write_rows(stage.scratch / REJECTED, ledger.rejected, rows.Rejected)
+            dropped = [{**row, "stage": stage.name} for row in ledger.rejected]
+            write_rows(stage.scratch / REJECTED, dropped, rows.Dropped)
         manifest = stage.identity | {
             "digest": stage.digest,
             "rows": {"read": ledger.read, "kept": ledger.kept, "dropped": _count(ledger.rejected)},
@@ -185,13 +190,18 @@ class Run:
             "versions": versions(),
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
         }
-        (stage.scratch / STARTED).unlink(missing_ok=True)
-        for file in stage.scratch.glob(REJECTED_PARTS):  # they are in the ledger
-            file.unlink()
         write_json(stage.scratch / MANIFEST, manifest)
-        _replace(stage.scratch, self.root / stage.name)
+        self._put(stage.name)
         say(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
         return Artifact(self.root / stage.name, stage.digest)
+
+    def _put(self, name: str) -> None:
+        """Move a stage that has its manifest to its place, without what it needed while it was built."""
+        scratch = self.root / ".unfinished" / name
+        (scratch / STARTED).unlink(missing_ok=True)
+        for file in scratch.glob(REJECTED_PARTS):  # they are in the ledger
+            file.unlink()
+        _replace(scratch, self.root / name)
 
 
 def external(path: str | Path) -> Artifact:

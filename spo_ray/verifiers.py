@@ -1,6 +1,8 @@
 """What is a correct answer: GSM8K's rule, or a rule of your own by its import path."""
 
+import hashlib
 import importlib
+import inspect
 from typing import NamedTuple, Protocol
 
 from spo_ray.core.scoring import extract, extract_flexible, gold_answer, is_correct
@@ -45,6 +47,15 @@ VERIFIERS: dict[str, type[Verifier]] = {"gsm8k": Gsm8k}
 def verifier_of(data: object) -> str:
     """The name of the rule for a run's questions."""
     return getattr(data, "verifier", "gsm8k")
+
+
+def verifier_identity(name: str) -> str:
+    """A rule's name, and for one of your own a digest of its module: grades change with it."""
+    if name in VERIFIERS:
+        return name
+    module = inspect.getmodule(type(load_verifier(name)))
+    source = inspect.getsource(module) if module else ""
+    return f"{name}@{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
 def load_verifier(name: str) -> Verifier:

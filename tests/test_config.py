@@ -88,3 +88,33 @@ def test_files_that_are_no_mapping(tmp_path, text, message):
         load(path)
     with pytest.raises(UserError, match="no configuration file"):
         load(tmp_path / "absent.yaml")
+
+
+TEACHER = "sft_data.teachers=[{{model: m, engine: {}, sampling: {{max_tokens: 900}}}}]"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft_data.quantile=0.5", "set one of max_pass and quantile"),
+        ("sft_data.max_pass=null", "set one of max_pass and quantile"),
+        ("sft_data.strip=['(']", "is no regular expression"),
+        ("sft_data.teachers=[{model: m}, samples]", "must stand before models"),
+        (TEACHER.format("{type: vllm, max_model_len: 900}"), "leaves no room for a prompt"),
+        (TEACHER.format("{type: endpoint, url: 'http://user:secret@host/v1'}"), "use api_key_env"),
+        ("engine.arguments={hf_token: x}", "may be a secret"),
+        ("rounds=0", "greater than 0"),
+        ("data={type: questions, path: x}", "verifier"),
+        ("data={type: gsm8k, path: x, prompt: Solve}", "must contain {question}"),
+        ("data={type: gsm8k, path: x, contamination_words: 1}", "greater than or equal to 3"),
+    ],
+)
+def test_data_settings_that_cannot_be(override, message):
+    with pytest.raises(UserError) as caught:
+        load(QUICKSTART, [override])
+    assert message in str(caught.value)
+
+
+def test_rounds_need_questions():
+    with pytest.raises(UserError, match="with preference data, set rounds=1"):
+        load(QUICKSTART, ["data={type: preference, path: x}", "rounds=2"])

@@ -24,6 +24,7 @@ from .cluster import head, submit
 from .helpers import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
+TEACHER = "sft_data.teachers=[{model: absent/teacher/here, engine: {type: transformers, gpus: 2, max_model_len: 5000}}]"
 FULL = [sys.executable, "pipelines/full.py", "--config", "configs/quickstart.yaml"]
 
 
@@ -197,6 +198,7 @@ def test_bad_input_is_refused_before_anything_long(tmp_path, arguments, message)
     [
         (["sft.epochs=many"], "valid integer"),
         (["model.path=assets/absent"], "no model in assets/absent"),
+        ([TEACHER], "no teacher in absent/teacher/here"),
         (["model.path=/absent/model"], "no model in /absent/model"),
         (["data={type: gsm8k, path: absent}"], "no data file absent"),
         (["data={type: preference, path: absent}"], "no data file absent"),
@@ -234,6 +236,8 @@ def test_a_model_without_chat_template_is_refused(in_root, tmp_path, toy_base):
             "training needs 2 actors",
         ),
         (["engine.gpus=1"], [{"CPU": 8.0}], "the cluster has 8 CPUs and 0 GPUs"),
+        ([TEACHER], [{"CPU": 8.0}], "a teacher needs 1 actors of 1 CPUs and 2 GPUs"),
+        ([TEACHER, "train.use_gpu=false", "engine.gpus=0"], [{"CPU": 8.0, "GPU": 2.0}], None),
         (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "training needs 2 actors"),
         (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 2.0}], None),
     ],

@@ -59,6 +59,32 @@ def test_a_failed_stage_leaves_the_finished_one_alone(run):
     assert len(calls) == 2
 
 
+def test_a_stage_that_was_cut_off_on_the_way_to_its_place_is_finished(run, monkeypatch):
+    """Between the manifest and the renaming: nothing is built again, and no rejected row is lost."""
+    calls = []
+
+    def build(out, ledger):
+        counting(calls, rejected=1)(out, ledger)
+        write_rows(out / "rejected-00000.parquet", ledger.rejected, rows.Rejected)
+
+    def cut_off(self, name):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "_put", cut_off)
+        run.stage("s", build, config={}, inputs={}, resumable=True)
+    artifact = run.stage("s", build, config={}, inputs={}, resumable=True)
+    assert len(calls) == 1
+    assert artifact.path == run.root / "s"
+    assert sorted(file.name for file in artifact.path.iterdir()) == [
+        "manifest.json",
+        "part-0.parquet",
+        "rejected.parquet",
+    ]
+    assert artifact.manifest["rows"]["dropped"] == {"malformed": 1}
+    assert run.stage("s", build, config={}, inputs={}) == artifact
+
+
 def test_manifest_and_rejected_rows(run):
     artifact = run.stage("s", counting([], rejected=3), config={"k": 1}, inputs={})
     manifest = json.loads((artifact.path / "manifest.json").read_text())
@@ -66,7 +92,7 @@ def test_manifest_and_rejected_rows(run):
     assert manifest["config"] == {"k": 1}
     assert manifest["versions"]["torch"].startswith("2.")
     rejected = pq.read_table(artifact.path / "rejected.parquet").to_pylist()
-    assert rejected[0] == {"id": "bad-0", "reason": "malformed", "excerpt": "{'x': 0}"}
+    assert rejected[0] == {"id": "bad-0", "reason": "malformed", "excerpt": "{'x': 0}", "stage": "s"}
 
 
 def test_two_processes_never_share_a_run(run):

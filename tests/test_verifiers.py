@@ -7,7 +7,7 @@ from spo_ray.data.sources import load_data
 from spo_ray.data.stages import score
 from spo_ray.errors import UserError
 from spo_ray.run import Run
-from spo_ray.verifiers import load_verifier
+from spo_ray.verifiers import load_verifier, verifier_identity
 
 from .data.test_stages import sampled
 
@@ -43,6 +43,16 @@ def test_the_example(in_root, response, grade):
 def test_verifiers_that_are_none(in_root, name, message):
     with pytest.raises(UserError, match=message):
         load_verifier(name)
+
+
+def test_grades_depend_on_the_code_of_a_verifier(tmp_path, monkeypatch):
+    assert verifier_identity("gsm8k") == "gsm8k"
+    code = "class V:\n    def accepts(self, a): return True\n    def grade(self, r, a): return {}\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in {"one": code.format(1), "two": code.format(2), "three": code.format(1)}.items():
+        (tmp_path / f"own_{name}.py").write_text(text)
+    digests = [verifier_identity(f"own_{name}:V").split("@")[1] for name in ("one", "two", "three")]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_task_of_ones_own(local_ray, in_root, tmp_path):

@@ -11,12 +11,15 @@ from fractions import Fraction
 LONGEST = 25
 """Characters of a number; what is longer is babble, and no float."""
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = rf"(?:(?<![\d.])[-−]\s?)?(?:\\?\$\s?(?:[-−]\s?)?)?(?:{_INTEGER}(?:\.\d+|/\d+)?|\.\d+)"
+_SIGN = r"(?:(?<![\w.])(?:-|−\s?))?"  # a hyphen before a space is a dash, or a bullet
+_NUMBER = rf"{_SIGN}(?:\\?\$\s?-?)?(?<!\^)(?:{_INTEGER}(?:\.\d+|/\d+)?|\.\d+)"
 _FIND = re.compile(_NUMBER)
-_MARKED = re.compile(r"####[ \t*]*((?:[-−]\s?)?(?:\\?\$\s?)?(?:[-−]\s?)?\d[\d,]*(?:\.\d+|/\d+)?)")
-_BARE = re.compile(r"\s*((?:[-−]\s?)?(?:\$\s?)?(?:[-−]\s?)?\d[\d,]*(?:\.\d+|/\d+)?)\s*")
-_SAID = re.compile(rf"(?:(?i:\banswer\b)\s*(?i:is|are|:|=)|^\s*A:)[^\n\d]{{0,40}}?({_NUMBER})", re.MULTILINE)
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
+_WRITTEN = r"[-−]?(?:\\?\$\s?)?-?\d[\d,]*(?:\.\d+|/\d+)?"
+_MARKED = re.compile(rf"####[ \t*]*({_WRITTEN})(?!\d|,\d|\.\d)(?![.)][ \t]+\S)")  # "#### 1. Cost" is a heading
+_BARE = re.compile(rf"\s*({_WRITTEN})\s*")
+_SAID = re.compile(rf"(?:(?i:\banswer\b)\s*(?i:is|are|:|=)|^\s*A:)[^\n\d]{{0,40}}?(?={_NUMBER})", re.MULTILINE)
+_SUM = re.compile(rf"{_NUMBER}(?:\s*[-+*/×÷x]\s*{_NUMBER})+\s*=\s*({_NUMBER})")
+_FRACTION = re.compile(r"(\d+)?\s*\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
 
 
 def extract(text: str) -> str | None:
@@ -33,7 +36,8 @@ def extract_flexible(text: str) -> str | None:
     marked = extract(text)
     if marked is not None:
         return marked
-    for candidates in (_boxed(text), _SAID.findall(text)):
+    text = _FRACTION.sub(_plain, text.replace("{,}", ",").replace("\\,", "").replace("\\!", ""))
+    for candidates in (_boxed(text), [_first(text, match.end()) for match in _SAID.finditer(text)]):
         if candidates:
             return _normalise(candidates[-1])
     last = None
@@ -58,16 +62,31 @@ def is_correct(extracted: str | None, gold: str) -> bool:
 
 
 def _boxed(text: str) -> list[str]:
-    """The numbers in every ``\\boxed{...}``, the first of each."""
+    """The numbers in every ``\\boxed{...}``, also in one that was cut off."""
     found = []
     for start in (match.end() for match in re.finditer(r"\\boxed\s*\{", text)):
         depth, end = 1, start
         while depth and end < len(text):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
-        content = _FRACTION.sub(r"\1/\2", text[start : end - 1]).replace("{,}", ",").replace("\\!", "")
-        found += [match.group() for match in _FIND.finditer(content)][:1]
+        content = text[start : end - (depth == 0)]
+        found += [_first(content, match.start()) for match in _FIND.finditer(content)][:1]
     return found
+
+
+def _first(text: str, start: int) -> str:
+    """The number at a place, or what the calculation there comes to."""
+    calculation = _SUM.match(text, start)
+    number = calculation.group(1) if calculation else None
+    found = _FIND.match(text, start)
+    return number or (found.group() if found else "")
+
+
+def _plain(fraction: re.Match[str]) -> str:
+    whole, above, below = fraction.groups()
+    if len(fraction.group()) > 2 * LONGEST:
+        return fraction.group()
+    return f"{int(whole or 0) * int(below) + int(above)}/{int(below)}"
 
 
 def _normalise(number: str) -> str | None:
@@ -78,5 +97,5 @@ def _normalise(number: str) -> str | None:
         if "/" in text:
             return str(Fraction(text))
         return f"{Decimal(text).normalize() + 0:f}"
-    except ZeroDivisionError:
+    except (ArithmeticError, ValueError):  # two signs, or divided by zero
         return None

@@ -111,26 +111,30 @@ DUPLICATES: dict[str, type[Any]] = {
 class Contamination:
     """Finds prompts that share ``n`` words in a row with one of ``others`` (or all words, where those are fewer)."""
 
-    def __init__(self, others: Iterable[Any], n: int) -> None:
+    def __init__(self, others: Iterable[Any], n: int, template: str = "") -> None:
+        """``template`` is what all questions are put into: it says nothing about them, and is left out."""
         self.n = n
+        self.ends = template.split("{question}") if template else ["", ""]
         self.known: dict[int, str] = {}
         for row in others:
-            for shingle in shingles(words(_prompt(row)), n):
+            for shingle in shingles(words(self.text(row)), n):
                 self.known.setdefault(hash(shingle), row["id"])
+
+    def text(self, row: Any) -> str:
+        """What a user asks: the question by itself, or the user's messages."""
+        if isinstance(row["prompt"], str):
+            return row["prompt"].removeprefix(self.ends[0]).removesuffix(self.ends[-1])
+        return "\n".join(turn["content"] for turn in row["prompt"] if turn["role"] == "user")
 
     def keep_clean(self, table: Iterable[Any], ledger: Ledger) -> Iterator[Any]:
         """The rows that share nothing; the others go to the ledger with the row that they share it with."""
         for row in table:
-            hits = (self.known.get(hash(shingle)) for shingle in shingles(words(_prompt(row)), self.n))
+            hits = (self.known.get(hash(shingle)) for shingle in shingles(words(self.text(row)), self.n))
             other = next((hit for hit in hits if hit is not None), None)
             if other is None:
                 yield row
             else:
                 ledger.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
-
-
-def _prompt(row: Any) -> str:
-    return row["prompt"] if isinstance(row["prompt"], str) else "\n".join(turn["content"] for turn in row["prompt"])
 
 
 def words(text: str) -> list[str]:

@@ -24,6 +24,7 @@ class EndpointAnswers:
         config: Any = source.engine
         self.model, self.config, self.sampling = str(source.model.path), config, source.sampling
         self.key = key or "none"  # servers without keys take any
+        self.logprobs: dict[str, bool] = {"logprobs": True}
 
     def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Answers | str]:
         return asyncio.run(self._all(asked))
@@ -41,20 +42,27 @@ class EndpointAnswers:
     async def _one(self, client: Any, limit: asyncio.Semaphore, prompt: str, seed: int) -> Answers | str:
         async with limit:
             try:
-                response = await client.chat.completions.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    n=self.sampling.samples,
-                    temperature=self.sampling.temperature,
-                    max_tokens=self.sampling.max_tokens,
-                    seed=seed,
-                    logprobs=True,
-                )
+                try:
+                    response = await self._ask(client, prompt, seed, self.logprobs)
+                except REFUSED:
+                    response = await self._ask(client, prompt, seed, {})  # some models give no log-probabilities
+                    self.logprobs = {}
             except REFUSED as error:
-                return f"the endpoint refused the request ({error.status_code})"
+                return f"the endpoint refused the request ({error.status_code}: {str(error)[:200]})"
             except openai.OpenAIError as error:
                 raise RuntimeError(f"{self.config.url}: {type(error).__name__}: {error}") from error
         return Answers([], [_completion(choice) for choice in response.choices])
+
+    async def _ask(self, client: Any, prompt: str, seed: int, more: Any) -> Any:
+        return await client.chat.completions.create(
+            model=self.model,
+            messages=[{"role": "user", "content": prompt}],
+            n=self.sampling.samples,
+            temperature=self.sampling.temperature,
+            max_tokens=self.sampling.max_tokens,
+            seed=seed,
+            **more,
+        )
 
 
 def _completion(choice: Any) -> Completion:

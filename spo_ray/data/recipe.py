@@ -23,7 +23,7 @@ def sft_set(run: Run, base: Artifact, questions: Artifact) -> Artifact:
         name = f"teacher{number}"
         assert teacher is not None
         answers = sample(run, f"{name}_samples", Source.teacher(config, teacher), chosen)
-        graded = score(run, f"{name}_scores", answers, config.sft_data.strip)
+        graded = score(run, f"{name}_scores", answers)
         last = number == len(groups) - 1
         chosen = add_responses(run, f"{name}_responses", graded, ["samples", *others], last)
     return chosen

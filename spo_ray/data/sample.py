@@ -83,9 +83,22 @@ def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact
             batch_size=source.sampling.batch_size,
             pool=pool,
         )
+        _count_refusals(name, out, ledger)
 
     inputs = {"model": source.model, "questions": questions}
     return run.stage(name, build, config=source.identity, inputs=inputs, resumable=True)
+
+
+def _count_refusals(name: str, out: Path, ledger: Ledger) -> None:
+    """Count what a teacher was asked for in vain; if that is all, the next try must ask again."""
+    made = Artifact(out, "")
+    asked = sum(seed is not None for seed in made.column("seed"))
+    reasons = [reason for reason in made.column("refused") if reason]
+    ledger.facts |= {"asked": asked, "refused": {reason: reasons.count(reason) for reason in sorted(set(reasons))}}
+    if asked and len(reasons) == asked:
+        for part in made.parts:
+            Path(part).unlink()
+        raise UserError(f"{name}: the teacher answered none of {asked} questions: {reasons[0]}")
 
 
 def choose(config: EngineConfig) -> tuple[str, str]:
@@ -154,12 +167,14 @@ class _Sampler:
         rejected: list[rows.Rejected] = []
         for row, seed in zip(carried, seeds, strict=True):
             found = next(answers) if seed is not None else Answers([], [])
-            if isinstance(found, str) and enough is not None:
-                found = Answers([], [])  # other teachers may know
+            refused = found if isinstance(found, str) and enough is not None else None
+            if refused:  # other teachers may know
+                found = Answers([], [])
             if isinstance(found, str):
                 rejected.append({"id": row["id"], "reason": found, "excerpt": row["prompt"][:200]})
             else:
-                kept.append(row | {"seed": seed, "prompt_ids": found.prompt_ids} | _columns(found))
+                made = {"seed": seed, "prompt_ids": found.prompt_ids, "refused": refused}
+                kept.append(row | made | _columns(found))
         return kept, rejected
 
 

@@ -17,6 +17,8 @@ from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
 from spo_ray.verifiers import load_verifier, verifier_of
 
 Split = Literal["train", "test"]
+Keep = Callable[[Iterable[Any]], list[Any]]
+"""Leaves out rows that come up in the test, before rows are drawn."""
 
 
 def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifact:
@@ -31,12 +33,15 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     reader, kind = READERS[data.type]
     words = data.contamination_words if isinstance(data, FileData) else None
     other = against if words else None
+    if isinstance(data, FileData) and data.path.is_file() and not _held_out_of_train(data):
+        raise UserError(f"data.path={data.path} is one file, for training and for the test: name a folder with both")
 
     def build(out: Path, ledger: Ledger) -> None:
-        table: Iterable[Any] = reader(data, split, run.config.seed, ledger)
+        keep: Keep = list
         if words and other:
-            table = Contamination(other.rows(), words).keep_clean(table, ledger)
-        kept = list(table)
+            found = Contamination(other.rows(), words, getattr(data, "prompt", ""))
+            keep = lambda table: list(found.keep_clean(table, ledger))  # noqa: E731
+        kept = list(reader(data, split, run.config.seed, ledger, keep))
         ledger.kept = len(kept)
         ledger.read = len(kept) + len(ledger.rejected)
         ledger.facts["source"] = str(data.path) if isinstance(data, FileData) else "generated"
@@ -53,14 +58,14 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     return run.stage(f"data_{split}", build, config=settings, inputs=sources)
 
 
-def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
+def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Prompt]:
     """Training problems change with the seed; the held-out ones never do, so that runs can be compared."""
     count = data.train_questions if split == "train" else data.test_questions
     for i, problem in enumerate(islice(problems(split, seed if split == "train" else 0), count)):
         yield {"id": f"{split}-{i:06d}", "prompt": problem.question, "gold": problem.solution}
 
 
-def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Prompt]:
+def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Prompt]:
     verifier = load_verifier(verifier_of(data))
     found: list[rows.Prompt] = []
     bare: list[str] = []
@@ -82,8 +87,10 @@ def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger) ->
             f"{data.path}: {len(bare)} questions without a gold answer ('#### N' or a number for GSM8K), first "
             f"{bare[0]}: add them, or set data.skip_missing_gold=true to leave these rows out"
         )
-    count = data.train_questions if split == "train" else data.test_questions
-    return iter(found if count is None or count >= len(found) else random.Random(seed).sample(found, count))
+    clean, count = keep(found), data.train_questions if split == "train" else data.test_questions
+    drawn = clean if count is None or count >= len(clean) else random.Random(seed).sample(clean, count)
+    ledger.facts["not_drawn"] = len(clean) - len(drawn)
+    return iter(drawn)
 
 
 def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: Any) -> str | None:
@@ -93,7 +100,7 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
     return text_defect(question, data.question_column) or text_defect(answer, data.answer_column, may_be_empty=True)
 
 
-def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger) -> Iterator[rows.Pair]:
+def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Pair]:
     """One split may serve for both: a seeded shuffle holds out the first ``test_pairs``."""
     found: list[Any] = []
     for row_id, row, excerpt in _rows(data, _file_split(data, split), "pair", ledger):
@@ -105,11 +112,14 @@ def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger) -
         source = {"source_id": row_id, "chosen_source": "data", "rejected_source": "data"}
         found.append({"id": row_id} | pair._asdict() | source)
     random.Random(seed).shuffle(found)
-    if data.held_out == "test_split":
-        return iter(found[: data.test_pairs if split == "test" else data.train_pairs])
-    if len(found) <= data.test_pairs:
-        raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out")
-    return iter(found[: data.test_pairs] if split == "test" else found[data.test_pairs :][: data.train_pairs])
+    if _held_out_of_train(data):
+        if len(found) <= data.test_pairs:
+            raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out")
+        found = found[: data.test_pairs] if split == "test" else found[data.test_pairs :]
+    clean = keep(found)
+    drawn = clean[: data.test_pairs if split == "test" else data.train_pairs]
+    ledger.facts["not_drawn"] = len(clean) - len(drawn)
+    return iter(drawn)
 
 
 READERS: dict[str, tuple[Callable[..., Iterator[Any]], Any]] = {
@@ -122,8 +132,11 @@ READERS: dict[str, tuple[Callable[..., Iterator[Any]], Any]] = {
 
 def _file_split(data: FileData, split: Split) -> str:
     """What the split is called in the data; pairs may be held out of the training split."""
-    from_train = isinstance(data, PreferenceData) and data.held_out == "from_train"
-    return data.train_split if split == "train" or from_train else data.test_split
+    return data.train_split if split == "train" or _held_out_of_train(data) else data.test_split
+
+
+def _held_out_of_train(data: FileData) -> bool:
+    return isinstance(data, PreferenceData) and data.held_out == "from_train"
 
 
 def _rows(data: FileData, split: str, prefix: str, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -13,24 +13,25 @@ from spo_ray.data_config import PairsConfig, SftDataConfig, TeacherModel
 from spo_ray.errors import RowRejectedError
 from spo_ray.run import Artifact, Ledger, Run, require_rows
 from spo_ray.shards import Mapper, Row, each_row, map_shards
-from spo_ray.verifiers import load_verifier, verifier_of
+from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
 
 ROWS_PER_SHARD = 2000
+ROUNDING = 1e-9  # 1 - 0.7 is more than 0.3
 
 
-def score(run: Run, name: str, samples: Artifact, strip: Sequence[str] = ()) -> Artifact:
-    """Grade every sample (:class:`rows.Scored`), without what ``strip`` matches; the manifest has the pass@k means."""
-    verifier = verifier_of(run.config.data)
+def score(run: Run, name: str, samples: Artifact) -> Artifact:
+    """Grade samples without what ``sft_data.strip`` matches (:class:`rows.Scored`); the manifest has pass@k means."""
+    verifier, strip = verifier_of(run.config.data), run.config.sft_data.strip
 
     def build(out: Path, ledger: Ledger) -> None:
-        grader = partial(_grader, verifier, list(strip))
+        grader = partial(_grader, verifier, strip)
         map_shards(name, samples, out, ledger, mapper=grader, kind=rows.Scored, batch_size=ROWS_PER_SHARD)
         counts = [(len(correct), sum(correct)) for correct in Artifact(out, "").column("correct") if correct]
         for k in (1, 2, 4, 8, 16, 32, 64):
             if counts and k <= min(n for n, _ in counts):
                 ledger.facts[f"pass@{k}"] = sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
 
-    settings = {"verifier": verifier, "strip": list(strip)}
+    settings = {"verifier": verifier_identity(verifier), "strip": strip}
     return run.stage(name, build, config=settings, inputs={"samples": samples}, resumable=True)
 
 
@@ -123,7 +124,7 @@ def _collector(
     def collect(row: Row) -> list[Row]:
         if max_pass is not None:
             rate = pass_at_k(len(row["correct"]), sum(row["correct"]), config.pass_k)
-            if rate > max_pass:
+            if rate > max_pass + ROUNDING:
                 raise RowRejectedError(f"pass@{config.pass_k} above {max_pass:g}")
         found = correct_responses(
             list(zip(row["responses"], row["response_sources"], strict=True)),

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from spo_ray import rows
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.run import Artifact, Ledger, Run, external, require_rows
@@ -105,7 +107,10 @@ def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limi
     Raises:
         RowRejectedError: an empty completion, one that is too long, or special tokens within the text.
     """
-    prompt = chat.prompt_ids(row["prompt"])
+    try:
+        prompt = chat.prompt_ids(row["prompt"])
+    except TemplateError as error:
+        raise RowRejectedError(f"the chat template refuses the prompt: {error}") from error
     found: Row = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
     turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
     if any(chat.has_markup(text + " ") for text in turns):

@@ -15,7 +15,7 @@ from spo_ray.data.sample import TOO_LONG, choose, fits, row_seed
 from spo_ray.parallel import run_parallel
 from spo_ray.run import Artifact, Ledger, Run, write_rows
 from spo_ray.shards import Row
-from spo_ray.verifiers import Verifier, load_verifier, verifier_of
+from spo_ray.verifiers import Verifier, load_verifier, verifier_identity, verifier_of
 
 NO_ANSWER = f"[{TOO_LONG}]"
 """Stands for the answer to a question that the engine cannot take; counted as wrong."""
@@ -51,8 +51,9 @@ def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) ->
                 "engine": kind,
                 "dtype": config.engine.dtype,
                 "max_model_len": config.engine.max_model_len,
+                "arguments": config.engine.arguments,
                 "chat_template": config.model.chat_template,
-                "verifier": verifier_of(config.data),
+                "verifier": verifier_identity(verifier_of(config.data)),
                 **config.eval.model_dump(),
             },
             inputs={"model": checkpoint, "questions": questions},

@@ -1,7 +1,6 @@
 """``spo-ray score``: grade files of responses that were made elsewhere."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,6 @@ def _row(line: str) -> dict[str, Any] | str:
     if not isinstance(row["response"], str):
         return "'response' is no text"
     answer = row["answer"]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not math.isfinite(_number(answer)):
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or str(answer) in ("nan", "inf", "-inf"):
         return "'answer' is neither text nor a number"
     return row if gold_answer(str(answer)) is not None else "no gold answer"
-
-
-def _number(answer: str | float) -> float:
-    return 0.0 if isinstance(answer, str) else float(answer)

@@ -78,7 +78,7 @@ def train_methods(
                 "method": config.methods[name].model_dump(),
                 "preference": config.preference.model_dump(),
                 "train": _identity(run),
-                "model": config.model.model_dump(exclude={"path", "attention"}),
+                "model": config.model.model_dump(exclude={"path", "attention", "max_template_mismatch"}),
             },
             inputs={"model": start.model, "pairs": start.rows} | more,
             resumable=True,

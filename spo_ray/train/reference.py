@@ -32,7 +32,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
         )
 
     settings = {"precision": config.train.precision}
-    return run.stage(name, build, config=settings, inputs={"model": model, "pairs": pairs})
+    return run.stage(name, build, config=settings, inputs={"model": model, "pairs": pairs}, resumable=True)
 
 
 def _scorer(**arguments: Any) -> Mapper:

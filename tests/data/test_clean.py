@@ -80,3 +80,17 @@ def test_prompts_that_share_words_with_a_test_prompt():
     kept = [row["id"] for row in Contamination(others, 7).keep_clean(table, ledger)]
     assert kept == ["b", "d", "e"]
     assert [(row["id"], row["excerpt"][:2]) for row in ledger.rejected] == [("a", "t0"), ("c", "t1")]
+
+
+def test_what_all_prompts_share_is_no_contamination():
+    template = "Solve this.\n{question}\nThink step by step and give the answer as a number."
+    asked = {key: template.replace("{question}", f"What is {key} and {key}?") for key in ("one", "two")}
+    ledger = Ledger()
+    found = Contamination([{"id": "t", "prompt": asked["one"]}], 5, template)
+    assert list(found.keep_clean([{"id": key, "prompt": text} for key, text in asked.items()], ledger)) == [
+        {"id": "two", "prompt": asked["two"]}
+    ]
+    system = {"role": "system", "content": "You are a helpful assistant who answers all questions briefly."}
+    table = [{"id": key, "prompt": [system, {"role": "user", "content": key}]} for key in ("one", "two")]
+    found = Contamination(table[:1], 5)
+    assert list(found.keep_clean(table[1:], ledger)) == table[1:]

@@ -107,3 +107,35 @@ def test_pairs_from_a_split_of_their_own(in_root, tmp_path):
     assert (train.count, test.count) == (3, 2)
     assert {row["prompt"][0]["content"] for row in test.rows()} == {"other"}
     assert all(row["source_id"] == row["id"] and row["chosen_source"] == "data" for row in train.rows())
+
+
+def test_one_file_has_no_test_split(in_root, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "q", "answer": 1}))
+    data = QuestionData(type="questions", verifier="gsm8k", path=tmp_path / "rows.jsonl")
+    run = Run(small_config(tmp_path).model_copy(update={"data": data}))
+    with pytest.raises(UserError, match=r"rows\.jsonl is one file.*name a folder"):
+        load_data(run, "test")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    pairs = PreferenceData(path=tmp_path / "pairs.jsonl", test_pairs=2)
+    run = Run(small_config(tmp_path).model_copy(update={"data": pairs}))
+    train, test = (load_data(run, split) for split in ("train", "test"))
+    assert (train.count, test.count) == (3, 2)
+    assert not {row["id"] for row in train.rows()} & {row["id"] for row in test.rows()}
+
+
+def test_rows_are_drawn_from_those_without_contamination(in_root, tmp_path):
+    questions = [{"question": f"number {i}, is it even or is it odd?", "answer": i} for i in range(20)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, questions[:15])))
+    options = {
+        "path": tmp_path,
+        "contamination_words": 9,
+        "train_questions": 5,
+        "prompt": "Think well. {question} Go on.",
+    }
+    data = QuestionData(type="questions", verifier="gsm8k", **options)
+    run = Run(small_config(tmp_path).model_copy(update={"data": data}))
+    train = load_data(run, "train", against=load_data(run, "test"))
+    assert sorted(row["gold"] for row in train.rows()) == ["15", "16", "17", "18", "19"]
+    assert train.manifest["facts"]["not_drawn"] == 0
+    assert train.rows()[0]["prompt"].startswith("Think well. number")

@@ -17,6 +17,7 @@ from spo_ray.data.endpoint import EndpointAnswers
 from spo_ray.data.recipe import teacher_groups
 from spo_ray.data.sample import Source, _Sampler, sample
 from spo_ray.data_config import EndpointConfig, SamplingConfig, TeacherModel
+from spo_ray.errors import UserError
 from spo_ray.run import Artifact, Run, write_rows
 
 from ..conftest import ROOT
@@ -132,7 +133,7 @@ def served(url, **options):
 def test_an_endpoint_answers_after_refusals(endpoint):
     Server.script = [429, 500, "close"]
     answers = EndpointAnswers("secret", served(endpoint, concurrency=1))([("2 + 2?", 7), ("too long", 8)])
-    assert answers[1] == "the endpoint refused the request (400)"
+    assert answers[1].startswith("the endpoint refused the request (400")
     assert answers[0].prompt_ids == []
     assert [c.text for c in answers[0].completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
     assert [c.finished for c in answers[0].completions] == [False, True]
@@ -145,7 +146,17 @@ def test_an_endpoint_answers_after_refusals(endpoint):
         "temperature": 0.6,
         "max_tokens": 9,
     }
-    assert len(Server.requests) == 5
+    assert len(Server.requests) == 6
+    assert [body.get("logprobs") for _, _, body in Server.requests] == [True] * 5 + [None]
+
+
+def test_an_endpoint_without_log_probabilities(endpoint):
+    Server.script = [400]
+    answer = EndpointAnswers(None, served(endpoint))
+    (found,) = answer([("2 + 2?", 7)])
+    assert [c.text for c in found.completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
+    answer([("3 + 3?", 7)])
+    assert [body.get("logprobs") for _, _, body in Server.requests] == [True, None, None]
 
 
 def test_an_endpoint_that_keeps_refusing_ends_the_stage(endpoint):
@@ -164,7 +175,7 @@ def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, e
     (tmp_path / "in").mkdir()
     table = [
         {"id": str(i), "prompt": prompt, "gold": "#### 1", "responses": ["r"] * i, "response_sources": ["gold"] * i}
-        for i, prompt in enumerate(["none", "one", "two", "too long"])
+        for i, prompt in enumerate(["none", "one", "two"])
     ]
     write_rows(tmp_path / "in" / "part-0.parquet", table, rows.SftQuestion)
     engine = EndpointConfig(type="endpoint", url=endpoint, api_key_env="TEACHER_KEY")
@@ -172,12 +183,34 @@ def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, e
     run = Run(small_config(tmp_path, "sft_data.responses_per_question=2"))
     artifact = sample(run, "teacher1_samples", Source.teacher(run.config, teacher), Artifact(tmp_path / "in", "in"))
     found = {row["prompt"]: row for row in artifact.rows()}
-    assert {name: len(row["samples"]) for name, row in found.items()} == {"none": 2, "one": 2, "two": 0, "too long": 0}
+    assert {name: len(row["samples"]) for name, row in found.items()} == {"none": 2, "one": 2, "two": 0}
     assert found["two"]["seed"] is None
     assert found["one"]["samples"][1] == f"one {found['one']['seed']} 1"
     assert found["one"]["responses"] == ["r"]
     assert all(headers["authorization"] == "Bearer hidden" for _, headers, _ in Server.requests)
     assert "hidden" not in (artifact.path / "manifest.json").read_text()
+    assert artifact.manifest["facts"] | {"asked": 2, "refused": {}} == artifact.manifest["facts"]
+
+
+def test_a_teachers_refusals_are_counted_and_all_of_them_are_an_error(local_ray, in_root, tmp_path, endpoint):
+    engine = EndpointConfig(type="endpoint", url=endpoint)
+    teacher = TeacherModel(model="r1", engine=engine, sampling=SamplingConfig(samples=1))
+
+    def ask(*prompts):
+        folder = tmp_path / f"in{len(prompts)}"
+        folder.mkdir()
+        table = [{"id": p, "prompt": p, "gold": "#### 1", "responses": [], "response_sources": []} for p in prompts]
+        write_rows(folder / "part-0.parquet", table, rows.SftQuestion)
+        run = Run(small_config(tmp_path))
+        return sample(run, "teacher1_samples", Source.teacher(run.config, teacher), Artifact(folder, folder.name))
+
+    some = ask("fine", "too long")
+    ((reason, count),) = some.manifest["facts"]["refused"].items()
+    assert (reason[:39], count) == ("the endpoint refused the request (400: ", 1)
+    assert [bool(row["refused"]) for row in some.rows()] == [False, True]
+    with pytest.raises(UserError, match="teacher1_samples: the teacher answered none of 1 questions: the endpoint"):
+        ask("too long")
+    assert not list((tmp_path / "quickstart" / ".unfinished" / "teacher1_samples").glob("part-*"))
 
 
 def test_teachers_are_grouped_behind_models():

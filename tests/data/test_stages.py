@@ -60,6 +60,7 @@ def test_grades_and_pass_at_k(run, tmp_path):
         (["sft_data.max_pass=0"], ["q2"], "pass@1 above 0"),
         (["sft_data.max_pass=null", "sft_data.quantile=0.25"], ["q2"], "pass@1 above 0"),
         (["sft_data.max_pass=null", "sft_data.quantile=0.5"], ["q0", "q1", "q2"], "pass@1 above 0.75"),
+        (["sft_data.max_pass=0.75"], ["q0", "q1", "q2"], "pass@1 above 0.75"),
         (["sft_data.pass_k=2", "sft_data.max_pass=0.99"], ["q2"], "pass@2 above 0.99"),
     ],
 )
@@ -83,12 +84,7 @@ def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
         [],
     ]
     answers = [["unused"], ["unused"], ["<think>2 + 1\nis 4?</think>\n2 + 1 = 3", "<think>It is 4</think>4"]]
-    taught = score(
-        mine,
-        "teacher1_scores",
-        sampled(tmp_path, first.rows(), answers, "teacher1_samples"),
-        mine.config.sft_data.strip,
-    )
+    taught = score(mine, "teacher1_scores", sampled(tmp_path, first.rows(), answers, "teacher1_samples"))
     last = add_responses(mine, "teacher1_responses", taught, ["samples", "gold"], last=True).rows()
     assert last[2]["responses"] == ["2 + 1 = 3", "So 3.\n#### 3"]
     assert last[2]["response_sources"] == ["teacher1_samples:0", "gold"]

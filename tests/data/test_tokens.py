@@ -80,6 +80,17 @@ def test_rows_that_are_dropped(chat, row, reason):
         tokenise_row(chat, row, SIDES, 64)
 
 
+def test_a_template_that_refuses_a_prompt_quarantines_the_row(toy_base):
+    tokenizer = AutoTokenizer.from_pretrained(toy_base)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+    row = {"id": "0", "prompt": prompt, "chosen": "5", "rejected": "6"}
+    with pytest.raises(RowRejectedError, match="refuses the prompt: System role not supported"):
+        tokenise_row(ChatTokenizer(tokenizer), row, SIDES, 100)
+    assert tokenise_row(ChatTokenizer(tokenizer), row | {"prompt": prompt[1:]}, SIDES, 100)["prompt_ids"]
+
+
 def test_a_template_that_changes_answers_is_counted_and_refused(local_ray, in_root, toy_base, tmp_path):
     (tmp_path / "in").mkdir()
     source = {"source_id": "0", "chosen_source": "data", "rejected_source": "data"}
