@@ -92,8 +92,9 @@ class SamplingConfig(Section):
     """Responses per question, the K of pass@K."""
     temperature: PositiveFloat = 0.7
     max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
-    """Questions per engine call, and per output file: what is lost and made again if an engine dies."""
+    batch_size: PositiveInt = 256
+    """Questions per engine call, and per output file: what is made again if an engine dies. An engine waits for the last
+    answers of a batch, so that small ones are slow."""
 
 
 class EngineConfig(Section):
