@@ -14,7 +14,7 @@ from spo_ray.data.toy import problems
 from spo_ray.data_config import FileData, PreferenceData, QuestionFields, ToyData
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
-from spo_ray.verifiers import load_verifier, verifier_of
+from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
 
 Split = Literal["train", "test"]
 Keep = Callable[[Iterable[Any]], list[Any]]
@@ -53,6 +53,8 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
         exclude.add("test_questions" if split == "train" else "train_questions")
     settings = data.model_dump(mode="json", exclude=exclude)
     sources = inputs(data, _file_split(data, split)) if isinstance(data, FileData) else {}
+    if isinstance(data, QuestionFields):
+        settings["verifier"] = verifier_identity(verifier_of(data))
     if other:
         settings["contamination_words"], sources["against"] = words, other
     return run.stage(f"data_{split}", build, config=settings, inputs=sources)
