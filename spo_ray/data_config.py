@@ -93,8 +93,8 @@ class SamplingConfig(Section):
     temperature: PositiveFloat = 0.7
     max_tokens: PositiveInt = 256
     batch_size: PositiveInt = 256
-    """Questions per engine call, and per output file: what is made again if an engine dies. An engine waits for a batch's
-    last answers, so that small batches are slow."""
+    """Questions per engine call, and per output file: what is made again if an engine dies. An engine waits for the
+    last answers of a batch, so that small ones are slow."""
 
 
 class EngineConfig(Section):
