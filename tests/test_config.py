@@ -1,9 +1,12 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from spo_ray.config import Config, load
 from spo_ray.errors import UserError
+from spo_ray.outline import outline
+from spo_ray.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -15,6 +18,20 @@ def test_every_shipped_config_loads(path):
     config = load(path)
     assert config.methods
     assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
+    """Without a network: what is on the hub counts as "all"."""
+    split = "\n".join(f'{{"question": "q{i}", "answer": {i}}}' for i in range(300))
+    (tmp_path / "train.jsonl").write_text(split)
+    (tmp_path / "test.jsonl").write_text(split)
+    local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
+    config = load(path, [f"output={tmp_path}", *([f"data.path={tmp_path}"] if local else [])])
+    text = outline(Run(config))
+    assert f'"name": "{config.name}"' in text
+    for name, method in config.methods.items():
+        assert re.search(rf"^method_{name} +to do +[\d,al]+  {method.type}, ", text, re.MULTILINE)
 
 
 def test_overrides_reach_nested_fields_and_take_yaml_values():
