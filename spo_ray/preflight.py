@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from spo_ray.config import Config
+from spo_ray.data.read import on_hub
 from spo_ray.data.sample import choose
 from spo_ray.data_config import EngineConfig, TeacherModel
 from spo_ray.errors import UserError
@@ -19,7 +20,7 @@ def preflight(config: Config) -> None:
         UserError: saying what is missing.
     """
     name = config.model.path
-    path, is_hub_id = Path(name), _on_hub(name)
+    path, is_hub_id = Path(name), on_hub(Path(name))
     if not is_hub_id and not (path / "config.json").is_file():
         raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
     from spo_ray.model.tokenise import ChatTokenizer  # takes seconds to import
@@ -37,13 +38,8 @@ def preflight(config: Config) -> None:
     for teacher in config.sft_data.teachers:
         if isinstance(teacher, TeacherModel) and isinstance(teacher.engine, EngineConfig):
             choose(teacher.engine)
-            if not _on_hub(teacher.model) and not (Path(teacher.model) / "config.json").is_file():
+            if not on_hub(Path(teacher.model)) and not (Path(teacher.model) / "config.json").is_file():
                 raise UserError(f"no teacher in {teacher.model} (no config.json there): set a directory or a hub id")
-
-
-def _on_hub(name: str) -> bool:
-    path = Path(name)
-    return len(path.parts) == 2 and not path.parent.is_dir() and not path.is_absolute()
 
 
 def _check_files(config: Config, path: Path) -> None:

@@ -79,11 +79,14 @@ def map_shards(
         arguments: for ``mapper``.
     """
     every = _plan(source, batch_size)
-    shards = [shard for shard in every if not _part(out, shard).exists()]
+    shards = []
     for shard in every:
-        if shard not in shards:
+        part = _part(out, shard)
+        if part.exists():
             ledger.read += shard["rows"]
-            ledger.kept += pq.read_metadata(_part(out, shard)).num_rows
+            ledger.kept += pq.read_metadata(part).num_rows
+        else:
+            shards.append(shard)
     if every and len(shards) < len(every):
         say(name, f"{len(every) - len(shards)} of {len(every)} parts are there already")
     if shards:
