@@ -1,4 +1,4 @@
-.PHONY: setup quickstart test test-slow bench check format lock clean
+.PHONY: setup quickstart test test-slow bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -30,6 +30,10 @@ check: setup ## Format, lint and types, without changing anything
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/ty check
+	@$(PY) scripts/configuration.py --check
+
+docs: setup ## Write docs/configuration.md from the schema
+	@$(PY) scripts/configuration.py
 
 format: setup ## Format and fix what can be fixed
 	@.venv/bin/ruff format .

@@ -15,7 +15,7 @@ from spo_ray.data.clean import clean_pairs
 from spo_ray.data.recipe import preference_pairs, sft_set
 from spo_ray.data.sources import load_data
 from spo_ray.data.tokens import tokenise_pairs, tokenise_sft
-from spo_ray.evaluate.accuracy import evaluate
+from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.preflight import preflight
 from spo_ray.report.page import write_report
 from spo_ray.run import Artifact, Run, external
@@ -32,7 +32,8 @@ def stages(run: Run) -> Iterator[str]:
     train = load_data(run, "train", against=test)
     yield "data"
 
-    connect(config)
+    if not run.only_rehearsed:
+        connect(config)
     base = external(config.model.path)
     chosen = clean_pairs(run, "pairs", train) if has_pairs else sft_set(run, base, train)
     yield "sample"
@@ -40,23 +41,26 @@ def stages(run: Run) -> Iterator[str]:
     sft = train_sft(run, base, tokenise_sft(run, chosen))
     yield "sft"
 
-    held_out = referenced(run, sft, test, "held_out_tokens", "held_out_pairs") if has_pairs else None
-    pairs = chosen if has_pairs else preference_pairs(run, sft, chosen)
-    yield "pairs"
+    first_two = {"base": base, "sft": sft}
+    with Evaluations(run, test) as evaluations:
+        evaluations.start(first_two)
+        held_out = referenced(run, sft, test, "held_out_tokens", "held_out_pairs") if has_pairs else None
+        pairs = chosen if has_pairs else preference_pairs(run, sft, chosen)
+        yield "pairs"
 
-    first = Start(sft, referenced(run, sft, pairs, "pair_tokens", "reference"))
-    yield "reference"
+        first = Start(sft, referenced(run, sft, pairs, "pair_tokens", "reference"))
+        yield "reference"
 
-    methods = train_methods(run, dict.fromkeys(config.methods, first), held_out)
-    for number in range(2, config.rounds + 1):
-        methods = next_round(run, methods, chosen, number)
-    yield "train"
+        methods = train_methods(run, dict.fromkeys(config.methods, first), held_out)
+        for number in range(2, config.rounds + 1):
+            methods = next_round(run, methods, chosen, number)
+        yield "train"
 
-    answers = {} if has_pairs else evaluate(run, {"base": base, "sft": sft} | methods, test)
-    yield "evaluate"
+        found = evaluations.finish(first_two | methods)
+        yield "evaluate"
 
-    write_report(run, methods, answers, test)
-    yield "report"
+        write_report(run, methods, found, pairs, test)
+        yield "report"
 
 
 def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number: int) -> dict[str, Artifact]:

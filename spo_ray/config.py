@@ -5,34 +5,38 @@ nearest valid key. Every field is documented where it stands.
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import (
-    BaseModel,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
-from spo_ray.data_config import (
-    DataConfig,
-    EngineConfig,
-    PairsConfig,
-    PreferenceData,
-    SamplingConfig,
-    SftDataConfig,
-)
+from spo_ray.data_config import DataConfig, EngineConfig, PairsConfig, PreferenceData, SamplingConfig, SftDataConfig
 from spo_ray.errors import UserError
+from spo_ray.eval_config import EvalConfig
 from spo_ray.method_config import MethodConfig, MethodName, Spo
+from spo_ray.redact import is_secret
 from spo_ray.section import Section
+from spo_ray.sweep_config import SweepConfig, space_problems, unmeasured
+from spo_ray.track_config import TrackingConfig
 from spo_ray.train_config import Fraction, PreferenceConfig, SftConfig, TrainConfig
+
+PASSED_ENV = [
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+]
 
 
 class RayConfig(Section):
@@ -44,6 +48,17 @@ class RayConfig(Section):
     """Logical CPUs of a cluster started here; None: the cores, and at least 4."""
     worker_logs: bool = False
     """Show what the workers print; errors are shown in any case."""
+    pass_env: list[str] = PASSED_ENV
+    """Environment variables that a cluster's workers get from this process, where they are set; all others are those of
+    the nodes. Secrets are not allowed: they would stand in the job's description."""
+
+    @field_validator("pass_env")
+    @classmethod
+    def _no_secrets(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if is_secret(name):
+                raise ValueError(f"{name} may be a secret: set it in the environment of the nodes instead")
+        return value
 
 
 class WholeBackbone(Section):
@@ -91,17 +106,6 @@ class ModelConfig(Section):
     """Beside a method's merged checkpoint write its backbone, and phi as a PEFT adapter (`backbone`, `adapter`)."""
 
 
-class EvalConfig(Section):
-    """Accuracy on held-out questions by generation."""
-
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
-    """One sampled answer per question and seed."""
-    temperature: PositiveFloat = 0.7
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 256
-    """Questions per engine call."""
-
-
 class Config(Section):
     """A whole run."""
 
@@ -123,6 +127,9 @@ class Config(Section):
     """Rounds of sampling, pairing and training; each method's further rounds go on from its own last checkpoint."""
     methods: dict[MethodName, MethodConfig] = Field(min_length=1)
     eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sweep: SweepConfig | None = None
+    """For ``pipelines/sweep.py``; all other scripts take no notice of it."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
@@ -130,12 +137,40 @@ class Config(Section):
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
         if self.rounds > 1 and isinstance(self.data, PreferenceData):
             raise ValueError("rounds sample new pairs, and need questions: with preference data, set rounds=1")
+        if "accuracy" in (self.eval.suites or []) and isinstance(self.data, PreferenceData):
+            raise ValueError("suite accuracy needs questions: with preference data, leave it out of eval.suites")
         if self.train.cpu_offload and self.train.sharding == "none":
             raise ValueError("train.cpu_offload needs train.sharding=full")
+        alarm = self.preference.alarm.on_alarm
+        if alarm == "increase_lambda" and not any(isinstance(m, Spo) and m.lambda_sft for m in self.methods.values()):
+            raise ValueError("preference.alarm.on_alarm=increase_lambda needs a method of type spo with lambda_sft > 0")
         sharded = self.train.sharding == "full" and (self.train.num_workers > 1 or self.train.cpu_offload)
         for name, method in self.methods.items():
             if sharded and isinstance(method, Spo) and method.gamma > 0 and method.hinge == "pair":
                 raise ValueError(f"methods.{name}.hinge=pair needs train.sharding=none: sharded passes sum over pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_fits(self) -> "Config":
+        if self.sweep is None:
+            return self
+        if self.sweep.method not in self.methods:
+            raise ValueError(f"sweep.method={self.sweep.method} is none of the methods: {', '.join(self.methods)}")
+        suites = self.eval.chosen(self.data)
+        wrong = unmeasured(self.sweep, suites)
+        if wrong:
+            raise ValueError(f"sweep.objectives: {wrong[0]} is measured by none of the suites {', '.join(suites)}")
+        if isinstance(self.data, PreferenceData) and not self.sweep.validation.pairs:
+            raise ValueError("preference data is validated on pairs: set sweep.validation.pairs")
+        annotators = self.eval.alpaca.annotators if self.eval.alpaca else []
+        if any(isinstance(annotator.engine, EngineConfig) for annotator in annotators):
+            raise ValueError(
+                "a sweep has room for judges at endpoints alone: give every annotator engine.type=endpoint"
+            )
+        if self.preference.alarm.on_alarm == "stop":
+            raise ValueError("a sweep's trials are stopped by sweep.max_fall: set preference.alarm.on_alarm=warn")
+        if self.rounds > 1:
+            raise ValueError("a sweep's trials have one round: set rounds=1")
         return self
 
 
@@ -157,9 +192,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(tree, override)
     try:
-        return Config.model_validate(_plain(tree))
+        config = Config.model_validate(_plain(tree))
     except ValidationError as error:
-        raise UserError(_explain(error, tree, str(path))) from error
+        raise UserError(_explain(error, tree, str(path), overrides)) from error
+    problems = list(space_problems(config)) if config.sweep else []
+    if problems:
+        lines = [(f"{path}:{_line(tree, ['sweep', 'space', key])}", key, text) for key, text in problems]
+        raise UserError("\n".join(f"{where}: sweep.space.{key}: {text}" for where, key, text in lines))
+    return config
 
 
 def _plain(node: Any) -> Any:
@@ -186,13 +226,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: the value is no YAML: {error}") from error
 
 
-def _explain(error: ValidationError, tree: CommentedMap, path: str) -> str:
+def _given(key: Sequence[int | str], overrides: Sequence[str]) -> bool:
+    """Whether an override is about this key, or has it in its value."""
+    name = ".".join(map(str, key))
+    return any(f"{name}.".startswith(f"{override.partition('=')[0]}.") for override in overrides)
+
+
+def _explain(error: ValidationError, tree: CommentedMap, path: str, overrides: Sequence[str]) -> str:
     lines = []
     for item in error.errors():
         where = [part for part in item["loc"] if part != "[key]"]
         key = _drop_tags(where, tree)
         line = _line(tree, key)
-        text = f"{path}{f':{line}' if line else ''}: " + (f"{'.'.join(map(str, key))}: " if key else "")
+        place = "command line" if _given(key, overrides) else f"{path}{f':{line}' if line else ''}"
+        text = f"{place}: " + (f"{'.'.join(map(str, key))}: " if key else "")
         if item["type"] == "extra_forbidden":
             known = _fields(key[:-1], tree)
             near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
@@ -200,9 +247,19 @@ def _explain(error: ValidationError, tree: CommentedMap, path: str) -> str:
             text += f"unknown key; {hint}"
         else:
             given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-            text += item["msg"] + given
+            text += item["msg"] + given + _nearest_value(item)
         lines.append(text)
     return "\n".join(lines)
+
+
+def _nearest_value(item: Any) -> str:
+    """A hint for a word that is none of the allowed ones."""
+    allowed = re.findall(
+        "'([^']+)'", str(item.get("ctx", {}).get("expected", item.get("ctx", {}).get("expected_tags")))
+    )
+    given = item["input"].get("type") if isinstance(item["input"], dict) else item["input"]
+    near = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _drop_tags(where: Sequence[int | str], tree: Any) -> list[int | str]:

@@ -149,8 +149,8 @@ class EndpointConfig(Section):
     @field_validator("url")
     @classmethod
     def _no_secrets(cls, value: str) -> str:
-        if "@" in value:
-            raise ValueError("a user name or password would be written into manifests: use api_key_env")
+        if "@" in value or "?" in value:
+            raise ValueError("a password or key would be written into manifests: use api_key_env")
         return value
 
 

@@ -1,6 +1,5 @@
-"""``--dry-run``: the stages of a job, what is there already, and at most how many rows each would have."""
+"""The stages of a job from its configuration alone: at most how many rows and tokens each would have."""
 
-import json
 from collections.abc import Generator, Iterator
 from math import ceil
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 from spo_ray.config import Config
 from spo_ray.data.read import on_hub, raw_rows
 from spo_ray.data_config import EndpointConfig, EngineConfig, FileData, PreferenceData, TeacherModel, ToyData
-from spo_ray.run import MANIFEST, Run
+from spo_ray.eval_config import LM_EVAL, AlpacaConfig
 
 
 class Line(NamedTuple):
@@ -19,23 +18,14 @@ class Line(NamedTuple):
     """At most; None: as many as a dataset on the hub has."""
     what: str
     resources: str = "1 CPU a task"
+    tokens: int | None = None
+    """That a model makes or reads, at most; None: there is no model, or the rows are not known."""
+    trains: str | None = None
+    """``sft``, or the method that is trained."""
 
 
-def outline(run: Run) -> str:
-    """The table for a terminal, below the resolved configuration."""
-    text = json.dumps(run.config.model_dump(mode="json"), indent=2)
-    every = list(_lines(run.config))
-    width = max(len(line.stage) for line in every)
-    lines = [f"{'stage':<{width}} {'':<6} {'rows, at most':>13}  what"]
-    for line in every:
-        there = "there" if (run.root / line.stage / MANIFEST).exists() else "to do"
-        rows = "all" if line.rows is None else f"{line.rows:,}"
-        lines.append(f"{line.stage:<{width}} {there:<6} {rows:>13}  {line.what} ({line.resources})")
-    end = "Stages that are there are reused where neither their settings nor their inputs have changed."
-    return "\n".join([text, "", *lines, "", end])
-
-
-def _lines(config: Config) -> Iterator[Line]:
+def outline(config: Config) -> Iterator[Line]:
+    """All stages, in their order."""
     train, test = _count(config, "train"), _count(config, "test")
     yield Line("data_test", test, "rows for evaluation", "driver")
     yield Line("data_train", train, "rows for training", "driver")
@@ -46,30 +36,26 @@ def _lines(config: Config) -> Iterator[Line]:
         chosen = yield from _sft_set(config, train)
         pairs = _times(chosen, config.pairs.per_question)
     responses = 1 if isinstance(config.data, PreferenceData) else config.sft_data.responses_per_question
-    texts = _times(chosen, responses)
+    texts, length = _times(chosen, responses), config.train.max_length
     yield Line("sft_tokens", texts, f"token ids, up to {config.train.max_length} a row")
-    yield Line("sft", texts, f"{_steps(texts, config.sft.batch_size, config.sft.epochs)} steps", _workers(config))
+    steps, seen = _steps(texts, config.sft.batch_size, config.sft.epochs), _times(texts, length * config.sft.epochs)
+    yield Line("sft", texts, f"{steps} steps", _workers(config), seen, "sft")
     if isinstance(config.data, PreferenceData):
         yield from _referenced(config, "held_out_tokens", "held_out_pairs", test)
     else:
         yield from _pairs(config, chosen, pairs, "sft", "")
     yield from _referenced(config, "pair_tokens", "reference", pairs)
     steps = _steps(pairs, config.preference.batch_size, config.preference.epochs)
+    seen = _times(pairs, 2 * length * config.preference.epochs)
     for name, method in config.methods.items():
-        yield Line(f"method_{name}", pairs, f"{method.type}, {steps} steps", _workers(config))
+        yield Line(f"method_{name}", pairs, f"{method.type}, {steps} steps", _workers(config), seen, name)
     for number in range(2, config.rounds + 1):
         for name, method in config.methods.items():
             suffix = f"_{name}_round{number}"
             yield from _pairs(config, chosen, pairs, suffix[1:], suffix)
             yield from _referenced(config, f"pair_tokens{suffix}", f"reference{suffix}", pairs)
-            yield Line(f"method{suffix}", pairs, f"{method.type}, {steps} steps", _workers(config))
-    if not isinstance(config.data, PreferenceData):
-        for name in ("base", "sft", *config.methods):
-            answers = _times(test, 1 + len(config.eval.seeds))
-            yield Line(
-                f"eval_{name}", answers, f"answers, greedy and {len(config.eval.seeds)} seeds", _engines(config.engine)
-            )
-
+            yield Line(f"method{suffix}", pairs, f"{method.type}, {steps} steps", _workers(config), seen, name)
+    yield from _evaluations(config, test)
     yield Line("report", 1, "a page", "driver")
 
 
@@ -89,14 +75,47 @@ def _sft_set(config: Config, train: int | None) -> Generator[Line, None, int | N
     return chosen
 
 
+def _evaluations(config: Config, test: int | None) -> Iterator[Line]:
+    checkpoints, engines, tokens = ("base", "sft", *config.methods), _engines(config.engine), config.eval.max_tokens
+    prompts = config.eval.health.prompts if test is None else min(test, config.eval.health.prompts)
+    for suite in config.eval.chosen(config.data):
+        for name in checkpoints:
+            compared = name not in ("base", "sft")
+            if suite == "accuracy":
+                answers = _times(test, 1 + len(config.eval.seeds))
+                what = f"answers, greedy and {len(config.eval.seeds)} seeds"
+                yield Line(f"eval_{name}", answers, what, engines, _times(answers, tokens))
+            elif suite == "health":
+                texts = prompts * (3 if compared else 2)
+                what, most = f"texts of up to {tokens} tokens, and their probabilities", texts * tokens
+                yield Line(f"health_{name}", texts, what, engines, most)
+                if compared:
+                    what = "probabilities of its texts under the SFT model"
+                    yield Line(f"shift_{name}", prompts, what, engines, prompts * tokens)
+            elif suite == "alpaca_eval" and config.eval.alpaca:
+                yield from _judged(config.eval.alpaca, name, engines)
+            else:
+                yield Line(f"lm_eval_{suite.removeprefix(LM_EVAL)}@{name}", None, "the harness's task", engines)
+    yield Line("scores", None, "figures with intervals", "driver")
+    yield Line("comparisons", None, "paired tests", "driver")
+
+
+def _judged(config: AlpacaConfig, name: str, engines: str) -> Iterator[Line]:
+    limit = config.limit
+    most = _times(limit, config.max_tokens)
+    yield Line(f"alpaca_{name}", limit, f"answers of up to {config.max_tokens} tokens", engines, most)
+    for annotator in config.annotators:
+        requests = _times(limit, 2 if annotator.orders == "both" else 1)
+        what = f"verdicts of {annotator.model}" + (f" by at most {requests} requests" if requests else "")
+        yield Line(f"judged_{name}@{annotator.name}", limit, what, _engines(annotator.engine))
+
+
 def _sampled(
     name: str, questions: int | None, samples: int, tokens: int, engine: EngineConfig | EndpointConfig, model: str = ""
 ) -> Iterator[Line]:
-    most = "" if questions is None else f", at most {questions * samples * tokens / 1e6:.1f}M tokens"
-    by = f" by {model}" if model else ""
-    yield Line(
-        f"{name}_samples", _times(questions, samples), f"{samples} samples a question{by}{most}", _engines(engine)
-    )
+    what = f"{samples} samples a question{f' by {model}' if model else ''}"
+    count = _times(questions, samples)
+    yield Line(f"{name}_samples", count, what, _engines(engine), _times(count, tokens))
     yield Line(f"{name}_scores", _times(questions, samples), "graded samples")
 
 
@@ -108,7 +127,8 @@ def _pairs(config: Config, chosen: int | None, pairs: int | None, name: str, suf
 
 def _referenced(config: Config, tokens: str, name: str, pairs: int | None) -> Iterator[Line]:
     yield Line(tokens, pairs, f"token ids, up to {config.train.max_length} a row")
-    yield Line(name, pairs, "reference log-probabilities", _workers(config))
+    seen = _times(pairs, 2 * config.train.max_length)
+    yield Line(name, pairs, "reference log-probabilities", _workers(config), seen)
 
 
 def _engines(engine: EngineConfig | EndpointConfig) -> str:

@@ -1,14 +1,18 @@
 """What can be refused before anything long starts."""
 
 import json
+import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from spo_ray.config import Config
 from spo_ray.data.read import on_hub
 from spo_ray.data.sample import choose
-from spo_ray.data_config import EngineConfig, TeacherModel
+from spo_ray.data_config import EndpointConfig, EngineConfig, TeacherModel
 from spo_ray.errors import UserError
-from spo_ray.run import say
+from spo_ray.eval_config import LM_EVAL, AlpacaConfig
+from spo_ray.progress import say
+from spo_ray.track import check_trackers
 
 
 def preflight(config: Config) -> None:
@@ -19,6 +23,7 @@ def preflight(config: Config) -> None:
     Raises:
         UserError: saying what is missing.
     """
+    check_trackers(config.tracking)
     name = config.model.path
     path, is_hub_id = Path(name), on_hub(Path(name))
     if not is_hub_id and not (path / "config.json").is_file():
@@ -30,16 +35,54 @@ def preflight(config: Config) -> None:
     except UserError:
         raise
     except Exception as error:  # missing files, but also any mistake in a chat template
-        raise UserError(f"the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
+        absent = f"there is no folder {name} here, and on the hub " if is_hub_id else ""
+        raise UserError(f"{absent}the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
     if not is_hub_id:
         _check_files(config, path)
     engine, why = choose(config.engine)
     say("engine", f"{engine} ({why})")
     for teacher in config.sft_data.teachers:
-        if isinstance(teacher, TeacherModel) and isinstance(teacher.engine, EngineConfig):
-            choose(teacher.engine)
-            if not on_hub(Path(teacher.model)) and not (Path(teacher.model) / "config.json").is_file():
-                raise UserError(f"no teacher in {teacher.model} (no config.json there): set a directory or a hub id")
+        if isinstance(teacher, TeacherModel):
+            _check_engine("teacher", teacher.model, teacher.engine)
+    check_evaluation(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Nobody wants to hear of a missing key, a bad template or an unknown task after hours of training.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    for suite in config.eval.chosen(config.data):
+        if suite.startswith(LM_EVAL):
+            from spo_ray.evaluate.harness import known_task
+
+            known_task(suite.removeprefix(LM_EVAL), config.eval.lm_eval)
+        elif suite == "alpaca_eval" and config.eval.alpaca:
+            _check_judges(config.eval.alpaca)
+
+
+def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) -> None:
+    """An endpoint's key, or a local model and an engine for it."""
+    if isinstance(engine, EndpointConfig):
+        local = urlsplit(engine.url).hostname in ("localhost", "127.0.0.1", "::1")
+        if not local and engine.api_key_env not in os.environ:
+            raise UserError(f"{what} {model} at {engine.url}: there is no key; export {engine.api_key_env}")
+        return
+    choose(engine)
+    if not on_hub(Path(model)) and not (Path(model) / "config.json").is_file():
+        raise UserError(f"no {what} in {model} (no config.json there): set a directory or a hub id")
+
+
+def _check_judges(config: AlpacaConfig) -> None:
+    from spo_ray.evaluate.alpaca import read_instructions
+    from spo_ray.evaluate.judge import read_template
+
+    if not on_hub(config.instructions):
+        read_instructions(config)
+    for annotator in config.annotators:
+        read_template(annotator)
+        _check_engine("annotator", annotator.model, annotator.engine)
 
 
 def _check_files(config: Config, path: Path) -> None:

@@ -113,6 +113,115 @@ class EvalRow(TypedDict):
     strict: bool
 
 
+class HealthRow(TypedDict):
+    """A text and its probability under a checkpoint."""
+
+    id: str
+    checkpoint: str
+    written_by: str
+    """The checkpoint itself, or the SFT model."""
+    seed: int | None
+    """None: greedy; else at temperature 1."""
+    response: str
+    finished: bool
+    logp: float
+    """Under the checkpoint, nats, summed, the end token included."""
+    logp_author: float
+    """Under the model that wrote it."""
+    prompt_ids: list[int]
+    ids: list[int]
+
+
+class ShiftRow(TypedDict):
+    """What the SFT model says of a text that a checkpoint wrote at temperature 1."""
+
+    id: str
+    checkpoint: str
+    logp: float
+    """Under the checkpoint, nats."""
+    logp_sft: float
+
+
+class Output(TypedDict):
+    """An answer to an instruction, and the baseline's."""
+
+    id: str
+    checkpoint: str
+    instruction: str
+    dataset: str
+    output: str
+    finished: bool
+    baseline_output: str
+    baseline: str
+
+
+class Judgement(TypedDict):
+    """A judge's view of an output."""
+
+    id: str
+    checkpoint: str
+    annotator: str
+    preference: float | None
+    """1: the baseline's output is better, 2: the checkpoint's; None: no verdict."""
+    reason: str | None
+    """Why there is none."""
+    verdicts: list[str]
+    """What the judge said, one for each order."""
+    checkpoint_first: list[bool]
+
+
+class Provenance(TypedDict):
+    """What a figure was measured with."""
+
+    model: str
+    """Digest of the checkpoint."""
+    tokenizer: str
+    template: str
+    engine: str
+    sampling: str
+    """Settings, as JSON."""
+
+
+class Score(TypedDict):
+    """One figure of one checkpoint."""
+
+    checkpoint: str
+    suite: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    interval: str | None
+    """How the 95% interval was made."""
+    n: int
+    """Items."""
+    std: float | None
+    """Standard deviation over the seeds."""
+    seeds: list[int]
+    provenance: Provenance
+
+
+class Comparison(TypedDict):
+    """Two checkpoints on the same items."""
+
+    metric: str
+    first: str
+    second: str
+    difference: float
+    """First minus second."""
+    low: float
+    high: float
+    """95%, paired bootstrap over the items."""
+    p_value: float
+    p_adjusted: float
+    """Holm's, over all comparisons of the metric."""
+    test: str
+    wins: int
+    """Items on which the first is better."""
+    losses: int
+    n: int
+
+
 class Rejected(TypedDict):
     """A quarantined row."""
 

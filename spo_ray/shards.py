@@ -5,7 +5,6 @@ and one operator does all the work, which spares the start of more worker proces
 file, so no row is written twice; a stage that was cut off goes on with the shards whose files are missing.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +16,13 @@ import ray.data
 
 from spo_ray import rows
 from spo_ray.errors import RowRejectedError
-from spo_ray.run import REJECTED_PARTS, Artifact, Ledger, say, write_rows
+from spo_ray.progress import progress, say
+from spo_ray.run import REJECTED_PARTS, Artifact, Ledger, write_rows
 
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[rows.Rejected]]
 Mapper = Callable[[list[Row]], Mapped]
 """Rows in, (rows out, quarantined rows)."""
-REPORT_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,9 @@ def each_row(function: Callable[[Row], list[Row]]) -> Mapper:
                 kept += function(row)
             except RowRejectedError as error:
                 rejected.append({"id": row["id"], "reason": str(error), "excerpt": str(row)[:200]})
+            except Exception as error:
+                error.add_note(f"row {row['id']}")
+                raise
         return kept, rejected
 
     return mapper
@@ -158,7 +160,11 @@ def _map_and_write(shard: Row, mapper: Mapper, out: str, kind: Any) -> Row:
     table: list[Row] = []
     for piece in shard["pieces"]:
         table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
-    kept, rejected = mapper(table)
+    try:
+        kept, rejected = mapper(table)
+    except Exception as error:
+        error.add_note(f"shard {shard['name']}, rows {table[0]['id']} to {table[-1]['id']}")
+        raise
     if rejected:  # first: the part's presence means that the shard is done
         write_rows(Path(out) / f"rejected-{shard['name']}.parquet", rejected, rows.Rejected)
     write_rows(_part(Path(out), shard), kept, kind)
@@ -166,10 +172,9 @@ def _map_and_write(shard: Row, mapper: Mapper, out: str, kind: Any) -> Row:
 
 
 def _progress(name: str, stats: Iterable[Row], total: int) -> Iterator[Row]:
-    done, kept, last = 0, 0, time.monotonic()
-    for row in stats:
-        yield row
-        done, kept = done + row["read"], kept + row["kept"]
-        if time.monotonic() - last > REPORT_EVERY_S and done < total:
-            say(name, f"{done}/{total} rows read, {kept} written")
-            last = time.monotonic()
+    done, kept = 0, 0
+    with progress(name) as update:
+        for row in stats:
+            yield row
+            done, kept = done + row["read"], kept + row["kept"]
+            update(done, total, f"{done}/{total} rows read, {kept} written")

@@ -33,6 +33,24 @@ class SftConfig(GroupConfig):
     """Rows of a step, over all workers."""
 
 
+class AlarmConfig(Section):
+    """Limits of what a method may do to preferred answers and to its text; None: no limit."""
+
+    max_fall: PositiveFloat | None = 1.0
+    """Fall of the probe pairs' mean log pi(y_w) below its start, in nats."""
+    max_both_fell: Fraction | None = 0.5
+    """Share of the probe pairs whose log-probabilities both fell."""
+    max_repetition: Fraction | None = 0.5
+    """Share of 4-grams in sampled answers that were there before in the same answer."""
+    max_length_ratio: Annotated[float, Field(gt=1.0)] | None = 3.0
+    """How many times as long, or as short, as at the start sampled answers may become."""
+    on_alarm: Literal["warn", "stop", "increase_lambda"] = "warn"
+    """``stop`` ends the method's training with the state that it has; ``increase_lambda`` raises ``lambda_sft`` of SPO
+    at every measurement beyond a limit, and warns for other methods."""
+    lambda_factor: Annotated[float, Field(gt=1.0)] = 2.0
+    max_lambda: PositiveFloat = 100.0
+
+
 class PreferenceConfig(Section):
     """What every preference method shares, so that methods differ in their gradient alone."""
 
@@ -43,13 +61,19 @@ class PreferenceConfig(Section):
     epochs: PositiveInt = 3
     batch_size: PositiveInt = 4
     """Pairs of a step, over all workers."""
-    probe_every: PositiveInt = 10
+    probe_every: PositiveInt = 200
     """Steps between measurements of the log-probabilities of ``probe_pairs`` fixed pairs."""
-    probe_pairs: PositiveInt = 64
+    probe_pairs: PositiveInt = 16
     probe_top_tokens: NonNegativeInt = 0
     """Tokens of the SFT model's own answers y* to the probe prompts, whose log-probability is followed; 0: none."""
-    dynamics_every: PositiveInt | None = None
+    dynamics_every: PositiveInt | None = 200
     """Steps between measurements of the learning dynamics (gradient terms, forecasts, what came true); None: never."""
+    health_every: PositiveInt | None = 500
+    """Steps between looks at sampled answers to probe prompts (repetition, diversity, length, entropy); None: never."""
+    health_prompts: PositiveInt = 8
+    health_tokens: PositiveInt = 64
+    """Longest sampled answer."""
+    alarm: AlarmConfig = AlarmConfig()
 
 
 class BestConfig(Section):

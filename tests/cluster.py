@@ -33,7 +33,7 @@ def head(folder):
         while not reachable(dashboard):
             assert process.poll() is None and time.time() < deadline, (folder / "head.log").read_text()
             time.sleep(0.5)
-        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS": f"127.0.0.1:{port}"}
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -54,9 +54,9 @@ def reachable(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def submit(environment, job):
+def submit(environment, job, *options):
     """``ray job submit``, which follows the job to its end."""
-    command = [RAY, "job", "submit", "--working-dir", ".", "--", *job]
+    command = [RAY, "job", "submit", "--working-dir", ".", *options, "--", *job]
     for _ in range(20):  # the server answers before its job agent is there
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
         if "No available agent" not in done.stderr:

@@ -95,3 +95,33 @@ def test_inspect_without_usable_data(in_root, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "no column 'chosen'" in printed.out
     assert "no row can be used" in printed.err
+
+
+def test_every_command_has_help_and_completion(capsys):
+    names = [name for name in cli.app if not name.startswith("-")]
+    assert {"run", "plan", "doctor", "sample", "pairs", "train", "score", "inspect", "report"} <= set(names)
+    for name in names:
+        assert call(name, "--help") == 0
+        assert len(capsys.readouterr().out.splitlines()) > 5
+    script = cli.app.generate_completion(prog_name="spo-ray", shell="bash")
+    assert all(name in script for name in names)
+
+
+def test_score_alpaca_eval_prints_json_and_names_what_is_left_out(tmp_path, capsys):
+    sides = {"instruction": "i", "output_1": "one", "output_2": "two", "generator_1": "base", "generator_2": "new"}
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps([sides | {"preference": value} for value in (2.0, 1.5, None)]))
+    assert call("score", "alpaca-eval", str(file), "--lc", "minimal") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "win_rate": 75.0,
+        "standard_error": 25.0,
+        "discrete_win_rate": 75.0,
+        "length_controlled_win_rate": None,
+        "lc_method": "length_controlled_minimal",
+        "n_total": 2,
+    }
+    assert "1 records without a preference are left out" in printed.err
+    assert call("score", "alpaca-eval", str(file)) == 0  # tests run without the hub
+    assert "by the minimal formula, not by v1" in capsys.readouterr().err
+    assert call("score", "alpaca-eval", str(tmp_path / "absent.json")) == 2

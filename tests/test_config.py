@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.full import stages
 from spo_ray.config import Config, load
 from spo_ray.errors import UserError
-from spo_ray.outline import outline
-from spo_ray.run import Run
+from spo_ray.plan import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -28,10 +28,10 @@ def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
     (tmp_path / "test.jsonl").write_text(split)
     local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
     config = load(path, [f"output={tmp_path}", *([f"data.path={tmp_path}"] if local else [])])
-    text = outline(Run(config))
+    text, _ = plan(config, stages)
     assert f'"name": "{config.name}"' in text
     for name, method in config.methods.items():
-        assert re.search(rf"^method_{name} +to do +[\d,al]+  {method.type}, ", text, re.MULTILINE)
+        assert re.search(rf"^method_{name} +to do +[\d,al]+ .* {method.type}, ", text, re.MULTILINE)
 
 
 def test_overrides_reach_nested_fields_and_take_yaml_values():
@@ -71,9 +71,25 @@ def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
         assert message in str(caught.value)
 
 
+def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(QUICKSTART.read_text().replace("  samples: 8", "  sampels: 8", 1))
+    overrides = ["sft.lrr=1", "methods.new={type: dpo, gamma: 1}", "seed=2"]
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    places = {line.split(": ")[1]: line.split(": ")[0] for line in str(caught.value).splitlines()}
+    assert places == {
+        "sampling.sampels": f"{path}:{line_of('  samples: 8')}",
+        "sft.lrr": "command line",
+        "methods.new.gamma": "command line",
+    }
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["train.precision=bfloat"], "did you mean 'bfloat16'?"),
+        (["methods.new={type: sop}"], "did you mean 'spo'?"),
         (["seed"], "must look like key.sub=value"),
         (["seed.x=1"], "holds a value, not a section"),
         (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),

@@ -18,6 +18,8 @@ from spo_ray.cluster import check_plan
 from spo_ray.config import load
 from spo_ray.errors import UserError
 from spo_ray.preflight import preflight
+from spo_ray.report.comparison import write_reports
+from spo_ray.report.data import SHOWN_DROPPED
 from spo_ray.run import Artifact
 
 from .cluster import head, submit
@@ -25,6 +27,9 @@ from .helpers import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = "sft_data.teachers=[{model: absent/teacher/here, engine: {type: transformers, gpus: 2, max_model_len: 5000}}]"
+REDONE = ["method_spo", "eval_spo", "health_spo", "shift_spo", "scores", "comparisons", "report"]
+FIGURES = 6
+"""Accuracy, log-probabilities (three), gradient terms, text health."""
 FULL = [sys.executable, "pipelines/full.py", "--config", "configs/quickstart.yaml"]
 
 
@@ -64,11 +69,11 @@ def test_summary_has_every_method_with_its_figures(finished):
 def test_a_dry_run_names_the_stages_and_bounds_their_rows(finished):
     root, arguments, _ = finished
     text = run([*FULL, *arguments, "--dry-run"]).stdout
-    found = dict(re.findall(r"^(\w+) +there +([\d,]+) ", text, re.MULTILINE))
+    found = dict(re.findall(r"^(\w+) +reused +([\d,]+|all) ", text, re.MULTILINE))
     made = {path.parent.name: json.loads(path.read_text()) for path in root.glob("*/manifest.json")}
     assert found.keys() == made.keys()
     for name, most in found.items():
-        if not name.endswith(("_samples", "_scores")):  # whose rows have several samples each
+        if most != "all" and not name.endswith(("_samples", "_scores")):  # whose rows have several samples each
             assert made[name]["rows"]["kept"] <= int(most.replace(",", "")), name
     assert int(found["base_samples"]) == made["base_samples"]["rows"]["kept"] * 4
 
@@ -103,10 +108,67 @@ def test_pairs_are_sft_responses_against_wrong_samples(finished):
 def test_report_is_self_contained(finished):
     root, _, _ = finished
     page = (root / "report" / "index.html").read_text()
-    assert page.count("<svg") == 3  # accuracy, log-probabilities, gradient terms
-    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+    own, _, code = page.partition('<script type="module">')
+    assert own.count("<div class=figure>") == FIGURES
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", own)
+    assert len(code) > 500_000  # what draws the figures is in the page
     for name in ("base", "sft", "dpo", "spo"):
-        assert f"<td>{name}</td>" in page
+        assert f">{name}</a></td>" in page
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize("look", [{}, {"color_scheme": "dark"}, {"viewport": {"width": 390, "height": 800}}])
+def test_the_report_in_a_browser(finished, look):
+    from playwright.sync_api import sync_playwright
+
+    root, _, _ = finished
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(**look)
+        messages, asked = [], []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((root / "report" / "index.html").as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.figure svg').length == {FIGURES}", timeout=60_000)
+        marks = page.eval_on_selector_all(".figure svg", "all => all.map(svg => svg.querySelectorAll('path').length)")
+        assert min(marks) > 10
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # wide parts scroll alone
+        ink, paper = (page.evaluate(f"getComputedStyle(document.body).{key}") for key in ("color", "backgroundColor"))
+        light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ink, paper)]
+        assert (light[0] > light[1]) == ("color_scheme" in look)
+        browser.close()
+    assert not messages
+    assert all(url.startswith(("file:", "data:")) for url in asked)
+
+
+def test_the_report_lists_dropped_rows_by_stage_and_reason(finished):
+    root, _, _ = finished
+    page = (root / "report" / "index.html").read_text()
+    files = list(root.glob("*/rejected.parquet"))
+    assert files
+    for file in files:
+        dropped = pq.read_table(file).to_pylist()
+        for reason in {row["reason"] for row in dropped}:
+            ids = [row["id"] for row in dropped if row["reason"] == reason]
+            assert f"{file.parent.name}: {len(ids)} {reason}" in page
+            assert all(f"<td>{row_id}</td>" in page for row_id in ids[:SHOWN_DROPPED])
+
+
+def test_a_finished_run_gets_its_page_again_and_is_compared_without_a_cluster(finished, tmp_path, capsys):
+    root, _, _ = finished
+    page = (root / "report" / "index.html").read_text()
+    shutil.rmtree(root / "report")
+    other = shutil.copytree(root, tmp_path / "other")
+    assert guarded(lambda: write_reports([root], None)) == 0
+    assert (root / "report" / "index.html").read_text() == page
+    assert guarded(lambda: write_reports([root, other], tmp_path / "both.html")) == 0
+    assert "ray: started" not in capsys.readouterr().out
+    both = (tmp_path / "both.html").read_text()
+    for label in ("quickstart", "other"):
+        for name in ("base", "sft", "dpo", "spo"):
+            assert re.search(rf">{label}(</a>)?</td><td><a [^>]*>{name}</a></td>", both)
+    assert "Settings that differ</h2>\n<p class=note>None.</p>" in both
 
 
 def test_progress_is_reported_while_sampling_and_training(finished):
@@ -120,6 +182,9 @@ def test_the_same_command_reuses_everything_and_a_change_redoes_its_part_only(fi
     _, arguments, _ = finished
     again = run([*FULL, *arguments]).stdout
     assert not re.search(r": starts$", again, re.M)
+    plan = run([*FULL, *arguments, "--dry-run", "methods.spo.lambda_sft=2"]).stdout
+    assert re.findall(r"^(\w+) +again ", plan, re.M) == REDONE
+    assert re.search(r"^  method_spo +method\.lambda_sft 1\.0 -> 2\.0$", plan, re.M)
     changed = run([sys.executable, "pipelines/train.py", *FULL[2:], *arguments, "methods.spo.lambda_sft=2"]).stdout
     assert re.findall(r"(\w+): starts$", changed, re.M) == ["method_spo"]
 
@@ -157,11 +222,6 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path):
     assert code == 130, errors[-2000:]
     assert "finished stages are kept" in errors
     assert finished_stages(tmp_path) == ["data_test", "data_train"]
-    code, errors = interrupted(arguments, "sft: starts")
-    assert code == 130, errors[-2000:]
-    assert finished_stages(tmp_path) == sorted(
-        ["data_test", "data_train", "base_samples", "base_scores", "sft_questions", "sft_tokens"]
-    )
 
 
 def finished_stages(output):
@@ -256,7 +316,8 @@ def test_usage_errors_exit_with_2():
     assert run([sys.executable, "pipelines/full.py", "--cnfig", "x"], check=False).returncode == 2
 
 
-def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data, rounds):
     config = "configs/gsm8k/tiny-cpu.yaml"
     arguments = [
         f"output={tmp_path}",
@@ -267,7 +328,7 @@ def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
         "sampling.max_tokens=96",
         "eval.max_tokens=64",
         "methods={spo: {type: spo}}",
-        "rounds=2",
+        f"rounds={rounds}",
     ]
     run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
     root = tmp_path / "gsm8k-tiny-cpu"
@@ -275,22 +336,22 @@ def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data):
     assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 4
     assert summary["methods"]["spo"]["pairs"] > 0
     questions = {json.loads(line)["question"] for line in (shared_data / "gsm8k" / "train.jsonl").open()}
-    for suffix in ("", "_spo_round2"):
+    for suffix in ("", "_spo_round2")[:rounds]:
         pairs = Artifact(root / f"pairs{suffix}", "").rows()
         assert pairs
         assert all(pair["prompt"][0]["content"] in questions for pair in pairs)
         assert {pair["rejected_source"].split(":")[0] for pair in pairs} == {f"{suffix[1:] or 'sft'}_samples"}
-    last = json.loads((root / "method_spo_round2" / "manifest.json").read_text())["inputs"]
-    assert last["model"] == json.loads((root / "method_spo" / "manifest.json").read_text())["digest"]
-    assert json.loads((root / "eval_spo" / "manifest.json").read_text())["inputs"]["model"] == digest_of(
-        root / "method_spo_round2"
-    )
+    first, last = root / "method_spo", root / ("method_spo" if rounds == 1 else "method_spo_round2")
+    if rounds == 2:
+        assert json.loads((last / "manifest.json").read_text())["inputs"]["model"] == digest_of(first)
+    assert json.loads((root / "eval_spo" / "manifest.json").read_text())["inputs"]["model"] == digest_of(last)
 
 
 def digest_of(stage):
     return json.loads((stage / "manifest.json").read_text())["digest"]
 
 
+@pytest.mark.slow
 def test_real_preference_pairs_run_through_the_whole_job(tmp_path, shared_data):
     config = "configs/ultrafeedback/tiny-cpu.yaml"
     arguments = [f"output={tmp_path}", f"data.path={shared_data}/ultrafeedback", "data.train_pairs=24"]

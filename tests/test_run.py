@@ -1,6 +1,8 @@
 import json
+import pickle
 import subprocess
 import sys
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,8 @@ import pytest
 
 from spo_ray import rows
 from spo_ray.errors import UserError
-from spo_ray.run import Run, external, write_rows
+from spo_ray.run import Run, external, write_json, write_rows
+from spo_ray.status import STATUS, recorded
 
 from .helpers import small_config
 
@@ -43,6 +46,18 @@ def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(run, t
     run.stage("next", counting(calls), config={}, inputs={"s": artifact})
     assert len(calls) == 4
     assert [row["id"] for row in artifact.rows()] == ["a", "b"]
+
+
+def test_a_run_that_is_at_work_can_be_sent_to_other_processes(run):
+    run.root.mkdir(parents=True)
+    with recorded(run):
+        run.open("s", config={}, inputs={})
+        sent = pickle.loads(pickle.dumps(run))
+        assert (sent.root, sent.config, sent.names) == (run.root, run.config, run.names)
+        before = (run.root / STATUS).read_text()
+        sent.open("of another process", config={}, inputs={})
+        assert (run.root / STATUS).read_text() == before
+    assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
 
 
 def test_a_failed_stage_leaves_the_finished_one_alone(run):
@@ -131,3 +146,24 @@ def test_no_rows_is_an_error_that_points_at_the_manifests():
 
     with pytest.raises(UserError, match=r"no pairs: see the drop reasons"):
         require_rows([], "pairs")
+
+
+def test_threads_write_the_same_file_one_after_the_other(tmp_path):
+    """As stages do that run side by side: every write leaves a whole file, and none fails."""
+    errors = []
+
+    def work(number):
+        try:
+            for i in range(50):
+                write_json(tmp_path / "status.json", {"number": number, "i": i, "text": "x" * 1000})
+                json.loads((tmp_path / "status.json").read_text())
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]

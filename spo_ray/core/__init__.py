@@ -7,32 +7,16 @@ when they are first used, so that grading a million answers never imports torch.
 from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "spo_gradients": "spo",
-    "completion_logps": "logps",
-    "token_logps": "logps",
-    "dpo": "losses",
-    "cdpo": "losses",
-    "robust_dpo": "losses",
-    "ipo": "losses",
-    "simpo": "losses",
-    "alpha_dpo": "losses",
-    "dpop": "losses",
-    "nll": "losses",
-    "dpo_nll": "losses",
-    "sft_loss": "losses",
-    "RunningStatistics": "running",
-    "ReferenceStatistics": "running",
-    "DualVariable": "safe_region",
-    "GradientTerms": "dynamics",
-    "forecast": "dynamics",
-    "sgd_forecast": "dynamics",
-    "corollary1_bounds": "dynamics",
-    "log_gap_change": "dynamics",
-    "adamw_update": "dynamics",
-    "mass_shift": "dynamics",
-    "sequence_logps": "dynamics",
+_MODULES = {
+    "spo": "spo_gradients",
+    "logps": "completion_logps token_logps",
+    "losses": "dpo cdpo robust_dpo ipo simpo alpha_dpo dpop nll dpo_nll sft_loss",
+    "running": "RunningStatistics ReferenceStatistics",
+    "safe_region": "DualVariable",
+    "dynamics": "GradientTerms forecast sgd_forecast corollary1_bounds log_gap_change adamw_update mass_shift "
+    "sequence_logps",
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOMES)
 
 

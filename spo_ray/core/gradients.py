@@ -4,7 +4,7 @@ A gradient here is a list of tensors in the order of a list of parameters. Every
 ``.grad``, not ``autograd.grad``, which sharded parameters do not take.
 """
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -231,7 +231,7 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
     flags = [(p, p.requires_grad) for p in every.values()]
     wanted = {name: every[name] for name in names}
     chosen = {id(p) for p in wanted.values()}
-    exact = _is_float64(wanted.values())
+    exact = all(p.dtype == torch.float64 for p in wanted.values())
     try:
         model.eval()
         for module, mode in modes:  # Hugging Face's checkpointed layers compute again in training mode only
@@ -261,10 +261,6 @@ class KeepFloat64(TorchFunctionMode):
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in (kwargs or {}).items()}
         return func(*args, **kwargs)
-
-
-def _is_float64(params: Iterable[Tensor]) -> bool:
-    return all(p.dtype == torch.float64 for p in params)
 
 
 def add(to: Gradients, what: Gradients, scale: float = 1.0) -> None:

@@ -22,12 +22,7 @@ LOGITS_PER_CHUNK = 2**24
 
 
 def token_logps(
-    model: nn.Module,
-    input_ids: Tensor,
-    labels: Tensor,
-    attention_mask: Tensor,
-    *,
-    chunk_tokens: int | None = None,
+    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of every completion token under a causal language model.
 
@@ -37,10 +32,8 @@ def token_logps(
 
     Args:
         model: a causal language model; of models other than Hugging Face's an output with ``logits`` is enough.
-        input_ids: [B, T].
-        labels: [B, T], -100 outside the completion.
-        attention_mask: [B, T], 0 on padding.
-        chunk_tokens: completion tokens whose logits are in memory at a time; None: 2**24 logits.
+        input_ids, labels, attention_mask: [B, T]; labels are -100 outside the completion.
+        chunk_tokens: None: 2**24 logits.
 
     Returns:
         ``(logps, mask)``, both [B, S] with S the positions from the first completion token of the batch on. ``logps``
@@ -76,12 +69,7 @@ def token_logps(
 
 
 def completion_logps(
-    model: nn.Module,
-    input_ids: Tensor,
-    labels: Tensor,
-    attention_mask: Tensor,
-    *,
-    chunk_tokens: int | None = None,
+    model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probability (nats) and token count of each completion, both [B]; see :func:`token_logps`."""
     logps, mask = token_logps(model, input_ids, labels, attention_mask, chunk_tokens=chunk_tokens)

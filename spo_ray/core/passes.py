@@ -66,6 +66,10 @@ class Side:
         return Side(*(torch.cat([pad(getattr(side, name), fill) for side in (self, other)]) for name, fill in pairs))
 
 
+FALL = 1e-3
+"""A smaller change of a log-probability (nats) is rounding, not a fall."""
+
+
 class Tally:
     """Means of metrics over a batch that is seen in parts."""
 
@@ -182,10 +186,10 @@ class Passes:
         *,
         proportional: bool = False,
     ) -> Sums:
-        """One forward and backward of every pair, into the sum for the base loss and those with the given weights.
+        """One forward and backward of every pair, into sums of gradients.
 
         Args:
-            base: the base loss; lengths are passed by keyword where its signature has them.
+            base: the base loss, bound.
             sft: weights [B] of the chosen sequences in a sum of their own.
             norms: weights [B] of the chosen and of the rejected sequences in sums of their own.
             visit: called for every pair with its gradients; pairs then go one by one.
@@ -221,11 +225,7 @@ class Passes:
             pull(logps_w, to_w)
             pull(logps_l, to_l)
             if visit:
-                seen, counts = Tally(1), int(self.valid[rows].any())
-                grads = visit(sides, (own[0].gradients(), own[1].gradients()), seen)
-                tally.add(seen.sums, counts)  # of a pair that only fills up the names: all ranks must have the same
-                total.add_all(grads if counts else [])
-                del grads  # or it would lie beside the next pair's
+                self.show(visit, sides, own, bool(self.valid[rows].any()), total, tally)
         sums = Sums(
             total.gradients(),
             sft_sum.gradients() if sft is not None else [],
@@ -236,14 +236,27 @@ class Passes:
         self.summed([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
         return replace(sums, chosen=[g * factor for g in sums.sft]) if factor else sums
 
+    @staticmethod
+    def show(
+        visit: Visitor, sides: tuple[Side, Side], own: tuple[Sink, Sink], counts: bool, total: Sink, tally: Tally
+    ) -> None:
+        """Let a pair be visited, and add what comes of it if it counts."""
+        seen = Tally(1)
+        grads = visit(sides, (own[0].gradients(), own[1].gradients()), seen)
+        tally.add(seen.sums, int(counts))  # of a pair that only fills up the names: all ranks must have the same
+        total.add_all(grads if counts else [])
+
     def watch(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally") -> None:
         """Mean log-probabilities and what became of them since the reference: the displacement."""
         valid = self.valid[rows].bool()
         sides = zip(("chosen", "rejected"), (logps_w, logps_l), self.reference, strict=True)
+        changes = []
         for side, logps, reference in sides:
             own = logps.detach()[valid]
-            change = (own - reference[rows][valid]).mean().item()
-            tally.add({f"logps/{side}": own.mean().item(), f"logps/{side}_change": change}, len(own))
+            changes.append(own - reference[rows][valid])
+            tally.add({f"logps/{side}": own.mean().item(), f"logps/{side}_change": changes[-1].mean().item()}, len(own))
+        both = torch.stack(changes).lt(-FALL).all(dim=0).double().mean().item()
+        tally.add({"logps/both_fell": both}, int(valid.sum()))
 
     def at_once(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Log-probabilities [2B] of both sides in one pass, where that is of use; else None.

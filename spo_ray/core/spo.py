@@ -67,40 +67,34 @@ def spo_gradients(
     side_gradients: dict[str, Gradients] | None = None,
     all_reduce: AllReduce = alone,
 ) -> tuple[dict[str, Tensor], Metrics]:
-    """Gradient of SPO's objective on one batch of pairs.
+    """Gradient of SPO's objective on one batch of pairs; docs/mathematics.md discusses the choices.
 
     Args:
         model: a Hugging Face causal language model, with or without PEFT adapters.
         batch: ``{chosen,rejected}_{input_ids,labels,attention_mask}`` [B, T] and ``ref_{chosen,rejected}_logps`` [B].
             ``valid`` [B] is optional: False for rows that count for nothing, so that all ranks have as many rows.
-        backbone: names of theta's parameters.
-        adapters: names of phi's parameters.
+        backbone, adapters: names of theta's and phi's parameters.
         base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of the four log-probability tensors
             (policy chosen, policy rejected, reference chosen, reference rejected) that returns the mean loss or
             ``(loss, metrics)``. ``beta``, ``margin``, ``chosen_lengths``, ``rejected_lengths``, ``mean_chosen_length``
             (over all ranks) and ``all_reduce`` are passed by keyword where its signature has them.
-        beta: the base loss's inverse temperature.
-        lambda_sft: weight of the value-function penalty.
-        gamma: weight of R.
-        inner_steps: K; 0 means theta_hat = theta, and (b) vanishes.
-        eta: step size of the lower level.
+        beta, margin: the base loss's inverse temperature, and its margin if it has one.
+        lambda_sft, gamma: weights of the value-function penalty and of R.
+        inner_steps, eta: K and the step size of the lower level; K = 0 means theta_hat = theta, without (b).
         sft_reduction: L_SFT as the mean of sequence sums (equation 72), or per completion token of the batch.
-        norm_scope: the parameters whose gradient norms make R.
+        norm_scope, norm_of: the parameters whose gradient norms make R, of summed or of mean log-probabilities.
         hinge: R on the gradient of the batch-mean log-probability, or the mean of every pair's own R.
-        inner_mode: (b) as a difference over a longer step along theta_hat - theta, scaled back (first-order equal, and
-            out of rounding's reach), or literally at theta_hat.
-        margin: for base losses that have one.
+        inner_mode: (b) over a longer step along theta_hat - theta, scaled back (first-order equal, and out of
+            rounding's reach), or literally at theta_hat.
         full_precision_inner: the rescaled (b) in float32, whatever the model computes in: 4 units, slow ones, instead
             of 2 under autocast. Without, its direction is rough there (cosine 0.75 to 0.94 with the truth).
-        norm_of: R's norms of the summed log-probability, or of the mean per token (for length-normalised base losses).
-        difference: forward or central differences of gradients, in grad R (12 units instead of 6) and in the rescaled
-            (b) (4 instead of 2).
-        pairs_per_backward: how many pairs share a backward. With one, (d) and the norms cost nothing; several keep
-            hardware busy that one short sequence does not. None: by the tokens of the batch. Where parameters are
-            sharded (:mod:`spo_ray.core.sharded`) it must be given, and every rank must hold as many rows.
+        difference: forward or central differences, in grad R (6 or 12 units) and in the rescaled (b) (2 or 4).
+        pairs_per_backward: with one, (d) and the norms cost nothing; several keep hardware busy that one short
+            sequence does not. None: by the tokens of the batch. Sharded parameters (:mod:`spo_ray.core.sharded`) need
+            it, and as many rows on every rank.
         chunk_tokens: see :func:`spo_ray.core.logps.token_logps`.
-        share_prompt: compute a pair's prompt once for both sides (:mod:`spo_ray.core.shared_prompt`) where the base
-            loss stands alone: without L_SFT, R and ``side_gradients``. None: on a CPU, where it was measured faster.
+        share_prompt: a pair's prompt once for both sides (:mod:`spo_ray.core.shared_prompt`), where the base loss
+            stands alone: without L_SFT, R and ``side_gradients``. None: on a CPU, where it was measured faster.
         side_gradients: filled with the gradients of the batch-mean log-probabilities, ``chosen`` and ``rejected``;
             the metrics then have Theorem 1's terms, ``dynamics/*``.
         all_reduce: sums tensors in place over the ranks of a data-parallel group.
@@ -113,44 +107,45 @@ def spo_gradients(
         ValueError: an unknown base, option or parameter name, a negative ``inner_steps``, an empty completion, or
             ``hinge="pair"`` with sharded parameters, for which no pair's own gradient exists.
     """
-    choices = {
-        "norm_scope": (norm_scope, ("all", "backbone", "adapters")),
-        "hinge": (hinge, ("batch", "pair")),
-        "inner_mode": (inner_mode, ("rescaled", "literal")),
-        "sft_reduction": (sft_reduction, ("sum", "token_mean")),
-        "norm_of": (norm_of, ("sum", "mean")),
-        "difference": (difference, ("forward", "central")),
-    }
-    _check(choices, inner_steps, pairs_per_backward)
+    _check(inner_steps, pairs_per_backward, (norm_scope, hinge, inner_mode, sft_reduction, norm_of, difference))
     n, central = len(backbone), difference == "central"
     scope = {"all": slice(None), "backbone": slice(n), "adapters": slice(n, None)}[norm_scope]
     with deterministic(model, [*backbone, *adapters]) as named:
         passes = Passes(model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens, share_prompt)
         sft = passes.sft_weights(sft_reduction) if lambda_sft else None
-        if passes.sharded and gamma > 0 and hinge == "pair":
-            raise ValueError(
-                "sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters"
-            )
-        ridge = _Hinge(passes, gamma, scope, norm_of == "mean", central)
-        whole, single = gamma > 0 and hinge == "batch", gamma > 0 and hinge == "pair"
-        norms = ridge.weights() if whole or side_gradients is not None else None
+        steps, literal = inner_steps if adapters else 0, inner_mode == "literal"
+        lower = _LowerLevel(passes, n, sft, lambda_sft, steps, eta, literal, central, full_precision_inner)
+        ridge = _Hinge(passes, gamma, hinge, scope, norm_of == "mean", central)
         base_loss = bind(base, beta=beta, margin=margin, all_reduce=all_reduce)
-        visit = ridge.of_pair if single else None
-        sums = passes.collect(base_loss, sft, norms, visit, proportional=norm_of == "sum")
-        total, metrics = sums.total, passes.means(sums.tally)
-        if whole:
-            metrics |= ridge.add_to(total, sums)
-        if side_gradients is not None:
-            side_gradients |= {"chosen": sums.chosen, "rejected": sums.rejected}
-            metrics |= GradientTerms.of(sums.chosen, sums.rejected).metrics()
-        if sft is not None:
-            add(total[:n], sums.sft[:n], lambda_sft)
-            if inner_steps and adapters:
-                lower = _LowerLevel(
-                    passes, n, sft, inner_steps, eta, inner_mode == "literal", central, full_precision_inner
-                )
-                metrics |= lower.add_value_term(total, sums.sft, lambda_sft)
+        total, metrics = _objective(passes, base_loss, lower, ridge, side_gradients)
         return dict(zip(named, total, strict=True)), metrics
+
+
+def _objective(
+    passes: Passes,
+    base: Callable[..., Any],
+    lower: "_LowerLevel",
+    ridge: "_Hinge",
+    side_gradients: dict[str, Gradients] | None,
+) -> tuple[Gradients, Metrics]:
+    """The gradient of F: (a), (c) and all that the pairs' passes give on the way, then (e), (d), (b)."""
+    whole, n = ridge.gamma > 0 and ridge.hinge == "batch", lower.n_backbone
+    norms = ridge.weights() if whole or side_gradients is not None else None
+    visit = ridge.of_pair if ridge.gamma > 0 and not whole else None
+    if visit and passes.sharded:
+        raise ValueError("sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters")
+    sums = passes.collect(base, lower.weights, norms, visit, proportional=not ridge.mean)
+    total, metrics = sums.total, passes.means(sums.tally)
+    if whole:
+        metrics |= ridge.add_to(total, sums)
+    if side_gradients is not None:
+        side_gradients |= {"chosen": sums.chosen, "rejected": sums.rejected}
+        metrics |= GradientTerms.of(sums.chosen, sums.rejected).metrics()
+    if lower.weights is not None:
+        add(total[:n], sums.sft[:n], lower.lambda_sft)
+        if lower.steps:
+            metrics |= lower.add_value_term(total, sums.sft)
+    return total, metrics
 
 
 @dataclass(frozen=True)
@@ -159,16 +154,18 @@ class _LowerLevel:
 
     passes: Passes
     n_backbone: int
-    weights: Tensor
-    """L_SFT as weights [B] of log pi(y_w)."""
+    weights: Tensor | None
+    """L_SFT as weights [B] of log pi(y_w); None where lambda is 0."""
+    lambda_sft: float
     steps: int
     eta: float
     literal: bool
     central: bool
     precise: bool
 
-    def add_value_term(self, total: Gradients, sft: Gradients, lambda_sft: float) -> Metrics:
+    def add_value_term(self, total: Gradients, sft: Gradients) -> Metrics:
         """Add (b) to phi's part of ``total``. Uses up theta's part of ``sft``, the gradient of L_SFT."""
+        assert self.weights is not None
         theta, phi = self.passes.params[: self.n_backbone], self.passes.params[self.n_backbone :]
         here, gap = sft[self.n_backbone :], self.eta * norm(sft[: self.n_backbone]) ** 2
         way = [g.mul_(-self.eta) for g in sft[: self.n_backbone]]
@@ -196,9 +193,9 @@ class _LowerLevel:
             with moved(theta, way, scale):
                 there = self.passes.gradient(chosen, self.weights, phi)
         width = 2 * scale if central else scale
-        term = [(a - b) * (lambda_sft / width) for a, b in zip(here, there, strict=True)]
+        term = [(a - b) * (self.lambda_sft / width) for a, b in zip(here, there, strict=True)]
         add(total[self.n_backbone :], term)
-        noise = lambda_sft / width * torch.finfo(dtype).eps * norm(here)
+        noise = self.lambda_sft / width * torch.finfo(dtype).eps * norm(here)
         return metrics | {
             "spo/inner_scale": scale,
             "spo/term_b_norm": norm(term),
@@ -212,6 +209,7 @@ class _Hinge:
 
     passes: Passes
     gamma: float
+    hinge: str
     scope: slice
     mean: bool
     central: bool
@@ -295,11 +293,21 @@ def _compute_dtype(passes: Passes) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else passes.params[0].dtype
 
 
-def _check(choices: Mapping[str, tuple[str, Sequence[str]]], inner_steps: int, pairs_per_backward: int | None) -> None:
+CHOICES = {
+    "norm_scope": ("all", "backbone", "adapters"),
+    "hinge": ("batch", "pair"),
+    "inner_mode": ("rescaled", "literal"),
+    "sft_reduction": ("sum", "token_mean"),
+    "norm_of": ("sum", "mean"),
+    "difference": ("forward", "central"),
+}
+
+
+def _check(inner_steps: int, pairs_per_backward: int | None, chosen: Sequence[str]) -> None:
     if inner_steps < 0:
         raise ValueError(f"inner_steps must not be negative, got {inner_steps}")
     if pairs_per_backward is not None and pairs_per_backward < 1:
         raise ValueError(f"pairs_per_backward must be at least 1, got {pairs_per_backward}")
-    for name, (value, known) in choices.items():
+    for (name, known), value in zip(CHOICES.items(), chosen, strict=True):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -25,9 +25,12 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
             kept = []
             for row in pq.read_table(part).to_pylist():
                 ledger.read += 1
-                reason = _lopsided(row, config.max_length_ratio) or seen.earlier(row["id"], _text(row))
+                reason = _lopsided(row, config.max_length_ratio)
+                first = None if reason else seen.earlier(row["id"], _text(row))
                 if reason:
                     ledger.reject(row["id"], reason, row)
+                elif first:
+                    ledger.reject(row["id"], seen.reason, f"{first}: {row}")
                 else:
                     kept.append(row)
             write_rows(out / Path(part).name, kept, rows.Pair)
@@ -47,28 +50,21 @@ def _text(row: Any) -> str:
     return "\n".join([*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]])
 
 
-class Duplicates(Protocol):
-    """Remembers texts."""
-
-    def earlier(self, row_id: str, text: str) -> str | None:
-        """The reason to drop a text that was there before; None remembers it."""
-        ...
-
-
 class _AllDifferent:
-    def __init__(self, config: PairsConfig) -> None: ...
-
-    def earlier(self, row_id: str, text: str) -> str | None:
-        return None
-
-
-class _Exact:
     def __init__(self, config: PairsConfig) -> None:
         self.ids: dict[bytes, str] = {}
 
     def earlier(self, row_id: str, text: str) -> str | None:
+        """The row in which the text was there before; None remembers it."""
+        return None
+
+
+class _Exact(_AllDifferent):
+    reason = "duplicate"
+
+    def earlier(self, row_id: str, text: str) -> str | None:
         first = self.ids.setdefault(hashlib.sha256(self.form(text).encode()).digest()[:16], row_id)
-        return None if first == row_id else "duplicate"
+        return None if first == row_id else first
 
     def form(self, text: str) -> str:
         return text
@@ -80,6 +76,8 @@ class _Normalised(_Exact):
 
 
 class _Near:
+    reason = "near duplicate"
+
     def __init__(self, config: PairsConfig) -> None:
         from datasketch import MinHashLSH  # needs SciPy, which takes a second
 
@@ -93,19 +91,15 @@ class _Near:
         sketch = MinHash(num_perm=PERMUTATIONS)
         sketch.update_batch([" ".join(shingle).encode() for shingle in shingles(words(text), 3)])
         found = self.index.query(sketch)  # candidates: the estimate decides
-        if any(sketch.jaccard(self.sketches[other]) >= self.threshold for other in found):
-            return "near duplicate"
+        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= self.threshold]
+        if alike:
+            return min(alike)
         self.index.insert(row_id, sketch)
         self.sketches[row_id] = sketch
         return None
 
 
-DUPLICATES: dict[str, type[Any]] = {
-    "none": _AllDifferent,
-    "exact": _Exact,
-    "normalised": _Normalised,
-    "near": _Near,
-}
+DUPLICATES: dict[str, type[Any]] = {"none": _AllDifferent, "exact": _Exact, "normalised": _Normalised, "near": _Near}
 
 
 class Contamination:

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+TOO_LONG = "prompt longer than engine.max_model_len"
+"""Why a question has no answer."""
+
 
 class Completion(NamedTuple):
     """One generated response."""
@@ -12,6 +15,17 @@ class Completion(NamedTuple):
     tokens: int
     finished: bool
     """Whether it ended by itself."""
+    ids: tuple[int, ...] = ()
+    """Its tokens, the end token included; empty where an endpoint tells none."""
+
+
+class Likelihood(NamedTuple):
+    """How likely a given completion is."""
+
+    logp: float
+    """Summed log-probability, nats."""
+    greedy: bool
+    """Whether every token is the most probable one."""
 
 
 class Answers(NamedTuple):

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig
 
-from spo_ray.core.logps import completion_logps
-from spo_ray.data.completion import Answers, Completion
-from spo_ray.data.sample import TOO_LONG, Source, fits
+from spo_ray.core.logps import IGNORE, completion_logps
+from spo_ray.data.completion import TOO_LONG, Answers, Completion, Likelihood
+from spo_ray.data.sample import fits
 from spo_ray.data_config import EngineConfig
-from spo_ray.model.collate import collate
+from spo_ray.model.collate import TokenRow, collate, rows_at_once
 from spo_ray.model.export import read_probe
+from spo_ray.model.generate import generate
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenise import ChatTokenizer
 
@@ -30,8 +31,8 @@ class Engine(Protocol):
         """``n`` completions for each prompt (token ids); temperature 0 is greedy; ``seeds`` has one seed a prompt."""
         ...
 
-    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> float:
-        """Log-probability (nats) of a given completion."""
+    def score(self, rows: Sequence[TokenRow]) -> list[Likelihood]:
+        """How likely given completions are, for (prompt ids, completion ids)."""
         ...
 
     def close(self) -> None:
@@ -48,7 +49,8 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
     engine: Engine = ENGINES[kind](path, config, chat)
     probe = read_probe(path)
     if probe is not None:
-        difference = abs(engine.score(probe["prompt_ids"], probe["completion_ids"]) - probe["logp"])
+        (found,) = engine.score([(probe["prompt_ids"], probe["completion_ids"])])
+        difference = abs(found.logp - probe["logp"])
         per_token = difference / len(probe["completion_ids"])
         if not per_token <= PROBE_TOLERANCE[config.dtype]:
             engine.close()
@@ -62,14 +64,15 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 class LocalAnswers:
     """Answers from an engine in this process."""
 
-    def __init__(self, kind: str, source: Source) -> None:
-        model = str(source.model.path)
-        self.chat = ChatTokenizer.load(model, source.chat_template)
-        self.config: Any = source.engine
-        self.engine = open_engine(kind, model, self.config, self.chat)
-        self.sampling = source.sampling
+    def __init__(self, kind: str, path: str, config: EngineConfig, chat_template: str | None) -> None:
+        self.chat = ChatTokenizer.load(path, chat_template)
+        self.config = config
+        self.engine = open_engine(kind, path, config, self.chat)
 
-    def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Answers | str]:
+    def __call__(
+        self, asked: Sequence[tuple[Any, int]], *, n: int, temperature: float, max_tokens: int
+    ) -> list[Answers | str]:
+        """``n`` answers to every (prompt, seed), or why there are none."""
         prompts = [self.chat.prompt_ids(prompt) for prompt, _ in asked]
         able = [i for i, ids in enumerate(prompts) if fits(ids, self.config)]
         found: list[Answers | str] = [TOO_LONG] * len(asked)
@@ -77,9 +80,9 @@ class LocalAnswers:
             return found
         answers = self.engine.generate(
             [prompts[i] for i in able],
-            n=self.sampling.samples,
-            temperature=self.sampling.temperature,
-            max_tokens=self.sampling.max_tokens,
+            n=n,
+            temperature=temperature,
+            max_tokens=max_tokens,
             seeds=[asked[i][1] for i in able],
         )
         for i, completions in zip(able, answers, strict=True):
@@ -108,6 +111,9 @@ class VllmEngine:
         usual |= {"dtype": config.dtype, "max_model_len": config.max_model_len}
         options: dict[str, Any] = usual | hardware | config.arguments
         self.llm = LLM(model=path, **options)
+        self.longest = (
+            config.max_model_len - 1
+        )  # what is generated must fit in again, with one token more, to be scored
 
     def generate(
         self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
@@ -118,13 +124,13 @@ class VllmEngine:
             SamplingParams(
                 n=n,
                 temperature=temperature,
-                max_tokens=max_tokens,
+                max_tokens=min(max_tokens, self.longest - len(ids)),
                 seed=seed,
                 logprobs=0,
                 stop_token_ids=self.chat.stop_ids,
                 detokenize=False,
             )
-            for seed in seeds
+            for ids, seed in zip(prompts, seeds, strict=True)
         ]
         inputs = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         outputs = self.llm.generate(inputs, parameters, use_tqdm=False)
@@ -132,16 +138,21 @@ class VllmEngine:
 
     def _completion(self, output: Any) -> Completion:
         ids = list(output.token_ids)
-        return Completion(self.chat.decode(ids), output.cumulative_logprob, len(ids), output.finish_reason == "stop")
+        finished = output.finish_reason == "stop"
+        return Completion(self.chat.decode(ids), output.cumulative_logprob, len(ids), finished, tuple(ids))
 
-    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> float:
+    def score(self, rows: Sequence[TokenRow]) -> list[Likelihood]:
         from vllm import SamplingParams, TokensPrompt
 
-        ids = [*prompt_ids, *completion_ids]
+        texts = [[*prompt, *completion] for prompt, completion in rows]
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate([TokensPrompt(prompt_token_ids=ids)], [parameters], use_tqdm=False)
-        positions: Any = output.prompt_logprobs
-        return sum(positions[i][ids[i]].logprob for i in range(len(prompt_ids), len(ids)))
+        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in texts], parameters, use_tqdm=False)
+        found = []
+        for (prompt, _), ids, output in zip(rows, texts, outputs, strict=True):
+            positions: Any = output.prompt_logprobs
+            tokens = [positions[i][ids[i]] for i in range(len(prompt), len(ids))]
+            found.append(Likelihood(sum(t.logprob for t in tokens), all(t.rank == 1 for t in tokens)))
+        return found
 
     def close(self) -> None:
         # A fresh engine for each checkpoint: reloading weights into a running one silently keeps old weights on CPU.
@@ -161,49 +172,54 @@ class TransformersEngine:
         self.model = load_model(path, config.dtype).to(self.device).eval()
         self.limit = config.max_model_len
 
-    @torch.inference_mode()
     def generate(
         self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        width = max(map(len, prompts))
-        pad = self.chat.pad_id
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        torch.manual_seed(seeds[0])
+        by_room: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):  # a long prompt must not cut the answers to others short
+            by_room.setdefault(min(max_tokens, self.limit - 1 - len(prompt)), []).append(i)
+        found: dict[int, list[Completion]] = {}
+        for room, numbers in by_room.items():
+            part = [prompts[i] for i in numbers]
+            found |= zip(numbers, self._generate(part, n, temperature, room, seeds[numbers[0]]), strict=True)
+        return [found[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: Sequence[list[int]], n: int, temperature: float, room: int, seed: int
+    ) -> list[list[Completion]]:
+        torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         # A configuration of its own: the checkpoint's may bring a nucleus or a repetition penalty, which vLLM ignores.
         settings = GenerationConfig(
-            max_new_tokens=min(max_tokens, self.limit - width),
+            max_new_tokens=room,
             num_return_sequences=n,
             eos_token_id=self.chat.stop_ids,
-            pad_token_id=pad,
+            pad_token_id=self.chat.pad_id,
             **options,
         )
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=settings,
-        )
-        flat = [self._cut(row) for row in output[:, width:].tolist()]
+        flat = generate(self.model, self.chat, prompts, self.device, generation_config=settings)
         rows = [(prompts[i // n], answer) for i, answer in enumerate(flat)]
-        batch = {key: value.to(self.device) for key, value in collate(rows, pad).items()}
+        batch = {key: value.to(self.device) for key, value in collate(rows, self.chat.pad_id).items()}
         logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
         done = [
-            Completion(self.chat.decode(answer), logp, len(answer), answer[-1] in self.chat.stop_ids)
+            Completion(self.chat.decode(answer), logp, len(answer), answer[-1] in self.chat.stop_ids, tuple(answer))
             for answer, logp in zip(flat, logps.tolist(), strict=True)
         ]
         return [done[i : i + n] for i in range(0, len(done), n)]
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        ends = [i for i, token in enumerate(ids) if token in self.chat.stop_ids]
-        return ids[: ends[0] + 1] if ends else ids
-
     @torch.inference_mode()
-    def score(self, prompt_ids: list[int], completion_ids: list[int]) -> float:
-        batch = collate([(prompt_ids, completion_ids)], self.chat.pad_id)
-        batch = {key: value.to(self.device) for key, value in batch.items()}
-        logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
-        return logps.item()
+    def score(self, rows: Sequence[TokenRow]) -> list[Likelihood]:
+        found: list[Likelihood] = []
+        size = rows_at_once(self.limit)
+        for part in (rows[start : start + size] for start in range(0, len(rows), size)):
+            batch = {key: value.to(self.device) for key, value in collate(part, self.chat.pad_id).items()}
+            logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            labels = batch["labels"][:, 1:]
+            greedy = ((logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)).all(dim=1)
+            found += [Likelihood(*pair) for pair in zip(logps.tolist(), greedy.tolist(), strict=True)]
+        return found
 
     def close(self) -> None:
         del self.model

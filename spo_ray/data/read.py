@@ -25,6 +25,7 @@ class Raw(NamedTuple):
     defect: str | None
     """Why there is no row."""
     excerpt: str
+    """What it begins with, after the file's name and the line (of Parquet: the row), from 1."""
 
 
 def inputs(data: FileData, split: str) -> dict[str, Artifact]:
@@ -50,12 +51,14 @@ def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
         start = after
         for raw in _jsonl(file) if file.suffix == ".jsonl" else _parquet(file):
             after = start + raw.number + 1
-            yield raw._replace(number=start + raw.number)
+            yield raw._replace(number=start + raw.number, excerpt=f"{file.name}:{raw.number + 1}: {raw.excerpt}")
 
 
 def on_hub(path: Path) -> bool:
-    """Whether ``organisation/name`` can be meant: nothing of that name is here."""
-    return len(path.parts) == 2 and not path.is_absolute() and not path.exists() and not path.parent.is_dir()
+    """Whether ``organisation/name`` can be meant: nothing of that name is here, and it is no data file's."""
+    if path.suffix in READERS or path.is_absolute():
+        return False
+    return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
 
 
 def _files(path: Path, split: str) -> list[Path]:
@@ -82,12 +85,12 @@ def _jsonl(file: Path) -> Iterator[Raw]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                yield Raw(number, {}, "not JSON", line[:200])
+                yield Raw(number, {}, "not JSON", line[:200].strip())
                 continue
             if isinstance(row, dict):
-                yield Raw(number, row, None, line[:200])
+                yield Raw(number, row, None, line[:200].strip())
             else:
-                yield Raw(number, {}, "not a JSON object", line[:200])
+                yield Raw(number, {}, "not a JSON object", line[:200].strip())
 
 
 def _parquet(file: Path) -> Iterator[Raw]:
@@ -108,7 +111,8 @@ def _hub(data: FileData, split: str) -> Iterator[dict[str, Any]]:
         yield from load_dataset(str(data.path), data.subset, split=split, revision=data.revision)
     except Exception as error:  # its many causes have no common class
         raise UserError(
-            f"the dataset {data.path} (data.subset={data.subset}, split {split}) can't be loaded: "
+            f"there is no file or folder {data.path} here, and the dataset of that name on the hub "
+            f"(data.subset={data.subset}, split {split}) can't be loaded: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; without a network download it "
             "before (HF_HOME), or set data.path to a local file"
         ) from error

@@ -17,9 +17,6 @@ from spo_ray.errors import UserError
 from spo_ray.run import Artifact, Ledger, Run, external, require_rows
 from spo_ray.shards import Mapped, Mapper, Pool, Row, map_shards
 
-TOO_LONG = "prompt longer than engine.max_model_len"
-
-
 Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Answers | str]]
 """(prompt, seed) of some questions to their answers, or to the reason why there are none."""
 
@@ -71,8 +68,7 @@ def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact
         require_rows(questions.count, f"questions for {name}")
         ledger.facts |= {"engine": kind, "model": str(source.model.path)}
         seed = f"{run.config.seed}:{name}"
-        opened = _served if isinstance(source.engine, EndpointConfig) else _local
-        mapper, pool = opened(source, seed)
+        mapper, pool = _answering(source, seed)
         map_shards(
             name,
             questions,
@@ -120,13 +116,15 @@ def row_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
-def fits(prompt_ids: list[int], config: EngineConfig) -> bool:
-    """Whether an engine can take a prompt and answer with a token or more."""
-    return len(prompt_ids) < config.max_model_len - 1
+def fits(prompt_ids: list[int], config: EngineConfig, answer: int = 1) -> bool:
+    """Whether an engine can take a prompt with an answer of so many tokens, and score both."""
+    return len(prompt_ids) + answer < config.max_model_len
 
 
-def _local(source: Source, seed: str) -> tuple[Any, Pool]:
-    engine: Any = source.engine
+def _answering(source: Source, seed: str) -> tuple[Any, Pool]:
+    engine = source.engine
+    if isinstance(engine, EndpointConfig):
+        return partial(_connect, os.environ.get(engine.api_key_env), source, seed), Pool(1, 0.1)
     pool = Pool(engine.replicas, engine.cpus, engine_gpus(engine), engine.max_replicas)
     return partial(_open, choose(engine)[0], source, seed), pool
 
@@ -134,12 +132,11 @@ def _local(source: Source, seed: str) -> tuple[Any, Pool]:
 def _open(kind: str, source: Source, seed: str) -> Mapper:
     from spo_ray.data.engines import LocalAnswers  # heavy: engines are imported where they run
 
-    return _Sampler(LocalAnswers(kind, source), source, seed)
-
-
-def _served(source: Source, seed: str) -> tuple[Any, Pool]:
     engine: Any = source.engine
-    return partial(_connect, os.environ.get(engine.api_key_env), source, seed), Pool(1, 0.1)
+    answers = LocalAnswers(kind, str(source.model.path), engine, source.chat_template)
+    settings = source.sampling
+    ask = partial(answers, n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_tokens)
+    return _Sampler(ask, source, seed)
 
 
 def _connect(key: str | None, source: Source, seed: str) -> Mapper:

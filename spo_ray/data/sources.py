@@ -1,5 +1,6 @@
 """Where questions and ready pairs come from: the toy task, questions with answers, preference data."""
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -117,11 +118,28 @@ def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, k
     if _held_out_of_train(data):
         if len(found) <= data.test_pairs:
             raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out")
-        found = found[: data.test_pairs] if split == "test" else found[data.test_pairs :]
+        held_out = found[: data.test_pairs]
+        found = held_out if split == "test" else _without_copies(found[data.test_pairs :], held_out, ledger)
     clean = keep(found)
     drawn = clean[: data.test_pairs if split == "test" else data.train_pairs]
     ledger.facts["not_drawn"] = len(clean) - len(drawn)
     return iter(drawn)
+
+
+def _without_copies(table: list[Any], held_out: list[Any], ledger: Ledger) -> list[Any]:
+    """Pairs that are not held out; exact copies of those that are go to the ledger."""
+    known, kept = {_content(pair): pair["id"] for pair in held_out}, []
+    for pair in table:
+        other = known.get(_content(pair))
+        if other is None:
+            kept.append(pair)
+        else:
+            ledger.reject(pair["id"], "a copy of a held-out pair", f"{other}: {pair}")
+    return kept
+
+
+def _content(pair: Any) -> str:
+    return json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]])
 
 
 READERS: dict[str, tuple[Callable[..., Iterator[Any]], Any]] = {

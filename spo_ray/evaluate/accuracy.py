@@ -1,134 +1,114 @@
-"""Accuracy on held-out questions by generation, with evaluation actors that serve one checkpoint after another."""
+"""Suite ``accuracy``: answers to held-out questions, graded."""
 
-import queue
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import ray
-
 from spo_ray import rows
-from spo_ray.cluster import engine_gpus
-from spo_ray.config import Config
-from spo_ray.core.stats import mean_interval, mean_std, wilson
-from spo_ray.data.sample import TOO_LONG, choose, fits, row_seed
-from spo_ray.parallel import run_parallel
-from spo_ray.run import Artifact, Ledger, Run, write_rows
+from spo_ray.core.stats import mean_std, pass_at_k, wilson
+from spo_ray.data.completion import TOO_LONG
+from spo_ray.eval_config import EvalConfig
+from spo_ray.evaluate.actors import Pass
+from spo_ray.evaluate.compare import mean_interval
+from spo_ray.evaluate.suite import Bench, Estimate, Suite
+from spo_ray.run import Artifact, Ledger, write_rows
 from spo_ray.shards import Row
-from spo_ray.verifiers import Verifier, load_verifier, verifier_identity, verifier_of
+from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
 
 NO_ANSWER = f"[{TOO_LONG}]"
 """Stands for the answer to a question that the engine cannot take; counted as wrong."""
 
 
-def evaluate(run: Run, checkpoints: dict[str, Artifact], questions: Artifact) -> dict[str, Artifact]:
-    """Answer every question greedily and once per seed with each checkpoint (:class:`rows.EvalRow`)."""
-    config = run.config
-    kind, why = choose(config.engine)
-    table = questions.rows()
-    actors: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    remote: Any = ray.remote(num_cpus=config.engine.cpus, num_gpus=engine_gpus(config.engine))(Evaluator)
-    started: list[Any] = []
+def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
+    """Answer every question greedily and once per seed, and grade the answers (:class:`rows.EvalRow`)."""
+    config = bench.run.config
+    settings = config.eval.model_dump(include={"seeds", "temperature", "max_tokens", "batch_size"})
+    verifier = verifier_of(config.data)
 
-    def build(out: Path, ledger: Ledger, method: str, checkpoint: Artifact) -> None:
-        try:
-            actor = actors.get_nowait()
-        except queue.Empty:
-            actor = remote.remote(kind, config)
-            started.append(actor)
-        answers = ray.get(actor.answer.remote(method, str(checkpoint.path), table))
-        actors.put(actor)  # not after a failure: that ends the evaluation
+    def build(out: Any, ledger: Ledger) -> None:
+        table = bench.data.rows()
+        passes = [Pass(None, 0.0), *(Pass(seed, config.eval.temperature) for seed in config.eval.seeds)]
+        asked = [(row["id"], row["prompt"]) for row in table]
+        limits = (config.eval.max_tokens, config.eval.batch_size)
+        ledger.facts |= bench.provenance(checkpoint, settings)
+        found = bench.call("answer", str(checkpoint.path), asked, passes, *limits)
+        grade = load_verifier(verifier).grade
+        answers: list[Row] = []
+        for (seed, _), texts in zip(passes, found, strict=True):
+            for row, text in zip(table, texts, strict=True):
+                response = NO_ANSWER if isinstance(text, str) else text.completions[0].text
+                key = {"id": row["id"], "method": name, "seed": seed, "response": response}
+                answers.append(key | grade(response, row["gold"])._asdict())
         ledger.read, ledger.kept = len(table), len(answers)
         ledger.facts["too_long_counted_wrong"] = sum(row["response"] == NO_ANSWER for row in answers)
-        ledger.facts["engine"] = f"{kind} ({why})"
         write_rows(out / "part-0.parquet", answers, rows.EvalRow)
 
-    def stage(method: str, checkpoint: Artifact) -> Artifact:
-        return run.stage(
-            f"eval_{method}",
-            lambda out, ledger: build(out, ledger, method, checkpoint),
-            config={
-                "engine": kind,
-                "dtype": config.engine.dtype,
-                "max_model_len": config.engine.max_model_len,
-                "arguments": config.engine.arguments,
-                "chat_template": config.model.chat_template,
-                "verifier": verifier_identity(verifier_of(config.data)),
-                **config.eval.model_dump(),
-            },
-            inputs={"model": checkpoint, "questions": questions},
-        )
-
-    try:
-        calls = {name: partial(stage, name, checkpoint) for name, checkpoint in checkpoints.items()}
-        return run_parallel(calls, config.engine.replicas)
-    finally:
-        for actor in started:
-            ray.kill(actor)
+    identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
+    inputs = {"model": checkpoint, "questions": bench.data}
+    return bench.run.stage(f"eval_{name}", build, config=identity, inputs=inputs)
 
 
-class Evaluator:
-    """One engine process."""
-
-    def __init__(self, kind: str, config: Config) -> None:
-        self.kind, self.config = kind, config
-
-    def answer(self, method: str, model: str, questions: list[Row]) -> list[Row]:
-        """Greedy answers (seed None) and one sampled answer per seed, graded."""
-        from spo_ray.data.engines import open_engine
-        from spo_ray.model.tokenise import ChatTokenizer
-
-        settings = self.config.eval
-        chat = ChatTokenizer.load(model, self.config.model.chat_template)
-        engine = open_engine(self.kind, model, self.config.engine, chat)
-        every = [(row, chat.prompt_ids(row["prompt"])) for row in questions]
-        fitting = [(row, ids) for row, ids in every if fits(ids, self.config.engine)]
-        too_long = [row for row, ids in every if not fits(ids, self.config.engine)]
-        grade = partial(_graded, load_verifier(verifier_of(self.config.data)), method)
-        found: list[Row] = []
-        for seed in (None, *settings.seeds):
-            found += [grade(seed, row, NO_ANSWER) for row in too_long]
-            for start in range(0, len(fitting), settings.batch_size):
-                part = fitting[start : start + settings.batch_size]
-                answers = engine.generate(
-                    [ids for _, ids in part],
-                    n=1,
-                    temperature=0.0 if seed is None else settings.temperature,
-                    max_tokens=settings.max_tokens,
-                    seeds=[row_seed("eval", seed, row["id"]) for row, _ in part],
-                )
-                found += [grade(seed, row, texts[0].text) for (row, _), texts in zip(part, answers, strict=True)]
-        engine.close()
-        return found
+def by_seed(answers: list[Row]) -> dict[int | None, dict[str, bool]]:
+    """Whether each question was answered correctly, by seed."""
+    found: dict[int | None, dict[str, bool]] = {}
+    for row in answers:
+        found.setdefault(row["seed"], {})[row["id"]] = row["correct"]
+    return found
 
 
-def _graded(verifier: Verifier, method: str, seed: int | None, question: Row, response: str) -> Row:
-    key = {"id": question["id"], "method": method, "seed": seed, "response": response}
-    return key | verifier.grade(response, question["gold"])._asdict()
+def by_item(answers: list[Row]) -> dict[str, dict[str, float]]:
+    """What a paired comparison looks at, by metric and question: the greedy answer, and the mean over seeds."""
+    graded = by_seed(answers)
+    greedy, seeds = graded.pop(None), list(graded.values())
+    means = {i: sum(seed[i] for seed in seeds) / len(seeds) for i in seeds[0]}
+    return {"accuracy_greedy": {i: float(right) for i, right in greedy.items()}, "accuracy_sampled": means}
 
 
 def accuracies(answers: list[Row]) -> dict[str, Any]:
-    """``accuracy_greedy`` (Wilson interval) and ``accuracy_sampled`` (mean and standard deviation over seeds).
+    """``accuracy_greedy`` (Wilson interval), ``accuracy_sampled`` (mean and standard deviation over seeds), and
+    ``pass@k`` for k a power of two, and for all seeds together.
 
     ``strict`` counts only answers in the form that was asked for.
     """
-    greedy = [row["correct"] for row in answers if row["seed"] is None]
+    graded = by_seed(answers)
+    greedy = list(graded.pop(None).values())
     strict = [row["strict"] for row in answers if row["seed"] is None]
     low, high = wilson(sum(greedy), len(greedy))
-    seeds = sorted({row["seed"] for row in answers} - {None})
-    sampled = {seed: {row["id"]: row["correct"] for row in answers if row["seed"] == seed} for seed in seeds}
-    mean, std = mean_std([sum(graded.values()) / len(graded) for graded in sampled.values()])
-    by_question = [sum(graded[i] for graded in sampled.values()) / len(seeds) for i in sampled[seeds[0]]]
-    sampled_low, sampled_high = mean_interval(by_question)
+    seeds = sorted(graded, key=str)
+    mean, std = mean_std([sum(graded[seed].values()) / len(graded[seed]) for seed in seeds])
+    right = [sum(graded[seed][i] for seed in seeds) for i in graded[seeds[0]]]
     share = {"value": sum(greedy) / len(greedy), "strict": sum(strict) / len(strict)}
-    return {
+    sampled = {"value": mean, "std": std} | _bounds([count / len(seeds) for count in right])
+    found = {
         "accuracy_greedy": share | {"low": low, "high": high, "n": len(greedy)},
-        "accuracy_sampled": {
-            "value": mean,
-            "std": std,
-            "low": max(0.0, sampled_low),
-            "high": min(1.0, sampled_high),
-            "seeds": seeds,
-            "n": len(by_question),
-        },
+        "accuracy_sampled": sampled | {"seeds": seeds, "n": len(right)},
     }
+    for k in sorted({2**i for i in range(1, len(seeds).bit_length())} & set(range(len(seeds) + 1)) | {len(seeds)}):
+        if k > 1:
+            values = [pass_at_k(len(seeds), count, k) for count in right]
+            found[f"pass@{k}"] = {"value": sum(values) / len(values)} | _bounds(values) | {"n": len(values)}
+    return found
+
+
+def _bounds(values: list[float]) -> dict[str, float]:
+    return dict(zip(("low", "high"), mean_interval(values), strict=True))
+
+
+def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact]) -> list[Estimate]:
+    """The same as a list."""
+    table = answers.rows()
+    found = accuracies(table)
+    seeds = found["accuracy_sampled"]["seeds"]
+    greedy = found.pop("accuracy_greedy")
+    strict = [row["strict"] for row in table if row["seed"] is None]
+    interval = wilson(sum(strict), len(strict))
+    every = [
+        Estimate("accuracy_greedy", greedy["value"], greedy["n"], greedy["low"], greedy["high"], "wilson"),
+        Estimate("accuracy_greedy_strict", greedy["strict"], greedy["n"], *interval, "wilson"),
+    ]
+    for metric, entry in found.items():
+        bounds = (entry["low"], entry["high"], "bootstrap over questions")
+        every.append(Estimate(metric, entry["value"], entry["n"], *bounds, entry.get("std"), seeds))
+    return every
+
+
+SUITE = Suite(measure, estimate)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from spo_ray.core.logps import IGNORE
 
+TokenRow = tuple[Sequence[int], Sequence[int]]
+"""(prompt ids, completion ids)."""
 SCORED_ROWS, SCORED_TOKENS = 32, 8192
 """At most so many go through one pass without gradients."""
 
@@ -17,7 +19,7 @@ def rows_at_once(max_length: int) -> int:
     return max(1, min(SCORED_ROWS, SCORED_TOKENS // max_length))
 
 
-def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
     """(prompt ids, completion ids) rows to ``input_ids``, ``labels`` and ``attention_mask``, each [B, T] int64."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), length), pad_id)

@@ -78,7 +78,7 @@ class ChatTokenizer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # long ones are dropped
 
 
 def _messages(prompt: str | Sequence[Message]) -> list[Message]:

@@ -1,184 +1,217 @@
 """The report: one self-contained HTML page that works offline, and ``summary.json``."""
 
-import os
+import json
+from collections import Counter
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from spo_ray.report.figures import accuracy_figure, dynamics_figure, log_probability_figure
+from spo_ray.evaluate.evaluations import Evaluation
+from spo_ray.progress import place, say
+from spo_ray.report import figures, html
+from spo_ray.report.data import ledger_section, pairs_section
+from spo_ray.report.probes import finished_probes, probe_sections
+from spo_ray.report.scores import (
+    CHOSEN_CHANGE,
+    COLUMN_NOTES,
+    REFERENCE,
+    comparisons,
+    grid,
+    linked,
+    other_scores,
+    results,
+    text_table,
+    verdicts,
+)
 from spo_ray.report.summary import summarise
-from spo_ray.run import MANIFEST, Artifact, Ledger, Run, say, write_json
+from spo_ray.run import MANIFEST, Artifact, Ledger, Run, write_json
+from spo_ray.train.alarm import PREFIX, describe
+from spo_ray.train.job import RESULT
 
 SHOWN_QUESTIONS = 8
-CHOSEN_CHANGE = "Δ log π chosen"
-STYLE = """
-:root{--ink:#1c2430;--paper:#fff;--faint:#66707f;--line:#d8dde5;--panel:#f6f7f9}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem}
-body{margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem}
-h2{font-size:1.15rem;margin-top:2.2rem}
-p.note{color:var(--faint);font-size:.9rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.92rem}
-th,td{text-align:right;padding:.3rem .7rem;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left}
-td.text,th.text{text-align:left;vertical-align:top;min-width:9rem;font-size:.85rem;white-space:pre-wrap}
-.right{color:#1b7837}
-.wrong{color:#b2182b}
-.fell{color:#b2182b;font-weight:600}
-.rose{color:#1b7837}
-svg{max-width:100%;height:auto;background:#fff;border-radius:6px}
-footer{margin-top:3rem;color:var(--faint);font-size:.85rem}
-"""
+NOTED = ("requests", "cost", "restarts")
 
 
-def write_report(run: Run, methods: dict[str, Artifact], answers: dict[str, Artifact], questions: Artifact) -> None:
-    """Write ``report/index.html`` and ``summary.json`` from the finished stages."""
-    summary = summarise(run, methods, answers)
+def write_report(
+    run: Run, methods: dict[str, Artifact], evaluation: Evaluation, pairs: Artifact, held_out: Artifact
+) -> None:
+    """Write ``report/index.html`` and ``summary.json`` from the finished stages.
+
+    ``pairs`` are the training pairs as text, ``held_out`` the questions or pairs of the evaluation. Probes that the run
+    has finished are shown too.
+    """
+    summary = summarise(run, methods, evaluation)
+    probes = finished_probes(run)
 
     def build(out: Path, ledger: Ledger) -> None:
         ledger.facts["summary"] = "../summary.json"
-        (out / "index.html").write_text(_page(run, summary, methods, answers, questions), encoding="utf-8")
+        sections = list(_sections(run, summary, methods, evaluation, pairs, held_out))
+        sections += [*probe_sections(run, probes), *_record(run)]
+        footer = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
+        page = html.page(f"{run.config.name}: spo_ray report", sections, footer)
+        (out / "index.html").write_text(page, encoding="utf-8")
 
-    inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in answers.items()}
-    inputs["questions"] = questions
-    report = run.stage("report", build, config={}, inputs=inputs)
+    inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in evaluation.answers.items()}
+    inputs |= {"questions": held_out, "scores": evaluation.scores, "comparisons": evaluation.comparisons}
+    inputs |= probes
+    report = run.stage("report", build, config={}, inputs=inputs | {"pairs": pairs})
     write_json(run.root / "summary.json", summary)
-    for line in _text_table(summary["methods"]):
+    for line in text_table(summary["methods"], summary["comparisons"]):
         print(line)
-    say("report", os.path.relpath(report.path / "index.html"))
+    say("report", place(report.path / "index.html"))
 
 
-def _page(
-    run: Run, summary: dict[str, Any], methods: dict[str, Artifact], answers: dict[str, Artifact], questions: Artifact
-) -> str:
-    table = summary["methods"]
-    sections = [
-        f"<h1>{escape(run.config.name)}</h1>",
-        f"<p class=note>{escape(_describe(run))}</p>",
-        "<h2>Results</h2>",
-        _html_table(_header(table), _lines(table)),
-        "<p class=note>Greedy: Wilson interval. Sampled: mean ± standard deviation over seeds; interval over the "
-        "questions. Δ log π: mean change on the training pairs, in nats, from the SFT checkpoint to the end of the "
-        "method's training; red: chosen answers lose probability.</p>",
-    ]
-    if answers:
-        sections += ["<h2>Accuracy</h2>", accuracy_figure(table)]
-    sections += [
-        "<h2>Log-probabilities during training</h2>",
-        log_probability_figure({name: artifact.path for name, artifact in methods.items()}),
-        f"<p class=note>Mean over {run.config.preference.probe_pairs} fixed training pairs at most; symmetric "
-        "logarithmic scale. A falling green line is the preferred answers losing probability; grey are the SFT model's "
-        "own greedy answers where they are not the chosen ones.</p>",
-    ]
-    dynamics = dynamics_figure({name: artifact.path for name, artifact in methods.items()})
-    if dynamics:
-        sections += [
-            "<h2>Gradient terms during training</h2>",
-            dynamics,
-            "<p class=note>Theorem 1: under the preference loss alone the chosen log-probability moves with the green "
-            "term, the rejected one with the red. A negative green term is a step that lowers the preferred answers "
-            "unless something else holds them. Of the batch's mean gradients, every "
-            f"{run.config.preference.dynamics_every} steps; symmetric logarithmic scale.</p>",
-        ]
-    if answers:
-        sections += ["<h2>Answers to held-out questions</h2>", _samples(answers, questions)]
-    sections += ["<h2>Stages</h2>", _stages(run)]
-    body = "\n".join(sections)
-    versions = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run.config.name)}: spo_ray report</title><style>{STYLE}</style></head>\n"
-        f"<body>\n{body}\n<footer>{escape(versions)}</footer></body></html>\n"
+def _sections(
+    run: Run,
+    summary: dict[str, Any],
+    methods: dict[str, Artifact],
+    evaluation: Evaluation,
+    pairs: Artifact,
+    held_out: Artifact,
+) -> Iterator[str]:
+    table, answers = summary["methods"], evaluation.answers
+    yield f"<h1>{escape(run.config.name)}</h1>"
+    yield html.note(_describe(run))
+    yield "<h2>Results</h2>"
+    paths = {name: artifact.path for name, artifact in methods.items()}
+    lines = [linked(line, run.root, "..", paths.get(line["method"])) for line in results(table, summary["comparisons"])]
+    columns, cells = grid(lines)
+    yield html.table(columns, cells, change=CHOSEN_CHANGE)
+    yield html.note(
+        " ".join([*(COLUMN_NOTES[name] for name in columns if name in COLUMN_NOTES), "Figures link to rows."])
     )
+    yield from _alarms(run, paths)
+    if answers:
+        yield "<h2>Accuracy</h2>"
+        yield html.figure(figures.accuracy_figure(table))
+    if summary["comparisons"]:
+        yield "<h2>Paired comparisons on the same items</h2>"
+        yield from verdicts(summary["comparisons"])
+        yield from comparisons(summary["comparisons"])
+    yield from _trajectories(run, paths)
+    yield from other_scores(table, run.root)
+    yield from _text_health(paths)
+    shown = _answers(run, table, answers)
+    if shown:
+        yield "<h2>Answers to held-out prompts</h2>"
+        yield from _samples(shown, held_out)
+    yield from pairs_section(run, pairs, held_out)
+
+
+def _record(run: Run) -> Iterator[str]:
+    """What was done: stages, dropped rows, settings."""
+    yield "<h2>Stages</h2>"
+    yield _stages(run)
+    yield html.note("Stages run at the same time where they can: their seconds may be more than the run took.")
+    yield from ledger_section(run)
+    yield "<h2>Configuration</h2>"
+    yield html.details("Every key, as it was resolved", f"<pre>{escape(_config(run))}</pre>")
+
+
+def _alarms(run: Run, paths: dict[str, Path]) -> Iterator[str]:
+    """What the displacement alarm said while each method trained."""
+    for name, path in paths.items():
+        for alarm in json.loads((path / RESULT).read_text()).get("alarms", []):
+            record = {"step": alarm["step"], f"{PREFIX}{alarm['alarm']}": alarm["value"]}
+            yield from (html.note(f"{name}: {text}") for text in describe(record, run.config.preference.alarm))
+
+
+def _trajectories(run: Run, paths: dict[str, Path]) -> Iterator[str]:
+    settings = run.config.preference
+    yield "<h2>Log-probabilities during training</h2>"
+    yield html.figure(figures.log_probability_figure(paths))
+    yield html.note(
+        f"Mean over {settings.probe_pairs} fixed training pairs at most; symmetric logarithmic scale. A falling green "
+        "line is the preferred answers losing probability; grey are the SFT model's own greedy answers where they are "
+        "not the chosen ones. Click a legend's entry to show it alone."
+    )
+    yield html.figure(figures.batch_figure(paths))
+    yield html.note(f"Each step's own pairs before the step, moving average with weight {figures.EMA} of the past.")
+    yield html.figure(figures.ratio_figure(paths))
+    yield html.note("How far the chosen answers are above the rejected ones: it can grow while both fall.")
+    dynamics = figures.dynamics_figure(paths)
+    if dynamics:
+        yield "<h2>Gradient terms during training</h2>"
+        yield html.figure(dynamics)
+        yield html.note(
+            "Theorem 1: under the preference loss alone the chosen log-probability moves with the green term, the "
+            "rejected one with the red. A negative green term is a step that lowers the preferred answers unless "
+            "something else holds them. Of the batch's mean gradients, every "
+            f"{settings.dynamics_every} steps; symmetric logarithmic scale."
+        )
 
 
 def _describe(run: Run) -> str:
     config = run.config
     p = config.preference
     return (
-        f"{config.data.type} data, model {config.model.path}, seed {config.seed}. Every method: {p.epochs} epochs, "
+        f"{config.data.type} data, model {config.model.path}, seed {config.seed}. Every method: epochs {p.epochs}, "
         f"batch {p.batch_size}, learning rates {p.theta.lr:g} (backbone) and {p.phi.lr:g} (adapters) unless it has its "
         "own, from the same SFT checkpoint."
     )
 
 
-def _header(table: dict[str, Any]) -> list[str]:
-    columns = ["method"]
-    if table["base"]["accuracy_greedy"]:
-        columns += ["greedy", "95% interval", "sampled", "95% interval"]
-    columns += [CHOSEN_CHANGE, "Δ log π rejected"]
-    return [*columns, "held-out reward accuracy"] if any("held_out" in entry for entry in table.values()) else columns
+def _text_health(paths: dict[str, Path]) -> Iterator[str]:
+    found = figures.health_figure(paths)
+    if found:
+        yield html.figure(found)
+        yield html.note("Answers sampled at temperature 1 during training, to some of the probe pairs' prompts.")
 
 
-def _lines(table: dict[str, Any]) -> list[list[str]]:
-    width = len(_header(table))
-    lines = []
-    for name, entry in table.items():
-        line = [name]
-        if greedy := entry["accuracy_greedy"]:
-            sampled = entry["accuracy_sampled"]
-            line += [
-                f"{greedy['value']:.1%}",
-                f"{greedy['low']:.1%} – {greedy['high']:.1%}",
-                f"{sampled['value']:.1%} ± {sampled['std']:.1%}",
-                f"{sampled['low']:.1%} – {sampled['high']:.1%}",
-            ]
-        line += ["" if entry[k] is None else f"{entry[k]:+.2f}" for k in ("delta_logp_chosen", "delta_logp_rejected")]
-        if reward := entry.get("held_out", {}).get("reward_accuracy"):
-            line.append(f"{reward['value']:.1%} ({reward['low']:.1%} – {reward['high']:.1%})")
-        lines.append(line + [""] * (width - len(line)))
-    return lines
+def _answers(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """Greedy answers by checkpoint and row: the graded ones, else those that text health was measured on."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in table:
+        artifact = graded.get(name) or Artifact(run.root / f"health_{name}", "")
+        rows = [row for row in artifact.rows() if row["seed"] is None and row.get("written_by", name) == name]
+        found |= {name: {row["id"]: row for row in rows}} if rows else {}
+    return found
 
 
-def _html_table(header: list[str], lines: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    marked = {i for i, name in enumerate(header) if name == CHOSEN_CHANGE}
-    body = "".join(f"<tr>{''.join(_cell(cell, i in marked) for i, cell in enumerate(line))}</tr>" for line in lines)
-    return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _cell(text: str, marked: bool) -> str:
-    change = {"-": "fell", "+": "rose"}.get(text[:1], "") if marked else ""
-    return f'<td class="{change}">{escape(text)}</td>' if change else f"<td>{escape(text)}</td>"
-
-
-def _text_table(table: dict[str, Any]) -> list[str]:
-    rows = [_header(table), *_lines(table)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _samples(answers: dict[str, Artifact], questions: Artifact) -> str:
-    greedy = {
-        name: {row["id"]: row for row in artifact.rows() if row["seed"] is None} for name, artifact in answers.items()
-    }
+def _samples(greedy: dict[str, dict[str, Any]], held_out: Artifact) -> Iterator[str]:
+    """The first prompts on which checkpoints disagree, with what each answers."""
     first = next(iter(greedy.values()))
-    differing = [i for i in first if len({rows[i]["correct"] for rows in greedy.values()}) > 1]
-    prompts = {row["id"]: row["prompt"] for row in questions.rows()}
-    head = "".join(f"<th class=text>{escape(name)}</th>" for name in greedy)
+    differing = [i for i in first if len({rows[i].get("correct", rows[i]["response"]) for rows in greedy.values()}) > 1]
+    prompts = {row["id"]: row["prompt"] for row in held_out.rows()}
+    head = "".join(html.cell(name, "text", "th") for name in ("prompt", *greedy))
     body = ""
-    for question in (differing or list(first))[:SHOWN_QUESTIONS]:
-        cells = (greedy[name][question] for name in greedy)
-        body += f"<tr><td class=text>{escape(prompts[question])}</td>{''.join(_answer(row) for row in cells)}</tr>"
-    return (
-        "<p class=note>Greedy answers to the first questions on which the methods disagree.</p>"
-        f"<div class=scroll><table><tr><th class=text>question</th>{head}</tr>{body}</table></div>"
+    for row_id in (differing or list(first))[:SHOWN_QUESTIONS]:
+        reference = greedy.get(REFERENCE, first)[row_id]["response"]
+        cells = "".join(_answer(greedy[name][row_id], reference) for name in greedy)
+        body += f"<tr>{html.cell(_prompt(prompts[row_id]), 'text')}{cells}</tr>"
+    graded = " Green: right, red: wrong." if "correct" in next(iter(first.values())) else ""
+    yield html.note(
+        f"Greedy answers to the first prompts on which checkpoints disagree; marked: other than {REFERENCE}'s.{graded}"
     )
+    yield f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
 
 
-def _answer(row: dict[str, Any]) -> str:
-    return f'<td class="text {"right" if row["correct"] else "wrong"}">{escape(row["response"])}</td>'
+def _prompt(prompt: Any) -> str:
+    """A question, or a conversation."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _answer(row: dict[str, Any], reference: str) -> str:
+    grade = {True: " right", False: " wrong", None: ""}[row.get("correct")]
+    return html.cell(html.marked(row["response"], reference), f"text{grade}")
 
 
 def _stages(run: Run) -> str:
-    lines = []
+    table, wall_s, totals = [], 0.0, Counter()
     for path in sorted(run.root.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime):
         manifest = Artifact(path.parent, "").manifest
-        counts = manifest["rows"]
+        counts, facts = manifest["rows"], manifest["facts"]
         dropped = ", ".join(f"{n} {reason}" for reason, n in counts["dropped"].items())
-        lines.append(
-            [manifest["stage"], str(counts["read"]), str(counts["kept"]), dropped, f"{manifest['wall_s']:.1f}"]
-        )
-    return _html_table(["stage", "rows read", "rows written", "dropped", "seconds"], lines)
+        counted = {key: facts[key] for key in NOTED if facts.get(key)}
+        totals.update(counted)
+        wall_s += manifest["wall_s"]
+        notes = ", ".join(f"{key} {n:.4g}" for key, n in counted.items())
+        name = html.link(manifest["stage"], f"../{path.parent.name}/{MANIFEST}")
+        table.append([name, str(counts["read"]), str(counts["kept"]), dropped, notes, f"{manifest['wall_s']:.1f}"])
+    table.append(["all", "", "", "", ", ".join(f"{key} {n:.4g}" for key, n in totals.items()), f"{wall_s:.1f}"])
+    return html.table(["stage", "rows read", "rows written", "dropped", "notes", "seconds"], table)
+
+
+def _config(run: Run) -> str:
+    return json.dumps(run.config.model_dump(mode="json"), indent=2)

@@ -4,29 +4,55 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spo_ray.core.stats import wilson
+from spo_ray.core.stats import share
 from spo_ray.evaluate.accuracy import accuracies
-from spo_ray.run import Artifact, Run, versions
+from spo_ray.evaluate.evaluations import Evaluation
+from spo_ray.run import MANIFEST, Artifact, Run
 from spo_ray.train.job import RESULT
 
 NO_CHANGE = {"delta_logp_chosen": None, "delta_logp_rejected": None}
 
 
-def summarise(run: Run, methods: dict[str, Artifact], answers: dict[str, Artifact]) -> dict[str, Any]:
-    """Accuracies by generation where there are questions, and the change of log-probabilities on the training pairs.
+def summarise(run: Run, methods: dict[str, Artifact], evaluation: Evaluation) -> dict[str, Any]:
+    """Every score of every checkpoint, and the change of log-probabilities on the training pairs.
 
-    For ready pairs without questions the accuracies are None, and ``held_out`` has the share of held-out pairs whose
-    chosen response gained more than the rejected one.
+    ``accuracy_greedy`` and ``accuracy_sampled`` are None for ready pairs without questions; ``held_out`` has the share
+    of held-out pairs whose chosen response gained more than the rejected one. ``scores`` has all figures by metric,
+    ``comparisons`` every two checkpoints on the same items.
     """
+    scores = evaluation.scores.rows()
     table: dict[str, Any] = {}
-    for name in ("base", "sft", *methods):
+    for name in dict.fromkeys([*(score["checkpoint"] for score in scores), *methods]):
         entry = {"accuracy_greedy": None, "accuracy_sampled": None, **NO_CHANGE}
-        if name in answers:
-            entry |= accuracies(answers[name].rows())
+        if name in evaluation.answers:
+            entry |= accuracies(evaluation.answers[name].rows())
         if name in methods:
             entry |= _log_probabilities(methods[name].path)
+        own = [score for score in scores if score["checkpoint"] == name]
+        entry["scores"] = {f"{score['suite']}/{score['metric']}": _figures(score) for score in own}
         table[name] = entry
-    return {"run": run.config.name, "seed": run.config.seed, "methods": table, "versions": versions()}
+    return {
+        "run": run.config.name,
+        "seed": run.config.seed,
+        "methods": table,
+        "comparisons": evaluation.comparisons.rows(),
+        "versions": versions_of(run),
+    }
+
+
+def versions_of(run: Run) -> dict[str, str]:
+    """Of the packages that the run's stages were made with; several where they changed in between."""
+    found: dict[str, dict[str, None]] = {}
+    for path in sorted(run.root.glob(f"*/{MANIFEST}")):
+        for name, version in json.loads(path.read_text())["versions"].items():
+            found.setdefault(name, {})[version] = None
+    return {name: ", ".join(each) for name, each in found.items()}
+
+
+def _figures(score: dict[str, Any]) -> dict[str, Any]:
+    """What a score says, without what it does not have."""
+    names = ("value", "low", "high", "std", "n", "seeds")
+    return {name: score[name] for name in names if score[name] not in (None, [])}
 
 
 def _log_probabilities(checkpoint: Path) -> dict[str, Any]:
@@ -34,10 +60,8 @@ def _log_probabilities(checkpoint: Path) -> dict[str, Any]:
     found = {key: result["train"][key] for key in NO_CHANGE} | {"pairs": result["train"]["n"], "steps": result["steps"]}
     if "held_out" in result:
         held_out = result["held_out"]
-        n = held_out["n"]
-        low, high = wilson(round(held_out["accuracy"] * n), n)
         found["held_out"] = {
-            "reward_accuracy": {"value": held_out["accuracy"], "low": low, "high": high, "n": n},
+            "reward_accuracy": share(held_out["accuracy"], held_out["n"]),
             **{key: held_out[key] for key in NO_CHANGE},
         }
     return found

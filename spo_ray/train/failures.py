@@ -8,6 +8,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from spo_ray.errors import TrainingError, UserError
+from spo_ray.run import read_lines
 from spo_ray.train.job import RESULT
 
 FAILURES = "failures.jsonl"
@@ -41,8 +42,7 @@ class RecordFailures(UserCallback):
 
 def failures_of(folder: Path) -> list[dict[str, Any]]:
     """What was written down about a job."""
-    file = folder / FAILURES
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return read_lines(folder / FAILURES)
 
 
 def cause_of(error: BaseException) -> BaseException:

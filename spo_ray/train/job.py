@@ -26,6 +26,12 @@ class Job:
     method: str | None = None
     """A name in ``config.methods``; None: SFT."""
     held_out: Artifact | None = None
+    score_at: tuple[int, ...] = ()
+    """Steps at which it is scored; behind all but the last it waits for a decision, see :mod:`spo_ray.train.rungs`."""
+    start_from: str | None = None
+    """Folder with the training state of another job, to go on from."""
+    keep_state: bool = False
+    """Put the training state beside the checkpoints that are scored."""
 
     @property
     def finished(self) -> bool:
@@ -37,16 +43,21 @@ def train_loop(arguments: dict[str, Any]) -> None:
     """Ray Train's entry: the jobs, one after another, but for those that an earlier start has finished."""
     import ray.train
 
-    from spo_ray.train.feed import shared_table
+    from spo_ray.train.feed import Table, shared_table
     from spo_ray.train.rank import Rank
+    from spo_ray.train.rungs import StoppedError
     from spo_ray.train.snapshots import Snapshots
     from spo_ray.train.worker import check_room, run_job
 
     rank = Rank.current()
+    table_of = Table.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         done = [job.finished]
         if not any(rank.gather(done)):
             check_room(job, rank)
-            snapshots = Snapshots(job.key, job.config.train.checkpoint, rank)
-            run_job(job, rank, snapshots, lambda artifact: shared_table(artifact.digest))
+            snapshots = Snapshots(job.key, job.config.train.checkpoint, rank, job.start_from)
+            try:
+                run_job(job, rank, snapshots, table_of)
+            except StoppedError:
+                snapshots.wait()
             ray.train.report({"job": job.key, "finished": True})

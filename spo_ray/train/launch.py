@@ -2,12 +2,9 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray.train import (
@@ -27,12 +24,14 @@ from spo_ray.config import Config
 from spo_ray.errors import UserError
 from spo_ray.model.plan import Device, memory_plan
 from spo_ray.parallel import run_parallel
-from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, say
-from spo_ray.train.failures import FAILURES, RecordFailures, cause_of, failures_of
+from spo_ray.progress import say
+from spo_ray.run import Artifact, OpenStage, Run
+from spo_ray.track import Trackers
+from spo_ray.train.failures import RecordFailures, cause_of, failures_of
 from spo_ray.train.feed import dataset
+from spo_ray.train.follow import Follower
 from spo_ray.train.job import RESULT, Job, train_loop
 
-REPORT_EVERY_S = 5.0
 MATTER = {"precision", "optimizer", "max_length"}
 """Training settings that change results; with all others they are the same but for rounding."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
@@ -47,10 +46,8 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     if isinstance(stage, Artifact):
         return stage
     # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
-    group = _name([stage])
-    return run_parallel({"sft": partial(_train, run, [stage], group, {"sft": (None, Start(model, rows))})}, 1)["sft"][
-        "sft"
-    ]
+    call = partial(_train, run, [stage], _name([stage]), {"sft": (None, Start(model, rows))})
+    return run_parallel({"sft": call}, 1)["sft"]["sft"]
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,12 @@ def train_methods(
 
 
 def _name(stages: Sequence[OpenStage | Artifact]) -> str:
-    """Ray Train's name for the run of some stages: another configuration must not go on from this one's checkpoints."""
-    return "train_" + hashlib.sha256("".join(stage.digest for stage in stages).encode()).hexdigest()[:16]
+    return group_name("".join(stage.digest for stage in stages))
+
+
+def group_name(identity: str) -> str:
+    """Ray Train's name for a run: another configuration must not go on from this one's checkpoints."""
+    return "train_" + hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _train(
@@ -121,12 +122,13 @@ def _train(
     closed = {}
     try:
         if not all(job.finished for job in jobs):
-            _fit(run, jobs, [stage.name for stage in stages], group)
+            fit(run, jobs, [stage.name for stage in stages], group)
     finally:
         for stage, job in zip(stages, jobs, strict=True):
             if job.finished:
                 result = json.loads((stage.scratch / RESULT).read_text())
                 stage.ledger.facts["restarts"] = sum(f["restart"] for f in failures_of(stage.scratch))
+                stage.ledger.facts["alarms"] = result.get("alarms", [])
                 closed[stage.name] = run.close(stage, wall_s=result["wall_s"])
     return closed
 
@@ -136,8 +138,10 @@ def _identity(run: Run) -> dict[str, Any]:
     return run.config.train.model_dump(include=MATTER) | {"best": run.config.train.checkpoint.best}
 
 
-def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
+def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: bool = False) -> None:
     """Run jobs to their end. Ray Train's records matter until then: the same run under the same name goes on.
+
+    With ``from_files`` workers read the rows from the stages' files, not from shared memory: two processes less.
 
     Raises:
         UserError: the cluster has no room for the workers, or a worker found a setting that can't be.
@@ -146,6 +150,7 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
     use_gpu = uses_gpu(run.config)
     config = run.config.train
     artifacts = {artifact.digest: artifact for job in jobs for artifact in (job.rows, job.held_out) if artifact}
+    artifacts = {} if from_files else artifacts
     options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
@@ -159,17 +164,12 @@ def _fit(run: Run, jobs: list[Job], names: list[str], group: str) -> None:
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
     _say_plan(jobs, names, "cuda" if use_gpu else "cpu")
-    trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs}, **options)
-    finished = threading.Event()
-    watcher = threading.Thread(target=_follow, args=(jobs, names, finished), daemon=True)
-    watcher.start()
+    trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs, "from_files": from_files}, **options)
     try:
-        result = trainer.fit()
+        with Follower(jobs, names, Trackers(run)):
+            result = trainer.fit()
     except TrainingFailedError as error:
         raise _explain(error, run.config) from error
-    finally:
-        finished.set()
-        watcher.join()
     result.filesystem.delete_dir(result.path)
 
 
@@ -214,31 +214,3 @@ def _explain(error: TrainingFailedError, config: Config) -> Exception:
             "lower it; the same command goes on from the newest checkpoint"
         )
     return RuntimeError(f"training failed: {cause}")
-
-
-def _follow(jobs: list[Job], names: list[str], finished: threading.Event) -> None:
-    """Every few seconds print the newest line of the growing step logs, and failures."""
-    shown = {
-        path: path.read_text().splitlines()[-1] for path in (Path(j.out) / FAILURES for j in jobs) if path.exists()
-    }
-    while not finished.wait(REPORT_EVERY_S):
-        for job, name in zip(jobs, names, strict=True):
-            for file, tell, least in ((STEP_LOG, _say_step, 2), (FAILURES, _say_failure, 1)):
-                log = Path(job.out) / file
-                lines = log.read_text().splitlines() if log.exists() else []
-                if len(lines) >= least and shown.get(log) != lines[-1]:
-                    shown[log] = lines[-1]
-                    with suppress(ValueError):  # it is being written
-                        tell(name, json.loads(lines[-1]))
-
-
-def _say_step(name: str, record: dict[str, Any]) -> None:
-    logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if record.get("logps/chosen") is not None else ""
-    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-    say(name, f"step {record['step']}/{record['total_steps']}, loss {loss}{logps}")
-
-
-def _say_failure(name: str, record: dict[str, Any]) -> None:
-    rank, text = next(iter(record["errors"].items()))
-    text = text.splitlines()[0][:200]
-    say(name, f"worker {rank} failed ({text}){': going on from the newest checkpoint' if record['restart'] else ''}")

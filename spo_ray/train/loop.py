@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,32 @@ from spo_ray.core.losses import Metrics
 from spo_ray.core.sharded import local
 from spo_ray.errors import TrainingError
 from spo_ray.model.optim import Group, learning_rates, make_optimizer
+from spo_ray.run import STEP_LOG
+from spo_ray.train.alarm import STOP
+from spo_ray.train.job import Job
 from spo_ray.train.rank import Rank
-from spo_ray.train.snapshots import Snapshots
-from spo_ray.train_config import TrainConfig
+from spo_ray.train.snapshots import Extra, Snapshots
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Gradients by parameter name and metrics of a step (from 1) on a global batch of row numbers."""
-Watch = Callable[[Metrics, Sequence[int]], Metrics]
-"""Metrics about the state after a recorded step."""
 
 
-@dataclass
-class Remembered:
-    """What a run remembers between steps, beside tensors."""
+class Hook:
+    """What hangs on the training loop. Every method is a collective of all ranks; here they do nothing."""
 
-    state: Callable[[], dict[str, Any]] = dict
-    load: Callable[[dict[str, Any]], None] = lambda state: None
+    def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
+        """Metrics about the state after a step on these rows, to be recorded with it; step 0 is the start."""
+        return {}
+
+    def behind(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+        """When a step is recorded; ``extra`` is what a checkpoint of it keeps beside tensors."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the hook remembers between steps, for checkpoints; all hooks' keys differ."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with what all hooks remembered."""
 
 
 class StepLog:
@@ -43,7 +52,7 @@ class StepLog:
     def start(self, step: int) -> None:
         """Keep what was written up to a step, and nothing after it; with step 0: nothing at all."""
         if self.path is not None:
-            lines = self.path.read_text().splitlines(keepends=True) if step else []
+            lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
             self.path.write_text("".join(lines[: step + 1]))
 
     def write(self, record: Metrics) -> None:
@@ -55,33 +64,36 @@ class StepLog:
 
 
 def optimise(
+    job: Job,
     model: nn.Module,
     groups: Sequence[Group],
     batches: Sequence[Sequence[int]],
     gradients: GradientsOf,
-    config: TrainConfig,
     rank: Rank,
-    log: StepLog,
     snapshots: Snapshots,
-    watch: Watch = lambda record, indices: {},
-    remembered: Remembered | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> float:
     """AdamW over the global batches, from the newest checkpoint on if there is one; gives the seconds it took in all.
 
     Raises:
         TrainingError: more steps in a row than configured without a finite gradient, or a checkpoint can't be written.
     """
-    started, remembered = time.time(), remembered or Remembered()
+    started, config, log = time.time(), job.config.train, StepLog(Path(job.out) / STEP_LOG, rank)
     optimizer = make_optimizer(groups, config.optimizer)
     extra = snapshots.restore(model, optimizer)
     first, total = extra.get("step", 0) + 1, len(batches)
     skipped, in_a_row, before = extra.get("skipped", 0), extra.get("in_a_row", 0), extra.get("wall_s", 0.0)
     log.start(first - 1)
-    if extra:
-        remembered.load(extra["remembered"])
-    else:
-        start: Metrics = {"step": 0, "total_steps": total}
-        log.write(start | watch(start, []))
+
+    def watched(record: Metrics, indices: Sequence[int]) -> Metrics:
+        for hook in hooks:
+            record |= hook.after(record, indices)
+        return record
+
+    for hook in hooks if extra else ():
+        hook.load_state_dict(extra["remembered"])
+    if not extra:
+        log.write(watched({"step": 0, "total_steps": total}, []))
     for step, indices in enumerate(batches[first - 1 :], start=first):
         rates = learning_rates(optimizer, groups, step - 1, total)
         grads, metrics = gradients(step, indices)
@@ -98,11 +110,15 @@ def optimise(
         record |= {"learning_rate": next(iter(rates.values()))}
         record |= {f"learning_rate/{name}": value for name, value in rates.items()}
         record |= {"skipped_steps": skipped, **metrics}
-        record |= watch(record, indices)
-        log.write(record)
+        log.write(watched(record, indices))
+        state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "wall_s": before + time.time() - started}
+        state["remembered"] = {key: value for hook in hooks for key, value in hook.state_dict().items()}
         if snapshots.due(step, total):
-            state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "wall_s": before + time.time() - started}
-            snapshots.save(model, optimizer, state | {"remembered": remembered.state()}, record)
+            snapshots.save(model, optimizer, state, record)
+        for hook in hooks:
+            hook.behind(step, optimizer, state)
+        if record.get(STOP):
+            break
     snapshots.wait()
     return before + time.time() - started
 

@@ -9,19 +9,18 @@ from torch import Tensor, nn
 
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
+from spo_ray.core.passes import FALL
 from spo_ray.errors import TrainingError
-from spo_ray.model.collate import collate, collate_pairs, rows_at_once
+from spo_ray.model.collate import TokenRow, collate, collate_pairs, rows_at_once
 from spo_ray.model.tokenise import ChatTokenizer
 from spo_ray.train.feed import Table
 from spo_ray.train.rank import Rank
 from spo_ray.train_config import TrainConfig
 
-TokenRow = tuple[Sequence[int], Sequence[int]]
-"""(prompt ids, completion ids)."""
 DRIFT_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
 CHECKED_PAIRS = 32
-MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy")
+MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy", "both_fell")
 
 
 class Measure:
@@ -31,13 +30,13 @@ class Measure:
         self.model, self.chat, self.config, self.rank = model, chat, config, rank
 
     def pair_means(self, table: Table, numbers: Sequence[int]) -> Metrics:
-        """Means over some of a table's pairs: log-probabilities, their change since the reference, and accuracy."""
-        sums = torch.zeros(5, dtype=torch.float64, device=self.rank.device)
-        for own, valid in self.batches(numbers):
-            batch = self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id))
+        """Means over pairs: log-probabilities, their change since the reference, accuracy, share in which both fell."""
+        sums = torch.zeros(len(MEANS), dtype=torch.float64, device=self.rank.device)
+        for batch, valid in self.pairs(table, numbers):
             chosen, rejected = (self.side(batch, side) for side in ("chosen", "rejected"))
             gain_w, gain_l = chosen - batch["ref_chosen_logps"], rejected - batch["ref_rejected_logps"]
-            columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double())
+            both = (gain_w < -FALL) & (gain_l < -FALL)
+            columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double(), both.double())
             sums += torch.stack([(column.double() * valid).sum() for column in columns])
         self.rank.all_reduce([sums])
         return dict(zip(MEANS, (sums / len(numbers)).tolist(), strict=True)) | {"n": len(numbers)}
@@ -59,8 +58,7 @@ class Measure:
             TrainingError: they differ; the DPO loss would not start at ln 2.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
-        for own, valid in self.batches(range(min(len(table), CHECKED_PAIRS))):
-            batch = self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id))
+        for batch, valid in self.pairs(table, range(min(len(table), CHECKED_PAIRS))):
             gap = (self.side(batch, "chosen") - batch["ref_chosen_logps"]).abs().double()
             tokens = (batch["chosen_labels"] >= 0).sum(dim=1)
             sums += torch.stack([(gap * valid).sum(), (tokens * valid).sum()])
@@ -71,6 +69,11 @@ class Measure:
                 f"the policy before step 0 differs from the stored reference by {difference / tokens:.2g} nats a "
                 "token: the reference log-probabilities belong to another model, tokenizer or precision"
             )
+
+    def pairs(self, table: Table, numbers: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Some of a table's pairs in batches; see :meth:`batches`."""
+        for own, valid in self.batches(numbers):
+            yield self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id)), valid
 
     def batches(self, items: Sequence[Any]) -> Iterator[tuple[list[Any], Tensor]]:
         """Some items, the part of this rank, in batches for inference; and which of them count (0 or 1)."""

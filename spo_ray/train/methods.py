@@ -8,8 +8,9 @@ from typing import Any
 from spo_ray.core.losses import LOSSES, Loss
 from spo_ray.core.running import ReferenceStatistics, RunningStatistics
 from spo_ray.core.safe_region import DualVariable
-from spo_ray.method_config import AlphaDpo, MethodConfig, SafeRegion, Spo
+from spo_ray.method_config import AlphaDpo, MethodConfig, Spo
 from spo_ray.section import Section
+from spo_ray.train.loop import Hook
 
 STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
     "corrected": RunningStatistics,
@@ -18,7 +19,7 @@ STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
 GAPS = {"reference": lambda metrics: -metrics["logps/chosen_change"], "inner": lambda m: m.get("spo/inner_gap", 0.0)}
 
 
-class Method:
+class Method(Hook):
     """A preference method in training: the step's arguments, and what it remembers between steps."""
 
     def __init__(self, config: MethodConfig) -> None:
@@ -29,7 +30,19 @@ class Method:
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN
         region = config.safe_region if isinstance(config, Spo) else None
         self.gap = GAPS[region.gap] if region else None
-        self.dual = _dual(region, self.arguments["lambda_sft"]) if region else None
+        start = self.arguments["lambda_sft"]
+        self.dual = DualVariable(start, region.epsilon, region.lr, highest=region.max_lambda) if region else None
+        self.raised: float | None = None
+
+    def raise_lambda(self, factor: float, most: float) -> float | None:
+        """Raise SPO's lambda; gives the new one, or None where there is none to raise."""
+        old = self.arguments["lambda_sft"]
+        if not old:
+            return None
+        self.arguments["lambda_sft"] = self.raised = max(old, min(most, old * factor))
+        if self.dual is not None:
+            self.dual.value = self.raised
+        return self.raised
 
     def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
         """Take in the global metrics of a step; gives what changed."""
@@ -42,12 +55,15 @@ class Method:
     def state_dict(self) -> dict[str, dict[str, float]]:
         """What a checkpoint keeps: running statistics, lambda."""
         parts = {"statistics": self.statistics, "dual": self.dual}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return state | ({} if self.raised is None else {"raised": {"lambda_sft": self.raised}})
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
         """Continue from a checkpoint of the same method."""
         if self.statistics is not None:
             self.statistics.load_state_dict(state["statistics"])
+        if "raised" in state:
+            self.arguments["lambda_sft"] = self.raised = state["raised"]["lambda_sft"]
         if self.dual is not None:
             self.dual.load_state_dict(state["dual"])
             self.arguments["lambda_sft"] = self.dual.value
@@ -55,6 +71,8 @@ class Method:
 
 PLAIN = {"lambda_sft": 0.0, "gamma": 0.0, "inner_steps": 0, "eta": 0.0}
 """The SPO step without its lower level and its hinge: the base loss alone."""
+SAME = {"lambda_sft", "gamma", "sft_reduction", "norm_scope", "norm_of", "hinge", "difference"}
+"""Fields that are arguments of the step."""
 
 
 def _loss(base: Section, statistics: RunningStatistics | None) -> Loss:
@@ -66,20 +84,6 @@ def _loss(base: Section, statistics: RunningStatistics | None) -> Loss:
 
 
 def _spo(config: Spo) -> dict[str, Any]:
-    return {
-        "lambda_sft": config.lambda_sft,
-        "gamma": config.gamma,
-        "inner_steps": config.inner.steps,
-        "eta": config.inner.eta,
-        "inner_mode": config.inner.mode,
-        "full_precision_inner": config.inner.full_precision,
-        "sft_reduction": config.sft_reduction,
-        "norm_scope": config.norm_scope,
-        "norm_of": config.norm_of,
-        "hinge": config.hinge,
-        "difference": config.difference,
-    }
-
-
-def _dual(region: SafeRegion, start: float) -> DualVariable:
-    return DualVariable(start, region.epsilon, region.lr, highest=region.max_lambda)
+    inner = config.inner
+    lower = {"inner_steps": inner.steps, "eta": inner.eta, "inner_mode": inner.mode}
+    return config.model_dump(include=SAME) | lower | {"full_precision_inner": inner.full_precision}

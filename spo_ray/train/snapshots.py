@@ -41,16 +41,20 @@ Extra = dict[str, Any]
 class Snapshots:
     """A job's checkpoints in its Ray Train run; jobs one after another share a run."""
 
-    def __init__(self, job: str, config: CheckpointConfig, rank: Rank) -> None:
-        self.job, self.config, self.rank = job, config, rank
+    def __init__(self, job: str, config: CheckpointConfig, rank: Rank, start_from: str | None = None) -> None:
+        self.job, self.config, self.rank, self.start_from = job, config, rank, start_from
         # saving in the background must not get between the collectives of training
         self.group = dist.new_group(backend="gloo") if config.every else None
         self.pending = 0
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
-        """Load the newest checkpoint of this job; gives its ``state.json``, empty where there is none."""
+        """Load the job's newest checkpoint, or what it starts from; gives its ``state.json``, empty without any."""
         checkpoint = ray.train.get_checkpoint()
-        return self.load(checkpoint, model, optimizer) if checkpoint else {}
+        extra = self.load(checkpoint, model, optimizer) if checkpoint else {}
+        if extra or not self.start_from:
+            return extra
+        load_tensors(self.start_from, model, optimizer, self.rank)
+        return json.loads((Path(self.start_from) / STATE).read_text())
 
     def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
         """Load one checkpoint, if it is this job's."""
@@ -104,9 +108,7 @@ class Snapshots:
     def _write(self, local: Checkpoint, name: str, tensors: Mapping[str, Any], extra: Extra) -> Checkpoint:
         storage = ray.train.get_context().get_storage()
         try:
-            write_tensors(local.path, tensors, self.group)
-            if self.rank.index == 0:
-                (Path(local.path) / STATE).write_text(json.dumps(extra))
+            write_state(Path(local.path), tensors, extra, self.rank, self.group)
             return storage.persist_current_checkpoint(local, name)
         except Exception as error:
             raise TrainingError(
@@ -148,6 +150,13 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: Rank) -> d
     if not on_cpu:
         generators[f"cuda.{rank.index}"] = torch.cuda.get_rng_state(rank.device)
     return _map(lambda tensor: tensor.detach().clone(), state | {"generators": generators})
+
+
+def write_state(folder: Path, tensors: Mapping[str, Any], extra: Extra, rank: Rank, group: Any = None) -> None:
+    """Tensors and ``state.json`` of a checkpoint; a collective of ``group``."""
+    write_tensors(str(folder), tensors, group)
+    if rank.index == 0:
+        (folder / STATE).write_text(json.dumps(extra))
 
 
 def write_tensors(folder: str, tensors: Mapping[str, Any], group: Any = None) -> None:

@@ -21,22 +21,24 @@ from spo_ray.core.losses import Metrics
 from spo_ray.core.passes import tokens_per_backward
 from spo_ray.core.sharded import is_sharded
 from spo_ray.core.spo import spo_gradients
-from spo_ray.model.collate import collate, collate_pairs
+from spo_ray.model.collate import TokenRow, collate, collate_pairs
 from spo_ray.model.export import Probe, export
 from spo_ray.model.fsdp import load_shards, whole_state
 from spo_ray.model.load import build_policy, parameter_groups
 from spo_ray.model.optim import Group
 from spo_ray.model.plan import Device, check_memory, memory_plan
 from spo_ray.model.tokenise import ChatTokenizer
-from spo_ray.run import STEP_LOG, Artifact, write_json
+from spo_ray.run import Artifact, write_json
+from spo_ray.train.alarm import Alarm
 from spo_ray.train.feed import Table, epoch_batches
 from spo_ray.train.job import RESULT, Job
-from spo_ray.train.loop import Remembered, StepLog, optimise
-from spo_ray.train.measure import Measure, TokenRow, compute_type
+from spo_ray.train.loop import Hook, optimise
+from spo_ray.train.measure import Measure, compute_type
 from spo_ray.train.methods import Method
 from spo_ray.train.rank import Rank
-from spo_ray.train.snapshots import Snapshots
-from spo_ray.train.watch import StepWatch, top_answers
+from spo_ray.train.rungs import TRAINING_STATE, pass_rung
+from spo_ray.train.snapshots import Extra, Snapshots, collect, write_state
+from spo_ray.train.watch import AlarmBell, Probes, StepWatch, TextHealth
 from spo_ray.train_config import TrainConfig
 
 TableOf = Callable[[Artifact], Table]
@@ -99,10 +101,8 @@ def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> di
 
     batches = list(epoch_batches(len(table), config.sft.batch_size, config.sft.epochs, config.seed))
     groups = [Group("theta", params, config.sft)]
-    log = StepLog(Path(job.out) / STEP_LOG, rank)
-    wall_s = optimise(model, groups, batches, gradients, config.train, rank, log, snapshots)
-    first = table.rows([0])[0]
-    save(model, job, rank, chat, (first["prompt_ids"], first["completion_ids"]))
+    wall_s = optimise(job, model, groups, batches, gradients, rank, snapshots)
+    save(model, job, rank, chat, first_text(table, "completion_ids"))
     return {"steps": len(batches), "wall_s": wall_s}
 
 
@@ -111,14 +111,17 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
     config = job.config
     method, settings = Method(config.methods[str(job.method)]), config.preference
     chat, table = ChatTokenizer.load(job.model, config.model.chat_template), table_of(job.rows)
+    held_out = table_of(job.held_out) if job.held_out is not None else None
+    text = first_text(table, "chosen_ids")
     model = load_policy(job, rank, with_phi=True)
     params = trainable(model)
     backbone, adapters = parameter_groups(model)
     measure = Measure(model, chat, config.train, rank)
     measure.check_reference(table)
-    probe = range(min(len(table), settings.probe_pairs))
-    dynamics = StepWatch(list(params.values()), settings.dynamics_every)
-    tops = top_answers(model, chat, table.rows(probe), settings.probe_top_tokens, config.train.max_length, rank)
+    dynamics = StepWatch(list(params.values()), settings.dynamics_every, measure, table)
+    alarm = Alarm(settings.alarm)
+    probes, health = Probes(job, measure, table, held_out), TextHealth(job, measure, table)
+    hooks = [method, dynamics, probes, health, AlarmBell(alarm, method), Rungs(job, measure, text)]
 
     def gradients(step: int, indices: Sequence[int]) -> tuple[Mapping[str, Tensor], Metrics]:
         numbers, valid = rank.share(indices)
@@ -141,36 +144,43 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
         metrics = global_mean(metrics, sum(valid), len(indices), rank)
         return grads, metrics | method.after_step(metrics)
 
-    def watch(record: Metrics, indices: Sequence[int]) -> Metrics:
-        metrics = {}
-        if dynamics.before:
-            metrics |= dynamics.finish(record, measure.pair_means(table, indices))
-        step = record["step"]
-        if step % settings.probe_every == 0 or step == record["total_steps"]:
-            metrics |= {f"probe/{key}": value for key, value in measure.pair_means(table, probe).items()}
-            if tops:
-                metrics["probe/logps/top"] = measure.mean_logp(tops)
-        return metrics
-
     rate = {} if method.lr is None else {"lr": method.lr}
     groups = [
         Group("theta", {name: params[name] for name in backbone}, settings.theta.model_copy(update=rate)),
         Group("phi", {name: params[name] for name in adapters}, settings.phi.model_copy(update=rate)),
     ]
     batches = list(epoch_batches(len(table), settings.batch_size, settings.epochs, config.seed))
-    log, remembered = StepLog(Path(job.out) / STEP_LOG, rank), Remembered(method.state_dict, method.load_state_dict)
-    wall_s = optimise(model, groups, batches, gradients, config.train, rank, log, snapshots, watch, remembered)
+    wall_s = optimise(job, model, groups, batches, gradients, rank, snapshots, hooks)
     best = snapshots.best()
     chosen = {"exported_step": snapshots.load(best, model, None)["step"]} if best else {}
     result: dict[str, Any] = {"train": measure.pair_means(table, range(len(table))), "steps": len(batches)} | chosen
     if method.state_dict():
         result["method_state"] = method.state_dict()
-    if job.held_out is not None:
-        held_out = table_of(job.held_out)
+    result |= alarm.result()
+    if held_out is not None:
         result["held_out"] = measure.pair_means(held_out, range(len(held_out)))
-    first = table.rows([0])[0]
-    save(model, job, rank, chat, (first["prompt_ids"], first["chosen_ids"]))
+    save(model, job, rank, chat, text)
     return result | {"wall_s": wall_s}
+
+
+class Rungs(Hook):
+    """Checkpoints that are scored on the way, see :mod:`spo_ray.train.rungs`."""
+
+    def __init__(self, job: Job, measure: Measure, text: TokenRow) -> None:
+        self.job, self.measure, self.text = job, measure, text
+
+    def behind(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+        """Wait for the decision, where there is one to come."""
+        job, rank, model = self.job, self.measure.rank, self.measure.model
+        if step not in job.score_at[:-1]:
+            return
+
+        def export(folder: Path) -> None:
+            save(model, job, rank, self.measure.chat, self.text, folder)
+            if job.keep_state:
+                write_state(folder / TRAINING_STATE, collect(model, optimizer, rank), extra, rank)
+
+        pass_rung(job.out, step, rank, export)
 
 
 def load_policy(job: Job, rank: Rank, *, with_phi: bool) -> nn.Module:
@@ -222,13 +232,24 @@ def global_mean(metrics: Metrics, local: int, total: int, rank: Rank) -> Metrics
     return dict(zip(metrics, values.tolist(), strict=True))
 
 
-def save(model: nn.Module, job: Job, rank: Rank, chat: ChatTokenizer, text: TokenRow) -> None:
-    """Export the model, with the log-probability of one row as its probe; a collective."""
+def first_text(table: Table, side: str) -> TokenRow:
+    """Prompt and completion of the first row, the probe text of checkpoints."""
+    (row,) = table.rows([0])
+    return row["prompt_ids"], row[side]
+
+
+def save(
+    model: nn.Module, job: Job, rank: Rank, chat: ChatTokenizer, text: TokenRow, folder: Path | None = None
+) -> None:
+    """Export the model, with the log-probability of one row as its probe; a collective.
+
+    With a ``folder`` of its own a copy is exported, and the model can be trained further.
+    """
     config = job.config
     logp = Measure(model, chat, config.train, rank).mean_logp([text])
     whole = model
-    if is_sharded(model.parameters()):
-        state = whole_state(model)
+    if folder or is_sharded(model.parameters()):
+        state = {key: value.clone() for key, value in whole_state(model).items()} if folder else whole_state(model)
         if rank.index == 0:
             options: dict[str, Any] = {"with_phi": job.method is not None, "device": "meta"}
             whole = build_policy(job.model, config.model, config.seed, **options)
@@ -236,4 +257,4 @@ def save(model: nn.Module, job: Job, rank: Rank, chat: ChatTokenizer, text: Toke
     if rank.index == 0:
         both = config.model.export_adapter and job.method is not None
         probe, name = Probe(list(text[0]), list(text[1]), logp), job.method or "sft"
-        export(whole, chat, Path(job.out), probe, method=name, backbone_and_adapter=both)
+        export(whole, chat, folder or Path(job.out), probe, method=name, backbone_and_adapter=both and not folder)

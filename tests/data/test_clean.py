@@ -1,3 +1,4 @@
+import pyarrow.parquet as pq
 import pytest
 
 from spo_ray import rows
@@ -60,6 +61,16 @@ def test_what_is_dropped(in_root, tmp_path, overrides, dropped):
     kept, counts = clean(tmp_path, TABLE, *overrides)
     assert kept == [row["id"] for row in TABLE if row["id"] not in dropped]
     assert counts == {reason: list(dropped.values()).count(reason) for reason in set(dropped.values())}
+
+
+@pytest.mark.parametrize(
+    ("dedup", "firsts"),
+    [("normalised", {"001": "000", "002": "000"}), ("near", {"001": "000", "002": "000", "004": "003"})],
+)
+def test_the_first_of_duplicates_is_named(in_root, tmp_path, dedup, firsts):
+    clean(tmp_path, TABLE, f"pairs.dedup={dedup}", "pairs.near_threshold=0.7")
+    ledger = pq.read_table(tmp_path / "quickstart" / "pairs" / "rejected.parquet").to_pylist()
+    assert {row["id"]: row["excerpt"].partition(":")[0] for row in ledger} == firsts
 
 
 def test_nothing_left_is_refused(in_root, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.engines import open_engine
-from spo_ray.data.sample import Source, _local, choose
+from spo_ray.data.sample import Source, _answering, choose
 from spo_ray.data_config import EngineConfig, SamplingConfig
 from spo_ray.errors import UserError
 from spo_ray.model.collate import collate
@@ -67,7 +67,11 @@ def test_one_process_serves_several_checkpoints_with_the_trainers_log_probabilit
             assert abs(answer.logp - logp) / count < 1e-3
         given = chat.completion_ids("5 + 7 = 12.\n#### 12")
         expected, _ = trainer_logps(path, chat, prompts[:1], ["5 + 7 = 12.\n#### 12"])
-        assert abs(engine.score(prompts[0], given) - expected.item()) / len(given) < 1e-3
+        best = (prompts[0], greedy[0][0].ids)
+        found, sure = engine.score([(prompts[0], given), best])
+        assert abs(found.logp - expected.item()) / len(given) < 1e-3
+        assert sure.logp == pytest.approx(greedy[0][0].logp, abs=1e-3)
+        assert (found.greedy, sure.greedy) == (False, True)
         seen.append([c[0].logp for c in greedy])
         engine.close()
     assert seen[0] == pytest.approx(seen[2], abs=1e-4)
@@ -88,6 +92,20 @@ def test_samples_repeat_with_their_seeds(kind, checkpoints, chat):
     assert first == texts([5, 6])
     assert first != texts([7, 8])
     assert len({text for question in first for text in question}) > 2
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_long_prompt_leaves_the_others_their_room_and_full_texts_can_be_scored(kind, checkpoints, chat):
+    engine = open_engine(kind, str(checkpoints[1]), CONFIG, chat)
+    prompts = [chat.prompt_ids(QUESTIONS[0]), chat.prompt_ids("pens " * 400)[:250]]
+    found = engine.generate(prompts, n=1, temperature=0.0, max_tokens=64, seeds=[0, 0])
+    (alone,) = engine.generate(prompts[:1], n=1, temperature=0.0, max_tokens=64, seeds=[0])
+    assert found[0][0].ids == alone[0].ids
+    assert found[0][0].tokens > 8
+    assert 1 <= found[1][0].tokens <= 5
+    scored = engine.score([(ids, answers[0].ids) for ids, answers in zip(prompts, found, strict=True)])
+    assert [s.logp for s in scored] == pytest.approx([answers[0].logp for answers in found], abs=1e-2)
     engine.close()
 
 
@@ -125,6 +143,6 @@ def test_arguments_reach_vllm(checkpoints, chat):
 def test_more_engines_than_the_first_are_an_option():
     config = EngineConfig(replicas=2, max_replicas=3, cpus=0.5, gpus=0.0)
     source = Source(Artifact("m", "m"), config, SamplingConfig())
-    assert _local(source, "seed")[1] == Pool(2, 0.5, 0.0, most=3)
+    assert _answering(source, "seed")[1] == Pool(2, 0.5, 0.0, most=3)
     with pytest.raises(ValueError, match="max_replicas=1 is below replicas=2"):
         EngineConfig(replicas=2, max_replicas=1)

@@ -42,6 +42,13 @@ def test_every_layout_gives_the_same_rows(tmp_path):
     assert inputs(PreferenceData(path=tmp_path / "hub"), "train") != before
 
 
+def test_excerpts_name_file_and_line(tmp_path):
+    lines = [json.dumps(ROWS[0]), "", "no json", json.dumps(ROWS[1])]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    excerpts = [raw.excerpt for raw in raw_rows(PreferenceData(path=tmp_path), "train")]
+    assert excerpts == [f"train.jsonl:{line}: {lines[line - 1]}" for line in (1, 3, 4)]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [("train.parquet", b"no parquet", "can't be read as Parquet"), ("rows.csv", b"a,b", "is no data file")],

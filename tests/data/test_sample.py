@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
@@ -20,6 +18,7 @@ from spo_ray.data_config import EndpointConfig, SamplingConfig, TeacherModel
 from spo_ray.errors import UserError
 from spo_ray.run import Artifact, Run, write_rows
 
+from ..chat_server import ChatServer, choice
 from ..conftest import ROOT
 from ..helpers import small_config
 
@@ -80,49 +79,36 @@ def test_killed_engines_and_a_killed_driver_lose_and_repeat_nothing(tmp_path):
     assert Artifact(short / "quickstart" / "base_samples", "").rows() == table[:64]
 
 
-class Server(BaseHTTPRequestHandler):
-    """Speaks OpenAI's protocol as the test scripts it: a real server, whose answers are made up."""
+class Teacher(ChatServer):
+    """Repeats the question, after the trouble that the test scripts."""
 
-    requests: list = []
-    script: list = []
+    def __init__(self):
+        super().__init__(self.say)
+        self.script = []
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}, body))
-        trouble = self.script.pop(0) if self.script else None
-        if trouble == "close":
-            self.connection.close()
-            return
-        status = trouble or (400 if "too long" in body["messages"][0]["content"] else 200)
-        choices = [
-            {
-                "index": i,
-                "finish_reason": "stop" if i else "length",
-                "message": {"role": "assistant", "content": f"{body['messages'][0]['content']} {body['seed']} {i}"},
-                "logprobs": {"content": [{"token": "a", "logprob": -0.5, "top_logprobs": []}] * 3},
-            }
-            for i in range(body["n"])
+    def say(self, body):
+        question = body["messages"][0]["content"]
+        if self.script:
+            trouble = self.script.pop(0)
+            if trouble:
+                return trouble
+        if "too long" in question:
+            return 400
+        tokens = [{"token": "a", "logprob": -0.5, "top_logprobs": []}] * 3
+        return [
+            choice(f"{question} {body['seed']} {i}", tokens, i, "stop" if i else "length") for i in range(body["n"])
         ]
-        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices}
-        data = json.dumps(answer if status == 200 else {"error": {"message": "no"}}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Retry-After", "0")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments):
-        pass
 
 
 @pytest.fixture
-def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    Server.requests, Server.script = [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+def teacher():
+    with Teacher() as server:
+        yield server
+
+
+@pytest.fixture
+def endpoint(teacher):
+    return teacher.url
 
 
 def served(url, **options):
@@ -130,15 +116,15 @@ def served(url, **options):
     return Source(Artifact("teacher", "t"), config, SamplingConfig(samples=2, temperature=0.6, max_tokens=9))
 
 
-def test_an_endpoint_answers_after_refusals(endpoint):
-    Server.script = [429, 500, "close"]
+def test_an_endpoint_answers_after_refusals(teacher, endpoint):
+    teacher.script = [429, 500, "close"]
     answers = EndpointAnswers("secret", served(endpoint, concurrency=1))([("2 + 2?", 7), ("too long", 8)])
     assert answers[1].startswith("the endpoint refused the request (400")
     assert answers[0].prompt_ids == []
     assert [c.text for c in answers[0].completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
     assert [c.finished for c in answers[0].completions] == [False, True]
     assert [(c.logp, c.tokens) for c in answers[0].completions] == [(-1.5, 3)] * 2
-    path, headers, body = Server.requests[-1]
+    path, headers, body = teacher.requests[-1]
     assert (path, headers["authorization"]) == ("/v1/chat/completions", "Bearer secret")
     assert {key: body[key] for key in ("model", "n", "temperature", "max_tokens")} == {
         "model": "teacher",
@@ -146,31 +132,30 @@ def test_an_endpoint_answers_after_refusals(endpoint):
         "temperature": 0.6,
         "max_tokens": 9,
     }
-    assert len(Server.requests) == 6
-    assert [body.get("logprobs") for _, _, body in Server.requests] == [True] * 5 + [None]
+    assert [body.get("logprobs") for _, _, body in teacher.requests] == [True] * 5  # a refusal of one among others
 
 
-def test_an_endpoint_without_log_probabilities(endpoint):
-    Server.script = [400]
+def test_an_endpoint_without_log_probabilities(teacher, endpoint):
+    teacher.script = [400]
     answer = EndpointAnswers(None, served(endpoint))
     (found,) = answer([("2 + 2?", 7)])
     assert [c.text for c in found.completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
     answer([("3 + 3?", 7)])
-    assert [body.get("logprobs") for _, _, body in Server.requests] == [True, None, None]
+    assert [body.get("logprobs") for _, _, body in teacher.requests] == [True, None, None]
 
 
-def test_an_endpoint_that_keeps_refusing_ends_the_stage(endpoint):
-    Server.script = [401]
+def test_an_endpoint_that_keeps_refusing_ends_the_stage(teacher, endpoint):
+    teacher.script = [401]
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*AuthenticationError"):
         EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
-    Server.script = [500] * 9
+    teacher.script = [500] * 9
     with pytest.raises(RuntimeError, match="InternalServerError"):
         EndpointAnswers(None, served(endpoint, retries=1))([("2 + 2?", 7)])
     with pytest.raises(RuntimeError, match="APIConnectionError"):
         EndpointAnswers(None, served("http://127.0.0.1:9/v1", retries=0))([("2 + 2?", 7)])
 
 
-def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, endpoint, monkeypatch):
+def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, teacher, endpoint, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "hidden")
     (tmp_path / "in").mkdir()
     table = [
@@ -179,15 +164,15 @@ def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, e
     ]
     write_rows(tmp_path / "in" / "part-0.parquet", table, rows.SftQuestion)
     engine = EndpointConfig(type="endpoint", url=endpoint, api_key_env="TEACHER_KEY")
-    teacher = TeacherModel(model="r1", engine=engine, sampling=SamplingConfig(samples=2))
+    model = TeacherModel(model="r1", engine=engine, sampling=SamplingConfig(samples=2))
     run = Run(small_config(tmp_path, "sft_data.responses_per_question=2"))
-    artifact = sample(run, "teacher1_samples", Source.teacher(run.config, teacher), Artifact(tmp_path / "in", "in"))
+    artifact = sample(run, "teacher1_samples", Source.teacher(run.config, model), Artifact(tmp_path / "in", "in"))
     found = {row["prompt"]: row for row in artifact.rows()}
     assert {name: len(row["samples"]) for name, row in found.items()} == {"none": 2, "one": 2, "two": 0}
     assert found["two"]["seed"] is None
     assert found["one"]["samples"][1] == f"one {found['one']['seed']} 1"
     assert found["one"]["responses"] == ["r"]
-    assert all(headers["authorization"] == "Bearer hidden" for _, headers, _ in Server.requests)
+    assert all(headers["authorization"] == "Bearer hidden" for _, headers, _ in teacher.requests)
     assert "hidden" not in (artifact.path / "manifest.json").read_text()
     assert artifact.manifest["facts"] | {"asked": 2, "refused": {}} == artifact.manifest["facts"]
 

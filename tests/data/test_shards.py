@@ -39,7 +39,7 @@ def run(source, tmp_path, mapper, **options):
 
 
 def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("spo_ray.shards.REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr("spo_ray.progress.EVERY_S", 0.0)
     run(source, tmp_path, lengths, batch_size=25, every=101)
     counts = [int(n) for n in re.findall(r"test: (\d+)/100 rows read", capsys.readouterr().out)]
     assert counts == [25, 50, 75]

@@ -97,6 +97,25 @@ def test_pairs_are_held_out_of_training(in_root, tmp_path):
         load_data(Run(run.config.model_copy(update={"data": small})), "train")
 
 
+def test_copies_of_held_out_pairs_are_not_trained_on(in_root, tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    rows += [*rows, {"prompt": "p0", "chosen": "better", "rejected": "bad"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(path=tmp_path, test_pairs=10)
+    run = Run(small_config(tmp_path / "out").model_copy(update={"data": data}))
+    test, train = load_data(run, "test"), load_data(run, "train")
+    content = [
+        {(str(row["prompt"]), row["chosen"], row["rejected"]) for row in artifact.rows()} for artifact in (test, train)
+    ]
+    assert not content[0] & content[1]
+    counts = train.manifest["rows"]
+    twice = sum(rows.count(row) > 1 and row in rows for row in rows)
+    assert twice == 40
+    assert counts["kept"] + sum(counts["dropped"].values()) == 31
+    assert counts["dropped"].keys() == {"a copy of a held-out pair"}
+    assert counts["dropped"]["a copy of a held-out pair"] > 0
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

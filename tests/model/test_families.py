@@ -315,7 +315,7 @@ def test_vllm_gives_exports_the_trainers_log_probabilities(family, tmp_path):
     export(model, family.chat, tmp_path, Probe(*row, logp))
     chat = ChatTokenizer.load(tmp_path)
     engine = open_engine("vllm", str(tmp_path), EngineConfig(max_model_len=128), chat)  # raises where they differ
-    assert abs(engine.score(*row) - read_probe(tmp_path)["logp"]) / len(row[1]) < 1e-4
+    assert abs(engine.score([row])[0].logp - read_probe(tmp_path)["logp"]) / len(row[1]) < 1e-4
     ((answer,),) = engine.generate([row[0]], n=1, temperature=0.0, max_tokens=16, seeds=[0])
     assert answer.tokens
     engine.close()

@@ -142,6 +142,7 @@ def test_resume_after_a_worker_that_stands_still(uninterrupted, referenced, tmp_
     same(run, uninterrupted, "spo")
 
 
+@pytest.mark.slow
 def test_node_loss(uninterrupted, referenced, tmp_path):
     """One of two nodes is lost and replaced: the workers start again, spread over both, from the last checkpoint."""
     output = tmp_path / "output.txt"

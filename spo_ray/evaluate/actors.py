@@ -1,0 +1,173 @@
+"""Evaluation actors: processes that keep the engine of the checkpoint that they were last asked about."""
+
+import hashlib
+import queue
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from spo_ray.cluster import engine_gpus
+from spo_ray.data.completion import Answers, Likelihood
+from spo_ray.data.sample import choose, row_seed
+from spo_ray.data_config import EngineConfig
+from spo_ray.errors import UserError
+from spo_ray.eval_config import AnnotatorConfig
+from spo_ray.run import versions
+
+RESTARTS = 3
+"""Of a process that died; its call is made again."""
+SCORED_AT_ONCE = 256
+Call = Callable[..., Any]
+"""(method of :class:`Evaluator`, arguments) to its result."""
+
+
+class Pass(NamedTuple):
+    """One answer to every question."""
+
+    seed: int | None
+    temperature: float
+    """0 is greedy."""
+
+
+class Evaluator:
+    """One engine process; :class:`Actors` makes them."""
+
+    def __init__(self, kind: str, config: EngineConfig, chat_template: str | None) -> None:
+        self.kind, self.config, self.chat_template = kind, config, chat_template
+        self.path: str | None = None
+        self.local: Any = None
+
+    def answer(
+        self, path: str, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
+    ) -> list[list[Answers | str]]:
+        """For each pass one answer to every (id, prompt), or why there is none."""
+        local = self._open(path)
+        found: list[list[Answers | str]] = []
+        for seed, temperature in passes:
+            answers: list[Answers | str] = []
+            for start in range(0, len(asked), batch_size):
+                part = [(prompt, row_seed("eval", seed, i)) for i, prompt in asked[start : start + batch_size]]
+                answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
+            found.append(answers)
+        return found
+
+    def score(self, path: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """How likely given completions are, for (prompt ids, completion ids)."""
+        engine = self._open(path).engine
+        parts = (rows[start : start + SCORED_AT_ONCE] for start in range(0, len(rows), SCORED_AT_ONCE))
+        return [likelihood for part in parts for likelihood in engine.score(part)]
+
+    def describe(self, path: str) -> dict[str, str]:
+        """Tokenizer, chat template and engine, for :class:`spo_ray.rows.Provenance`."""
+        tokenizer = self._open(path).chat.tokenizer
+        vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+        packages = versions()
+        version = packages.get(self.kind) or packages.get(f"{self.kind}-cpu", "")
+        return {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+            "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+            "engine": f"{self.kind} {version}, {self.config.dtype}",
+        }
+
+    def harness(self, path: str, task: str, settings: Any, seed: int) -> dict[str, Any]:
+        """A task of lm-evaluation-harness; see :mod:`spo_ray.evaluate.harness`."""
+        from spo_ray.evaluate.harness import run_task
+
+        return run_task(self._open(path), task, settings, seed)
+
+    def judge(self, path: str, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
+        """Replies of a local judge; see :func:`spo_ray.evaluate.judge.local_replies`."""
+        from spo_ray.evaluate.judge import local_replies
+
+        return local_replies(self._open(path), requests, annotator)
+
+    def _open(self, path: str) -> Any:
+        from spo_ray.data.engines import LocalAnswers  # heavy: engines are imported where they run
+        from spo_ray.model.export import is_adapter, merge_adapter
+
+        if self.path != path:
+            if self.local is not None:
+                self.local.engine.close()
+            self.path = self.local = None
+            if is_adapter(path):
+                with tempfile.TemporaryDirectory() as folder:
+                    merge_adapter(Path(path), Path(folder))
+                    self.local = LocalAnswers(self.kind, folder, self.config, self.chat_template)
+            else:
+                self.local = LocalAnswers(self.kind, path, self.config, self.chat_template)
+            self.path = path
+        return self.local
+
+
+class Actors:
+    """At most ``config.replicas`` evaluators, each started when it is first needed."""
+
+    def __init__(self, config: EngineConfig, chat_template: str | None) -> None:
+        self.kind, self.why = choose(config)
+        self.replicas = config.replicas
+        self.arguments = (self.kind, config, chat_template)
+        resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}
+        self.remote: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **resources)(Evaluator)
+        self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.started: list[Any] = []
+        self.ended = False
+
+    @contextmanager
+    def lease(self, node: str | None = None) -> Generator[Call]:
+        """One evaluator for as long as this takes: calls about one checkpoint find its engine open.
+
+        A new one is started on the node of that id, if one is given.
+
+        Raises:
+            UserError: from a call, the evaluator's own.
+            ray.exceptions.RayError: from a call, with any other error of the evaluator's.
+        """
+        actor: Any = None
+
+        def call(method: str, *arguments: Any) -> Any:
+            nonlocal actor
+            if actor is None:
+                actor = self._any(node)
+            try:
+                return ray.get(getattr(actor, method).remote(*arguments))
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise UserError(str(error.cause)) from None
+                raise
+
+        try:
+            yield call
+        except BaseException:
+            if actor is not None:
+                ray.kill(actor)
+            raise
+        if actor is not None:
+            self.free.put(actor)
+
+    def _any(self, node: str | None) -> Any:
+        if self.ended:
+            raise RuntimeError("the evaluation has ended")
+        try:
+            return self.free.get_nowait()
+        except queue.Empty:
+            place = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}
+            actor = self.remote.options(**place).remote(*self.arguments)
+            self.started.append(actor)
+            return actor
+
+    def close(self) -> None:
+        """End the processes; a later call starts new ones."""
+        for actor in self.started:
+            ray.kill(actor)
+        self.started, self.free = [], queue.SimpleQueue()
+
+    def end(self) -> None:
+        """End the processes for good, also for calls from other threads."""
+        self.ended = True
+        self.close()

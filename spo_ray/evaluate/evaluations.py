@@ -1,0 +1,202 @@
+"""Checkpoints through the configured suites: side by side, and beside training where there is room."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from spo_ray import rows
+from spo_ray.cluster import connect, room_beside
+from spo_ray.config import Config
+from spo_ray.data.read import on_hub
+from spo_ray.errors import UserError
+from spo_ray.eval_config import LM_EVAL
+from spo_ray.evaluate import accuracy, alpaca, harness, health
+from spo_ray.evaluate.accuracy import by_item
+from spo_ray.evaluate.actors import Actors
+from spo_ray.evaluate.compare import compare, in_words
+from spo_ray.evaluate.suite import Bench, Suite
+from spo_ray.evaluate.win_rates import effective
+from spo_ray.parallel import run_parallel
+from spo_ray.preflight import check_evaluation
+from spo_ray.run import Artifact, Ledger, Run, external, say, write_json, write_rows
+from spo_ray.shards import Row
+
+SUITES = {"accuracy": accuracy.SUITE, "health": health.SUITE, "alpaca_eval": alpaca.SUITE}
+
+
+class Evaluation(NamedTuple):
+    """What was measured."""
+
+    scores: Artifact
+    """:class:`rows.Score`."""
+    comparisons: Artifact
+    """:class:`rows.Comparison`."""
+    answers: dict[str, Artifact]
+    """:class:`rows.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
+
+
+class Evaluations:
+    """The evaluations of one run; use it as a context, which ends the processes."""
+
+    def __init__(self, run: Run, data: Artifact) -> None:
+        self.run, self.data = run, data
+        self.names = run.config.eval.chosen(run.config.data)
+        self.suites: dict[str, Suite] = {name: suite_of(name) for name in self.names}
+        self.actors = Actors(run.config.engine, run.config.model.chat_template)
+        self.measured: dict[tuple[str, str], Artifact] = {}
+        self.background: threading.Thread | None = None
+
+    def __enter__(self) -> "Evaluations":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.actors.end()
+
+    def start(self, checkpoints: Mapping[str, Artifact]) -> None:
+        """Measure checkpoints in the background, if an engine has room beside any later stage."""
+        config = self.run.config
+        node = room_beside(config, config.engine) if config.eval.while_training else None
+        if node is None:
+            return
+        say("evaluate", f"{', '.join(checkpoints)} beside the next stages")
+
+        def work() -> None:
+            try:
+                for name, checkpoint in checkpoints.items():
+                    self._measure(name, checkpoint, node)
+            except Exception as error:  # finish tries again, and raises it if it lasts
+                say("evaluate", f"failed beside other stages, and is put off: {error}")
+
+        self.background = threading.Thread(target=work, daemon=True)
+        self.background.start()
+
+    def finish(self, checkpoints: Mapping[str, Artifact]) -> Evaluation:
+        """Measure what is left, compare and score.
+
+        Raises:
+            ray.exceptions.RayError: an evaluator failed for good; what other checkpoints reached is kept.
+        """
+        while self.background is not None and self.background.is_alive():
+            self.background.join(timeout=1.0)  # lets Ctrl-C through
+        first = {name: checkpoints[name] for name in (health.SFT,) if name in checkpoints}
+        for part in (first, {name: c for name, c in checkpoints.items() if name not in first}):
+            calls: dict[str, Callable[[], None]] = {n: partial(self._measure, n, c) for n, c in part.items()}
+            run_parallel(calls, self.actors.replicas)
+        concluded: dict[tuple[str, str], list[Artifact]] = {}
+        for name, suite in self.suites.items():
+            if suite.conclude:
+                measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
+                with self.actors.lease() as call:
+                    bench = Bench(self.run, self.data, self.actors, call)
+                    for checkpoint, artifacts in suite.conclude(bench, checkpoints, measured).items():
+                        concluded[name, checkpoint] = artifacts
+        self.actors.close()
+        return self._collect(list(checkpoints), concluded)
+
+    def _measure(self, name: str, checkpoint: Artifact, node: str | None = None) -> None:
+        with self.actors.lease(node) as call:
+            for suite in self.names:
+                if (suite, name) not in self.measured:
+                    sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
+                    bench = Bench(self.run, self.data, self.actors, call, sft)
+                    self.measured[suite, name] = self.suites[suite].measure(bench, name, checkpoint)
+
+    def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:
+        inputs = {f"{suite}_{name}": self.measured[suite, name] for suite in self.names for name in names}
+        more = [(key, artifact) for key, artifacts in concluded.items() for artifact in artifacts]
+        inputs |= {f"{suite}_{name}_{artifact.path.name}": artifact for (suite, name), artifact in more}
+        alpaca_config = self.run.config.eval.alpaca if "alpaca_eval" in self.names else None
+        settings = {"length_control": effective(alpaca_config.length_control)} if alpaca_config else {}
+
+        def score(out: Path, ledger: Ledger) -> None:
+            table = []
+            for name in names:
+                for suite in self.names:
+                    table += self._scores(suite, name, concluded.get((suite, name), []))
+            ledger.read = ledger.kept = len(table)
+            write_rows(out / "part-0.parquet", table, rows.Score)
+
+        def contrast(out: Path, ledger: Ledger) -> None:
+            table = [row for metric, items in self._items(names, concluded).items() for row in compare(metric, items)]
+            ledger.read = ledger.kept = len(table)
+            write_rows(out / "part-0.parquet", table, rows.Comparison)
+
+        scores = self.run.stage("scores", score, config=settings, inputs=inputs)
+        comparisons = self.run.stage("comparisons", contrast, config={}, inputs=inputs)
+        answers = {name: self.measured["accuracy", name] for name in names} if "accuracy" in self.names else {}
+        return Evaluation(scores, comparisons, answers)
+
+    def _scores(self, suite: str, name: str, concluded: list[Artifact]) -> list[Row]:
+        measured = self.measured[suite, name]
+        provenance = measured.manifest["facts"]["provenance"]
+        provenance["sampling"] = json.dumps(provenance["sampling"])
+        key = {"checkpoint": name, "suite": suite}
+        estimates = self.suites[suite].estimate(self.run.config.eval, measured, concluded)
+        return [key | e._asdict() | {"seeds": list(e.seeds), "provenance": provenance} for e in estimates]
+
+    def _items(
+        self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        """Values by metric, checkpoint and item, for the comparisons."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        if "accuracy" in self.names:
+            for name in names:
+                for metric, values in by_item(self.measured["accuracy", name].rows()).items():
+                    found.setdefault(metric, {})[name] = values
+        for (suite, name), artifacts in concluded.items():
+            for row in (row for a in artifacts for row in a.rows() if suite == "alpaca_eval"):
+                if row["preference"] is not None:
+                    metric = found.setdefault(f"{row['annotator']}/win_rate", {})
+                    metric.setdefault(name, {})[row["id"]] = 100 * (row["preference"] - 1)
+        return found
+
+
+def suite_of(name: str) -> Suite:
+    """A suite by its name in ``eval.suites``."""
+    return harness.suite(name.removeprefix(LM_EVAL)) if name.startswith(LM_EVAL) else SUITES[name]
+
+
+def evaluate_apart(config: Config, checkpoints: Mapping[str, str]) -> None:
+    """Measure checkpoints that were trained elsewhere, in a run of its own, and print their figures.
+
+    Args:
+        config: of the data, the engine and the suites.
+        checkpoints: folders or hub ids by name; a folder may hold a PEFT adapter. One named ``sft`` is what the others'
+            probabilities are compared with.
+
+    Raises:
+        UserError: a folder holds neither a model nor an adapter, or the data or the cluster can't be used.
+    """
+    from spo_ray.data.sources import load_data
+    from spo_ray.model.export import adapted, is_adapter
+
+    run = Run(config.model_copy(update={"name": f"{config.name}-evaluation"}))
+    artifacts = {}
+    for name, path in checkpoints.items():
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+            raise UserError(f"a checkpoint can't be called {name!r}: letters, digits, '.', '_' and '-' alone")
+        if not on_hub(Path(path)) and not is_adapter(path) and not (Path(path) / "config.json").is_file():
+            raise UserError(f"no model in {path} (neither config.json nor adapter_config.json there)")
+        artifacts[name] = external(path)
+        if is_adapter(path):
+            below = external(adapted(Path(path)))
+            digest = hashlib.sha256(f"{artifacts[name].digest} {below.digest}".encode()).hexdigest()
+            artifacts[name] = Artifact(artifacts[name].path, digest)
+    check_evaluation(config)
+    with run.locked():
+        data = load_data(run, "test")
+        connect(config, training=False)
+        with Evaluations(run, data) as evaluations:
+            found = evaluations.finish(artifacts)
+        table = found.scores.rows()
+        write_json(run.root / "scores.json", {"scores": table, "comparisons": found.comparisons.rows()})
+    for row in table:
+        interval = "" if row["low"] is None else f"  ({row['low']:.4g} to {row['high']:.4g})"
+        print(f"{row['checkpoint']:<12} {row['suite']}/{row['metric']:<28} {row['value']:.4g}{interval}")
+    for row in found.comparisons.rows():
+        print(f"{row['metric']}: {in_words(row)} (p {row['p_adjusted']:.2g})")

@@ -1,0 +1,63 @@
+"""What a suite of tests is made of."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from spo_ray.eval_config import EvalConfig
+from spo_ray.evaluate.actors import Actors, Call
+from spo_ray.run import Artifact, Run
+
+
+class Estimate(NamedTuple):
+    """One figure, with its 95% interval where it has one; see :class:`spo_ray.rows.Score`."""
+
+    metric: str
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    interval: str | None = None
+    std: float | None = None
+    seeds: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a checkpoint is measured."""
+
+    run: Run
+    data: Artifact
+    """Held-out questions (:class:`spo_ray.rows.Prompt`) or pairs (:class:`spo_ray.rows.Pair`)."""
+    actors: Actors
+    call: Call
+    sft: Artifact | None = None
+    """The suite's result for the SFT model; None while that is measured, and for the base model."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers depend on, besides the checkpoint and the suite's own settings."""
+        config = self.run.config
+        engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
+        return {"engine": self.actors.kind, "chat_template": config.model.chat_template, **engine}
+
+    def provenance(self, checkpoint: Artifact, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """For the manifest; :class:`spo_ray.rows.Provenance`."""
+        described = self.call("describe", str(checkpoint.path))
+        return {"provenance": {"model": checkpoint.digest, "sampling": dict(sampling), **described}}
+
+
+Results = Mapping[str, Artifact]
+"""By checkpoint."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests of checkpoints: each function makes or reads stages of the run."""
+
+    measure: Callable[[Bench, str, Artifact], Artifact]
+    """One checkpoint by itself."""
+    estimate: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Estimate]]
+    """A checkpoint's figures, from what ``measure`` and ``conclude`` made."""
+    conclude: Callable[[Bench, Results, Results], dict[str, list[Artifact]]] | None = None
+    """From all checkpoints and what was measured of them: what needs another model, by checkpoint."""

@@ -1,0 +1,1 @@
+"""Sweeps with Ray Tune: trials, their scores, and what they tell."""

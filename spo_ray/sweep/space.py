@@ -1,0 +1,111 @@
+"""From a search space to trials, and to what Ray Tune's schedulers and Optuna make of it."""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from pydantic import ValidationError
+
+from spo_ray.config import Config
+from spo_ray.errors import UserError
+from spo_ray.sweep_config import Choice, Grid, LogUniform, SweepConfig, Value, with_values
+
+
+class Point(TypedDict):
+    """What Ray Tune hands to a trial."""
+
+    number: int | None
+    """From 0 in the order of the list; None where a searcher suggests points one by one."""
+    values: dict[str, Value]
+    """By dotted keys."""
+    seed: int
+
+
+def sweep_of(config: Config) -> SweepConfig:
+    """The sweep section.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.sweep is None:
+        raise UserError("the configuration has no section sweep: see configs/sweeps/toy.yaml")
+    return config.sweep
+
+
+def short_text(value: object, digits: int = 4) -> str:
+    """A value in a line, a table or a figure."""
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def listed_points(config: Config) -> list[Point]:
+    """All trials of a random or grid search, the same for the same seed; those of one point come one after another.
+
+    Raises:
+        UserError: a combination of values is none that a run could have.
+    """
+    sweep = sweep_of(config)
+    rng = random.Random(f"sweep-{config.seed}")
+    grids = {key: d.values for key, d in sweep.space.items() if isinstance(d, Grid)}
+    drawn = {key: d for key, d in sweep.space.items() if not isinstance(d, Grid)}
+    points: list[dict[str, Value]] = []
+    for _ in range(sweep.samples if sweep.searcher.type == "random" else 1):
+        sample = {key: draw(dimension, rng) for key, dimension in drawn.items()}
+        for combination in itertools.product(*grids.values()):
+            values = sample | dict(zip(grids, combination, strict=True))
+            points.append({key: values[key] for key in sweep.space})
+    for values in points:
+        trial_config(config, values, sweep.seeds[0])
+    trials = [(values, seed) for values in points for seed in sweep.seeds]
+    return [{"number": i, "values": values, "seed": seed} for i, (values, seed) in enumerate(trials)]
+
+
+def draw(dimension: LogUniform | Choice | Grid, rng: random.Random) -> Value:
+    """One value."""
+    if isinstance(dimension, LogUniform):
+        return math.exp(rng.uniform(math.log(dimension.low), math.log(dimension.high)))
+    return rng.choice(dimension.values)
+
+
+def trial_config(config: Config, values: Mapping[str, Value], seed: int) -> Config:
+    """A trial's own configuration: complete, ready to be run by itself.
+
+    Raises:
+        UserError: the values don't go together.
+    """
+    try:
+        return with_values(config.model_copy(update={"sweep": None}), {**values, "seed": seed})
+    except ValidationError as error:
+        raise UserError(f"sweep.space allows {dict(values)}: {error.errors()[0]['msg']}") from error
+
+
+def mutations(sweep: SweepConfig) -> dict[str, Any]:
+    """The space for Ray Tune's PBT."""
+    from ray import tune
+
+    return {
+        key: tune.loguniform(d.low, d.high) if isinstance(d, LogUniform) else list(d.values)
+        for key, d in sweep.space.items()
+    }
+
+
+def within(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that PBT has changed, moved back between their bounds."""
+    clipped = dict(values)
+    for key, dimension in sweep.space.items():
+        if isinstance(dimension, LogUniform):
+            clipped[key] = min(max(values[key], dimension.low), dimension.high)
+    return clipped
+
+
+def distributions(sweep: SweepConfig) -> dict[str, Any]:
+    """The space for Optuna."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return {
+        key: FloatDistribution(d.low, d.high, log=True)
+        if isinstance(d, LogUniform)
+        else CategoricalDistribution(d.values)
+        for key, d in sweep.space.items()
+    }

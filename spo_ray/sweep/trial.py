@@ -1,0 +1,236 @@
+"""One trial: a Ray Train run of its own, scored by evaluation actors on the way and at its end.
+
+Everything that a trial knows is in its folder: ``trial.json`` what it is, ``scores.jsonl`` one line a score, and in
+``training`` what :mod:`spo_ray.train` writes. A trial that starts again goes on from there, whoever was killed.
+"""
+
+import copy
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from spo_ray.errors import TrainingError, UserError
+from spo_ray.run import Artifact, Run, read_lines, write_json
+from spo_ray.sweep.score import Record, score_log, score_texts, values_of
+from spo_ray.sweep.shared import Shared, prepare, run_for, shared_values
+from spo_ray.sweep.space import Point, sweep_of, trial_config
+from spo_ray.sweep_config import names_of
+from spo_ray.train.job import RESULT, Job
+from spo_ray.train.rungs import TRAINING_STATE, decide, decision, rung_folder
+
+TRIAL, SCORES, FAILED, TRAINING = "trial.json", "scores.jsonl", "failed.json", "training"
+PROGRESS = "progress"
+"""Percent of the steps, what schedulers call time."""
+POLL_S = 0.1
+STOP_S = 60
+"""How long a training that is told to stop may take, before its processes are ended with the trial's."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all trials are given."""
+
+    run: Run
+    folder: Path
+    """Of all trials."""
+    digest: str
+    """Of all that they have in common."""
+    known: dict[str, Shared]
+    """Starts by their shared values, as JSON."""
+    evaluators: list[Any]
+    engine: str
+    """Kind of the evaluators' engines."""
+
+
+def trial(config: dict[str, Any], context: Context) -> None:
+    """Ray Tune's entry."""
+    # A stopped trial ends its training before the process is used again; Ray Tune reads this here.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_S)
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less; nothing here listens to it
+    checkpoint = tune.get_checkpoint()
+    name = folder_name(config, str(tune.get_context().get_trial_id()))
+    Trial(config["point"], context, name, Path(checkpoint.path) if checkpoint else None).run()
+
+
+def folder_name(config: Mapping[str, Any], trial_id: str) -> str:
+    """A trial's folder: its number in the list of all, or Ray Tune's id where there is none."""
+    number = config["point"]["number"]
+    return trial_id if number is None else f"{number:05d}"
+
+
+class Trial:
+    """One trial at work; ``taken_over`` is a checkpoint to go on from (population-based training)."""
+
+    def __init__(self, point: Point, context: Context, name: str, taken_over: Path | None = None) -> None:
+        self.point, self.context, self.name = point, context, name
+        self.sweep = sweep_of(context.run.config)
+        self.folder = context.folder / name
+        self.out = self.folder / TRAINING
+        self.taken_over = taken_over
+        self.after = json.loads((taken_over / "state.json").read_text())["step"] if taken_over else 0
+        self.started = time.time()
+        self.before = 0.0
+        """Seconds of earlier starts."""
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train, score and report, until the end or until the scheduler stops it."""
+        failed = self.folder / FAILED
+        if failed.exists():  # it would again
+            raise RuntimeError(json.loads(failed.read_text())["error"])
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / TRIAL, {**self.point, "trial_id": tune.get_context().get_trial_id()})
+        try:
+            self._run()
+        except TrainingError as error:
+            write_json(failed, {"error": f"{type(error).__name__}: {error}"})
+            raise
+
+    def _run(self) -> None:
+        shared = self._shared()
+        config = trial_config(shared.config, self.point["values"], self.point["seed"])
+        settings = config.preference
+        total = settings.epochs * -(-shared.pairs.count // settings.batch_size)
+        steps = tuple(max(1, round(share * total)) for share in self.sweep.score_at)
+        self._forget_later_than(self.after)
+        earlier = scores(self.folder)
+        self.before = earlier[-1]["seconds"] if earlier else 0.0
+        job = Job(
+            config,
+            str(shared.sft.path),
+            shared.pairs,
+            str(self.out),
+            f"trial_{self.name}",
+            self.sweep.method,
+            shared.held_out,
+            steps,
+            str(self.taken_over) if self.taken_over else None,
+            self.sweep.scheduler.type == "pbt",
+        )
+        training = threading.Thread(target=self._train, args=(job,), daemon=True)
+        training.start()
+        try:
+            for share, step in zip(self.sweep.score_at, steps, strict=True):
+                if step > self.after and self._pass(share, step, job, training):
+                    break
+        finally:
+            for step in steps[:-1]:
+                if decision(self.out, step) is None:
+                    decide(self.out, step, go_on=False)
+            training.join(STOP_S)
+
+    def _shared(self) -> Shared:
+        key = key_of(self.point["values"])
+        if key not in self.context.known:
+            run = run_for(self.context.run, self.point["values"])
+            with run.locked(wait=True):
+                self.context.known[key] = prepare(run)
+        return self.context.known[key]
+
+    def _forget_later_than(self, after: int) -> None:
+        """Leave out what an earlier start decided or scored beyond the state that this one goes on from."""
+        if self.taken_over:
+            kept = [record for record in scores(self.folder) if record["step"] <= after]
+            _write_scores(self.folder, kept)
+            (self.out / RESULT).unlink(missing_ok=True)
+        scored = {record["step"] for record in scores(self.folder)}
+        for exported in (path for path in (self.out / "rungs").glob("*") if path.is_dir()):
+            shutil.rmtree(exported)  # the log that belongs to it is about to be written anew
+        for file in (self.out / "rungs").glob("step_*.json"):
+            step = int(file.stem.removeprefix("step_"))
+            if step not in scored or not decision(self.out, step):
+                file.unlink()
+
+    def _train(self, job: Job) -> None:
+        from spo_ray.train.launch import fit, group_name
+
+        try:
+            run = copy.copy(self.context.run)
+            run.config = job.config
+            # named after all that it depends on: another training must not go on from its checkpoints
+            identity = json.dumps([self.context.digest, self.name, self.point, self.after], sort_keys=True)
+            if not job.finished:
+                fit(run, [job], [f"trial {self.name}"], group_name(identity), from_files=True)
+        except BaseException as error:
+            self.error = error
+
+    def _pass(self, share: float, step: int, job: Job, training: threading.Thread) -> bool:
+        """Wait for a checkpoint, score it, report, and let the training go on; tells if a rule stops it instead."""
+        record = next((known for known in scores(self.folder) if known["step"] == step), None)
+        last = share == 1.0
+        folder = self.out if last else rung_folder(self.out, step)
+        if record is None:
+            while training.is_alive() if last else not folder.exists():
+                if self.error or not training.is_alive():
+                    break
+                time.sleep(POLL_S)
+            self._check(job, folder)
+            record = self._score(share, step, folder)
+        elif last:
+            training.join()
+        stop = bool(record["stopped"])
+        if stop:
+            decide(self.out, step, go_on=False)
+            training.join(STOP_S)
+        state = folder / TRAINING_STATE
+        checkpoint = tune.Checkpoint.from_directory(state) if state.exists() and not stop else None
+        report = {**values_of(record), PROGRESS: round(100 * share, 6), "step": step, "done": last or stop}
+        tune.report(report, checkpoint=checkpoint)
+        shutil.rmtree(rung_folder(self.out, step), ignore_errors=True)
+        if not stop:
+            decide(self.out, step, go_on=True)
+        return stop
+
+    def _check(self, job: Job, folder: Path) -> None:
+        if self.error:
+            raise self.error
+        if not (job.finished if folder == self.out else folder.exists()):
+            raise RuntimeError(f"the training of trial {self.name} ended without a checkpoint to score")
+
+    def _score(self, share: float, step: int, folder: Path) -> Record:
+        shared, context = self._shared(), self.context
+        record: Record = score_log(self.out, step)
+        actor = context.evaluators[(self.point["number"] or 0) % len(context.evaluators)]
+        checkpoint = Artifact(folder, f"{context.digest}/{self.name}/{step}")
+        scratch = context.folder / f".scored_{self.name}_{step}"
+        run = copy.copy(context.run)
+        run.config = shared.config
+        record = score_texts(run, actor, context.engine, self.name, checkpoint, shared.validation, scratch) | record
+        missing = [name for name in names_of(self.sweep) if name not in record]
+        if missing:
+            raise UserError(f"sweep.objectives: there is no score {missing[0]}; there are {', '.join(sorted(record))}")
+        seconds = self.before + time.time() - self.started
+        record |= {"step": step, "share": share, "seconds": round(seconds, 1), "values": self.point["values"]}
+        record["stopped"] = None if share == 1.0 else self._stop_reason(record)
+        _write_scores(self.folder, [*scores(self.folder), record])
+        return record
+
+    def _stop_reason(self, record: Mapping[str, Any]) -> str | None:
+        fall, limit = -record["delta_logp_chosen"]["value"], self.sweep.max_fall
+        if limit is None or fall <= limit:
+            return None
+        return f"collapse: log pi(y_w) fell by {fall:.2f} nats, more than sweep.max_fall={limit:g}"
+
+
+def key_of(values: Mapping[str, Any]) -> str:
+    """What tells apart the starts of trials with these values."""
+    return json.dumps(shared_values(values), sort_keys=True)
+
+
+def scores(folder: Path) -> list[Record]:
+    """A trial's scores so far."""
+    return read_lines(folder / SCORES)
+
+
+def _write_scores(folder: Path, records: list[Record]) -> None:
+    temporary = folder / f".{SCORES}"
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    temporary.replace(folder / SCORES)

@@ -1,0 +1,133 @@
+"""Sections of a run's own page, from made-up stages."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from spo_ray import rows
+from spo_ray.report.finished import read
+from spo_ray.report.page import _alarms, _answers, _samples
+from spo_ray.report.probes import finished_probes, probe_sections
+from spo_ray.report.scores import other_scores, results
+from spo_ray.report.summary import versions_of
+from spo_ray.run import Artifact, write_json, write_rows
+
+MASS = "probe_mass_shift"
+
+
+def probe(run):
+    """A finished mass-shift probe of dpo."""
+    model = Artifact(run.root / "sft", Artifact(run.root / "sft", "").manifest["digest"])
+
+    def build(out, ledger):
+        curves = {"preferred": [[0, -5.0], [1, -4.0]], "dispreferred": [[0, -6.0], [1, -9.0]], "y*": [[0, -1], [1, -3]]}
+        write_json(out / "series.json", {"dpo": curves})
+        ledger.facts["summary"] = {"dpo": {"preferred": 1.0, "dispreferred": -3.0, "y*": -2.0}}
+
+    def question(out, ledger):
+        ledger.facts |= {"question": "How <many>?", "y*": "It is 5."}
+
+    run.stage("probe_mass_pairs", question, config={}, inputs={})
+    trained = run.stage("method_dpo_probe_mass", lambda out, ledger: None, config={}, inputs={"model": model})
+    run.stage(MASS, build, config={}, inputs={"dpo": trained})
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    return read(shutil.copytree(folder / "a", tmp_path / "a")).run
+
+
+def test_a_finished_probe_is_shown_with_its_question(run):
+    assert finished_probes(run) == {}
+    probe(run)
+    found = "".join(probe_sections(run, finished_probes(run)))
+    (spec,) = re.findall(r"<script[^>]*>(.*?)</script>", found)
+    values = {(r["series"], r["step"]): r["value"] for r in json.loads(spec)["data"]["values"]}
+    assert (values["preferred", 1], values["dispreferred", 1], values["y*", 0]) == (-4.0, -9.0, -1)
+    assert "<td>dpo</td><td>+1</td><td>-3</td><td>-2</td>" in found
+    assert "How &lt;many&gt;?" in found
+    assert "It is 5." in found
+
+
+def test_alarms_are_told(run):
+    alarms = [{"step": 20, "alarm": "chosen", "value": 1.5}, {"step": 40, "alarm": "both_fell", "value": 0.75}]
+    path = run.root / "method_dpo"
+    write_json(path / "result.json", json.loads((path / "result.json").read_text()) | {"alarms": alarms})
+    first, second = _alarms(run, {"dpo": path, "spo": run.root / "method_spo"})
+    assert "dpo: ALARM at step 20: " in first
+    assert "1.5" in first
+    assert "in 75% of the probe pairs both log-probabilities fell (limit 50%)" in second
+
+
+def test_a_probe_of_an_earlier_sft_checkpoint_is_left_out(run):
+    probe(run)
+    file = run.root / "sft" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "another"}))
+    assert finished_probes(run) == {}
+
+
+def test_ungraded_answers_come_from_text_health(run):
+    for name in ("sft", "dpo"):
+
+        def build(out, ledger, name=name):
+            row = dict.fromkeys(("logp", "logp_author"), -1.0) | {"finished": True, "prompt_ids": [1], "ids": [2]}
+            row |= {"id": "q", "checkpoint": name, "seed": None}
+            table = [row | {"written_by": name, "response": f"<i>{name}</i> says 5"}]
+            table += [row | {"written_by": "sft", "response": "not its own", "seed": 0}] if name == "dpo" else []
+            write_rows(out / "part-0.parquet", table, rows.HealthRow)
+
+        run.stage(f"health_{name}", build, config={}, inputs={})
+    prompts = [{"id": "q", "prompt": [{"role": "user", "content": "How <many>?"}]}]
+    held_out = type("Prompts", (), {"rows": lambda self: prompts})()
+    answers = _answers(run, {"base": {}, "sft": {}, "dpo": {}}, {})
+    assert {name: rows["q"]["response"] for name, rows in answers.items()} == {
+        "sft": "<i>sft</i> says 5",
+        "dpo": "<i>dpo</i> says 5",
+    }
+    found = "".join(_samples(answers, held_out))
+    assert "user: How &lt;many&gt;?" in found
+    assert "&lt;i&gt;<mark>dpo</mark>&lt;" in found
+    assert not re.search("<i>|right|wrong", found.partition("<table>")[2])
+
+
+def test_results_have_the_adjusted_p_value_against_sft():
+    entry = {"accuracy_greedy": None, "accuracy_sampled": None, "delta_logp_chosen": -1.0, "delta_logp_rejected": None}
+    row = {"metric": "accuracy_greedy", "first": "sft", "second": "dpo", "p_adjusted": 0.0312}
+    compared = [row, row | {"metric": "accuracy_sampled", "p_adjusted": 0.9}, row | {"first": "spo", "p_adjusted": 0.8}]
+    nothing = dict.fromkeys(entry)  # of ready pairs the base model has no figures
+    assert results({"base": nothing, "sft": entry, "dpo": entry}, compared) == [
+        {"method": "sft", "Δ log π chosen": "-1.00"},
+        {"method": "dpo", "Δ log π chosen": "-1.00", "p against sft": "0.031"},
+    ]
+
+
+def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
+    stages = ("health_dpo/part-0.parquet", "shift_dpo/part-0.parquet", "judged_dpo@j/part-0.parquet")
+    for file in (*stages, "lm_eval_arc@dpo/results.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    keys = (
+        "health/entropy",
+        "health/kl_checkpoint_to_sft",
+        "alpaca_eval/j/win_rate",
+        "lm_eval:arc/arc/acc",
+        "accuracy/x",
+    )
+    scores = {key: {"value": 0.25} for key in keys}
+    found = "".join(other_scores({"dpo": {"scores": scores}}, tmp_path))
+    places = dict(re.findall(r"<td>([\w/]+)</td><td><a href=\"../([^\"]+)\">0.25</a>", found))
+    assert places == {
+        "entropy": "health_dpo/part-0.parquet",
+        "kl_checkpoint_to_sft": "shift_dpo/part-0.parquet",
+        "j/win_rate": "judged_dpo@j/part-0.parquet",
+        "arc/acc": "lm_eval_arc@dpo/results.json",
+    }
+
+
+def test_versions_are_those_of_the_stages(run):
+    for name, version in (("sft", "1.0"), ("pairs", "2.0")):
+        file = run.root / name / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"versions": {"torch": version}}))
+    assert set(versions_of(run)["torch"].split(", ")) >= {"1.0", "2.0"}

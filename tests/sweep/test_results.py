@@ -1,0 +1,155 @@
+"""Rows, ranking, what is kept, estimates and importances, from trials' folders that are written here."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from spo_ray.config import load
+from spo_ray.report.figures import svg
+from spo_ray.run import Run
+from spo_ray.sweep.best import write_best
+from spo_ray.sweep.figures import heat_figure, importance_figure, parallel_figure, sensitivity_figure
+from spo_ray.sweep.results import prune, rank, row_of, write_csv
+from spo_ray.sweep.sensitivity import estimates, importances
+from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
+
+from .test_space import LAMBDA, TOY, space
+
+BETA = "methods.spo.beta"
+WIDE = [
+    space(
+        methods__spo__lambda_sft="{type: loguniform, low: 0.01, high: 100}",
+        methods__spo__beta="{type: choice, values: [0.1, 0.5]}",
+    ),
+    "sweep.searcher={type: random}",
+    "sweep.seeds=[0, 1]",
+]
+
+
+def trial(folder, number, values, seed=0, *, accuracy=None, share=1.0, fall=0.0, stopped=None):
+    """A trial's folder as a trial leaves it."""
+    own = folder / f"{number:05d}"
+    (own / TRAINING).mkdir(parents=True)
+    (own / TRIAL).write_text(json.dumps({"number": number, "values": values, "seed": seed, "trial_id": str(number)}))
+    if accuracy is not None:
+        entry = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "n": 100}
+        record = {"accuracy_greedy": entry, "accuracy_sampled": entry, "delta_logp_chosen": {"value": -fall}}
+        record |= {"step": round(100 * share), "share": share, "seconds": 7.5, "values": values, "stopped": stopped}
+        (own / SCORES).write_text(json.dumps(record) + "\n")
+    if share == 1.0:
+        (own / TRAINING / "model.safetensors").write_bytes(b"0" * 1000)
+        (own / TRAINING / "tokenizer").mkdir()
+    (own / TRAINING / "log.jsonl").write_text("{}\n")
+    return own
+
+
+def rows_in(folder, sweep, failed=()):
+    return [row_of(path, sweep, path.name in failed, "KeyError: x") for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture
+def sweep():
+    return load(TOY, WIDE).sweep
+
+
+@pytest.fixture
+def five(tmp_path, sweep):
+    """Two points of which both seeds finished, one with one seed stopped, one collapsed, one failed."""
+    a, b, c = {LAMBDA: 1.0, BETA: 0.1}, {LAMBDA: 2.0, BETA: 0.1}, {LAMBDA: 3.0, BETA: 0.5}
+    trial(tmp_path, 0, a, 0, accuracy=0.6)
+    trial(tmp_path, 1, a, 1, accuracy=0.7)
+    trial(tmp_path, 2, b, 0, accuracy=0.9)
+    trial(tmp_path, 3, b, 1, accuracy=0.5)
+    trial(tmp_path, 4, c, 0, accuracy=0.95)
+    trial(tmp_path, 5, c, 1, accuracy=0.4, share=0.25)
+    trial(tmp_path, 6, {LAMBDA: 0.1, BETA: 0.5}, 0, accuracy=0.3, share=0.5, fall=4.0, stopped="collapse: log pi fell")
+    trial(tmp_path, 7, {LAMBDA: 0.2, BETA: 0.5}, 0, share=0.0)
+    return tmp_path
+
+
+def test_every_trial_has_a_row_with_what_became_of_it(five, sweep, tmp_path):
+    rows = rows_in(five, sweep, failed=["00007"])
+    assert [row["status"] for row in rows] == ["finished"] * 5 + ["stopped", "stopped", "failed"]
+    assert rows[5]["reason"] == "asha: not in the best 1/2 at 25% of the steps"
+    assert rows[6]["reason"].startswith("collapse")
+    assert rows[7]["reason"] == "KeyError: x"
+    for row in rows:
+        row["bytes"] = 1
+    write_csv(tmp_path / "results.csv", rows)
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["accuracy_greedy"]) for line in table[:5]] == [0.6, 0.7, 0.9, 0.5, 0.95]
+    assert (table[0]["accuracy_greedy_low"], table[0]["accuracy_greedy_high"]) == ("0.5", "0.7")
+    assert (table[6][LAMBDA], table[6]["steps"], table[6]["status"]) == ("0.1", "50", "stopped")
+    assert table[7]["accuracy_greedy"] == ""
+
+
+def test_the_best_point_is_the_one_with_most_finished_seeds_then_the_best_mean(five, sweep):
+    ranked = rank(rows_in(five, sweep), sweep)
+    assert [point.values[LAMBDA] for point in ranked[:3]] == [2.0, 1.0, 3.0]
+    assert ranked[0].means[0] == pytest.approx(0.7)
+    assert [row["trial"] for row in ranked[2].rows] == ["00004"]
+
+
+def test_equal_means_are_told_apart_by_the_other_objectives_and_a_minus_turns_them_round(tmp_path):
+    more = "sweep.objectives=[accuracy_greedy, {}delta_logp_chosen]"
+    for number, fall in enumerate([1.0, 0.5]):
+        trial(tmp_path, number, {LAMBDA: float(number)}, accuracy=0.5, fall=fall)
+    for sign, expected in (("", 1.0), ("-", 0.0)):
+        sweep = load(TOY, [*WIDE, more.format(sign)]).sweep
+        assert rank(rows_in(tmp_path, sweep), sweep)[0].values[LAMBDA] == expected
+
+
+def test_only_the_best_checkpoints_are_kept(five, sweep):
+    prune(five, rank(rows_in(five, sweep), sweep), 1)
+    kept = sorted(path.parts[-3] for path in five.glob(f"*/{TRAINING}/model.safetensors"))
+    assert kept == ["00002", "00003"]
+    assert all((five / f"{i:05d}" / TRAINING / "log.jsonl").exists() for i in range(7))
+    assert not (five / "00000" / TRAINING / "tokenizer").exists()
+
+
+def test_intervals_are_students_over_seeds_and_the_scores_own_for_one(five, sweep):
+    found = {point.values[LAMBDA]: point for point in estimates(rows_in(five, sweep), "accuracy_greedy")}
+    scores = np.array([0.6, 0.7])
+    low, high = stats.t.interval(0.95, 1, scores.mean(), stats.sem(scores))
+    assert (found[1.0].low, found[1.0].high) == (pytest.approx(low), pytest.approx(high))
+    assert (found[0.1].low, found[0.1].high) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert (found[1.0].finished, found[3.0].finished, found[0.1].finished) == (True, False, False)
+
+
+def test_importances_name_the_parameter_that_matters(tmp_path, sweep):
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        values = {LAMBDA: float(10 ** rng.uniform(-2, 2)), BETA: float(rng.choice([0.1, 0.5]))}
+        trial(tmp_path, number, values, accuracy=0.5 + 0.1 * math.log10(values[LAMBDA]) + 0.01 * rng.normal())
+    found = importances(rows_in(tmp_path, sweep), sweep)
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert found[LAMBDA] > 0.9
+    assert importances(rows_in(tmp_path, sweep)[:3], sweep) == {}
+
+
+def test_figures_have_every_point(five, sweep):
+    rows = [row for row in rows_in(five, sweep) if row["scores"]]
+    figure = svg(sensitivity_figure(rows, LAMBDA, sweep))
+    assert figure.startswith("<svg")
+    assert figure.count('aria-roledescription="point"') == len(estimates(rows, "accuracy_greedy"))
+    heat = svg(heat_figure(rows, LAMBDA, BETA, sweep))
+    assert ">0.650<" in heat  # the mean of 0.6 and 0.7
+    lines = svg(parallel_figure(rows, sweep))
+    assert lines.count('aria-roledescription="line mark"') == len(rows)
+    assert svg(importance_figure({LAMBDA: 0.75, BETA: 0.25})).count('aria-roledescription="bar"') == 2
+
+
+def test_the_best_configuration_is_ready_to_run(five, tmp_path):
+    config = load(TOY, [*WIDE, f"output={tmp_path}"])
+    run = Run(config)
+    run.root.mkdir()
+    best = rank(rows_in(five, config.sweep), config.sweep)[0]
+    written = load(write_best(run, best))
+    assert written.methods["spo"].lambda_sft == 2.0
+    assert (written.name, written.sweep) == ("sweep-toy-best", None)
+    assert written.preference == config.preference

@@ -1,0 +1,154 @@
+"""One trial's own steps without Ray: ``tune`` and the training are stand-ins, the folder and its files are real."""
+
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from spo_ray.run import Artifact, Run
+from spo_ray.sweep import trial as module
+from spo_ray.sweep.shared import Shared
+from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of
+from spo_ray.train import launch
+from spo_ray.train.rungs import StoppedError, decide, decision, pass_rung, rung_folder
+
+from .driver import small_run
+from .test_space import LAMBDA
+
+POINT = {"number": 0, "values": {LAMBDA: 2.0}, "seed": 0}
+
+
+class Pairs(Artifact):
+    count = 24  # 6 steps an epoch, 12 in all: scores behind 3, 6 and 12
+
+
+class OneRank:
+    index = 0
+
+    def gather(self, items):
+        return list(items)
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch, in_root):
+    """A trial with a training that a function stands in for; what is reported to Ray Tune is in ``reports``."""
+    run: Run = small_run(tmp_path)
+    artifact = Artifact(tmp_path, "digest")
+    shared = Shared(run.config, artifact, Pairs(tmp_path, "pairs"), None, artifact, artifact)
+    context = Context(run, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
+    found = SimpleNamespace(reports=[], fits=0, falls={3: 0.0, 6: 0.0, 12: 0.0}, context=context, scored=[])
+
+    def train(run, jobs, names, group, **options):
+        found.fits += 1
+        (job,) = jobs
+        for step in job.score_at[:-1]:
+            try:
+                pass_rung(job.out, step, OneRank(), lambda folder: folder.mkdir(parents=True))
+            except StoppedError:
+                return
+        (Trial(POINT, context, "00000").out / "result.json").write_text("{}")
+
+    def score(out, step):
+        found.scored.append(step)
+        return {"delta_logp_chosen": {"value": -found.falls[step]}}
+
+    monkeypatch.setattr(launch, "fit", train)
+    monkeypatch.setattr(module, "score_log", score)
+    texts = {"accuracy_greedy": {"value": 0.5}, "accuracy_sampled": {"value": 0.5}}
+    monkeypatch.setattr(module, "score_texts", lambda *given: texts)
+    monkeypatch.setattr(module.tune, "report", lambda metrics, checkpoint: found.reports.append(metrics))
+    monkeypatch.setattr(module.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "id"))
+    return found
+
+
+def test_a_trial_reports_behind_every_share_and_is_done_at_its_end(stage):
+    Trial(POINT, stage.context, "00000").run()
+    assert [report["step"] for report in stage.reports] == [3, 6, 12]
+    assert [report["progress"] for report in stage.reports] == [25.0, 50.0, 100.0]
+    assert [report["done"] for report in stage.reports] == [False, False, True]
+
+
+def test_what_was_finished_is_reported_once_more_and_not_done_again(stage):
+    """The driver was killed when the trial had ended and Ray Tune had noted its first score alone: without the last
+    report it would keep that one.
+    """
+    Trial(POINT, stage.context, "00000").run()
+    stage.falls, before = {3: 9.0, 6: 9.0, 12: 9.0}, list(stage.reports)
+    stage.reports.clear()
+    Trial(POINT, stage.context, "00000").run()
+    assert stage.fits == 1
+    assert stage.scored == [3, 6, 12]
+    assert stage.reports == before
+
+
+def test_a_killed_trial_goes_on_with_the_scores_that_it_has(stage):
+    Trial(POINT, stage.context, "00000").run()
+    folder = stage.context.folder / "00000"
+    lines = (folder / SCORES).read_text().splitlines(keepends=True)
+    (folder / SCORES).write_text(lines[0])
+    (folder / "training" / "result.json").unlink()
+    decide(folder / "training", 6, go_on=False)  # it was being stopped
+    stage.reports.clear()
+    Trial(POINT, stage.context, "00000").run()
+    assert [report["step"] for report in stage.reports] == [3, 6, 12]
+    assert stage.scored == [3, 6, 12, 6, 12]
+    assert stage.fits == 2
+
+
+def test_a_collapse_ends_the_training_before_it_is_reported(stage):
+    stage.falls[6] = 3.5
+    stage.context.run.config.sweep.__dict__["max_fall"] = 3.0
+    Trial(POINT, stage.context, "00000").run()
+    assert [report["done"] for report in stage.reports] == [False, True]
+    record = json.loads((stage.context.folder / "00000" / SCORES).read_text().splitlines()[-1])
+    assert record["stopped"] == "collapse: log pi(y_w) fell by 3.50 nats, more than sweep.max_fall=3"
+    assert not (stage.context.folder / "00000" / "training" / "result.json").exists()
+
+
+def test_an_error_of_the_training_is_the_trials_own_and_stays(stage, monkeypatch):
+    from spo_ray.errors import TrainingError
+
+    def fail(*given, **options):
+        stage.fits += 1
+        raise TrainingError("the gradient is not finite")
+
+    monkeypatch.setattr(launch, "fit", fail)
+    with pytest.raises(TrainingError, match="not finite"):
+        Trial(POINT, stage.context, "00000").run()
+    assert "not finite" in json.loads((stage.context.folder / "00000" / FAILED).read_text())["error"]
+    with pytest.raises(RuntimeError, match="not finite"):
+        Trial(POINT, stage.context, "00000").run()
+    assert stage.fits == 1
+
+
+def test_an_objective_that_nothing_measures_is_refused(stage):
+    stage.context.run.config.sweep.__dict__["objectives"] = ["pass@7"]
+    with pytest.raises(Exception, match=r"there is no score pass@7; there are accuracy_greedy"):
+        Trial(POINT, stage.context, "00000").run()
+
+
+def test_training_waits_at_a_rung_for_the_decision(tmp_path):
+    exported, passed = [], threading.Event()
+
+    def export(folder):
+        folder.mkdir(parents=True)
+        exported.append(folder)
+
+    def train():
+        pass_rung(str(tmp_path), 4, OneRank(), export)
+        passed.set()
+
+    threading.Thread(target=train, daemon=True).start()
+    while not rung_folder(tmp_path, 4).exists():
+        time.sleep(0.01)
+    assert not passed.wait(0.3)
+    decide(tmp_path, 4, go_on=True)
+    assert passed.wait(5)
+    assert decision(tmp_path, 4) is True
+    pass_rung(str(tmp_path), 4, OneRank(), export)  # after a restart: decided already
+    assert len(exported) == 1
+    decide(tmp_path, 8, go_on=False)
+    with pytest.raises(StoppedError):
+        pass_rung(str(tmp_path), 8, OneRank(), export)

@@ -1,0 +1,101 @@
+"""What untrusted files may not do: run code."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from spo_ray.errors import UserError
+from spo_ray.model.load import load_model
+from spo_ray.model.tokenise import ChatTokenizer
+from spo_ray.preflight import preflight
+
+from .conftest import ROOT
+from .helpers import small_config
+
+UNSAFE = {
+    "pickle": r"\b(pickle|cloudpickle|dill|joblib|marshal|shelve)\b\s*(\.|import)|import (pickle|dill|joblib|shelve)",
+    "torch.load": r"torch\.load\((?![^)]*weights_only=True)",
+    "yaml": r"yaml\.(unsafe_|full_)?load\((?!text|Path)",
+    "remote code": r"trust_remote_code\s*=\s*True",
+    "shell": r"shell\s*=\s*True|os\.system\(",
+    "eval": r"(?<![\w.])(eval|exec)\(",
+}
+
+
+@pytest.mark.parametrize("what", UNSAFE)
+def test_the_source_has_no_call_that_runs_what_it_reads(what):
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("spo_ray", "pipelines", "examples", "scripts")
+        for file in (ROOT / folder).rglob("*.py")
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if re.search(UNSAFE[what], line)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.fixture
+def model(toy_base, tmp_path):
+    return shutil.copytree(toy_base, tmp_path / "model")
+
+
+def test_a_models_own_code_is_not_run(model, tmp_path):
+    marker = tmp_path / "ran"
+    (model / "modeling_own.py").write_text(
+        f"open({str(marker)!r}, 'w')\nfrom transformers import Qwen2ForCausalLM as Own, Qwen2Config as OwnConfig\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"trust_remote_code|custom code|does not recognize"):
+        load_model(str(model))
+    assert not marker.exists()
+
+
+def test_a_chat_template_can_not_reach_the_interpreter(model, in_root, tmp_path):
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}<|end|>"
+    (model / "chat_template.jinja").write_text(attack)
+    with pytest.raises(Exception, match=r"unsafe|is undefined|SecurityError"):
+        ChatTokenizer.load(model).prompt_ids("q")
+    with pytest.raises(UserError, match="can't be used"):
+        preflight(small_config(tmp_path, f"model.path={model}"))
+
+
+def test_pickled_weights_are_refused(model, in_root, tmp_path):
+    import torch
+
+    (model / "model.safetensors").unlink()
+    torch.save({"w": torch.zeros(1)}, model / "pytorch_model.bin")
+    with pytest.raises(UserError, match="only safetensors are loaded"):
+        preflight(small_config(tmp_path, f"model.path={model}"))
+
+
+@pytest.mark.parametrize(
+    "override", ["name=../x", "name=/x", "methods.../x={type: dpo}", "methods={'../x': {type: dpo}}"]
+)
+def test_no_name_leads_out_of_the_runs_folder(in_root, tmp_path, override):
+    with pytest.raises(UserError):
+        small_config(tmp_path, override)
+
+
+def test_a_manifest_leads_nowhere(in_root, tmp_path):
+    """Stages are found by their names: paths in a manifest are not followed, another digest is not trusted."""
+    from spo_ray.run import Run
+
+    run = Run(small_config(tmp_path / "runs"))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "part-0.parquet").write_text("not to be read")
+    stage = run.root / "s"
+    stage.mkdir(parents=True)
+    forged = {"stage": "../../../outside", "path": str(outside), "digest": "0" * 64, "inputs": {"x": "../../outside"}}
+    (stage / "manifest.json").write_text(json.dumps(forged))
+    made = run.stage("s", lambda out, ledger: (out / "mine").write_text("1"), config={}, inputs={})
+    assert [p.name for p in made.path.iterdir() if p.name != "manifest.json"] == ["mine"]
+    assert made.parts == []
+    assert (outside / "part-0.parquet").exists()

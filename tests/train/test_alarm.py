@@ -1,0 +1,146 @@
+"""The alarm on made-up records, and on real trainings that deserve it; text health against the model's own logits."""
+
+import json
+
+import pytest
+import torch
+
+from spo_ray.config import load
+from spo_ray.core.text_health import distinct, repetition
+from spo_ray.errors import UserError
+from spo_ray.train.alarm import Alarm, describe
+from spo_ray.train.rank import Rank
+from spo_ray.train.watch import text_health
+from spo_ray.train_config import AlarmConfig
+
+from ..helpers import SMALL
+from .processes import log_of, train
+
+FAST = [*SMALL, "preference.epochs=6", "preference.probe_every=2", "preference.health_every=4"]
+HARMFUL = [*FAST, "preference.theta.lr=3e-3", "preference.phi.lr=3e-3", "methods.dpo.beta=0.1"]
+
+
+def probe(step, fell=0.0, both=0.0, **more):
+    return {"step": step, "probe/delta_logp_chosen": -fell, "probe/both_fell": both, **more}
+
+
+def test_it_sounds_once_for_every_time_that_a_limit_is_passed():
+    alarm = Alarm(AlarmConfig(max_fall=1.0, max_both_fell=0.5))
+    assert alarm.check(probe(0)) == {}
+    assert alarm.check(probe(2, fell=1.0, both=0.5)) == {}
+    assert alarm.check(probe(4, fell=1.5, both=0.6)) == {"alarm/chosen": 1.5, "alarm/both_fell": 0.6}
+    assert alarm.check({"step": 5}) == {}
+    assert alarm.check(probe(6, fell=2.0, both=0.6)) == {}
+    assert alarm.check(probe(8, fell=0.5, both=0.6)) == {}
+    assert alarm.check(probe(10, fell=1.1, both=0.6)) == {"alarm/chosen": 1.1}
+    assert [(entry["step"], entry["alarm"]) for entry in alarm.sounded] == [
+        (4, "chosen"),
+        (4, "both_fell"),
+        (10, "chosen"),
+    ]
+    again = Alarm(alarm.config)
+    again.load_state_dict(json.loads(json.dumps(alarm.state_dict())))
+    assert again.check(probe(12, fell=1.2)) == {}
+    assert again.sounded == alarm.sounded
+
+
+@pytest.mark.parametrize(("length", "sounds"), [(20, None), (29, None), (31, 3.1), (4, None), (3, 10 / 3)])
+def test_lengths_are_compared_with_the_start(length, sounds):
+    alarm = Alarm(AlarmConfig(max_length_ratio=3.0))
+    assert alarm.check({"step": 0, "health/length": 10.0, "health/repetition": 0.1}) == {}
+    found = alarm.check({"step": 4, "health/length": float(length), "health/repetition": 0.1})
+    assert found.get("alarm/length") == (None if sounds is None else pytest.approx(sounds))
+
+
+def test_limits_can_be_taken_away():
+    alarm = Alarm(AlarmConfig(max_fall=None, max_repetition=None))
+    assert alarm.check(probe(2, fell=9.0, **{"health/repetition": 1.0})) == {}
+
+
+def test_what_it_says_has_step_numbers_and_advice():
+    config = AlarmConfig(on_alarm="stop")
+    record = probe(7, fell=1.25, both=0.75)
+    record |= Alarm(config).check(record)
+    first, second, last = describe(record, config)
+    assert first.startswith(
+        "ALARM at step 7: the mean log pi(y_w) of the probe pairs is 1.25 nats below its start (limit 1)"
+    )
+    assert "lambda_sft" in first
+    assert "75% of the probe pairs" in second
+    assert last == "training ends at step 7 (on_alarm: stop)"
+
+
+def test_a_harmful_training_is_stopped(referenced, tmp_path):
+    train(1, referenced.path, tmp_path / "stop", [*HARMFUL, "preference.alarm.on_alarm=stop"], "dpo")
+    train(1, referenced.path, tmp_path / "warn", HARMFUL, "dpo")
+    stopped, warned = (log_of(tmp_path / name) for name in ("stop", "warn"))
+    fell = next(r["step"] for r in warned if any(key.startswith("alarm/") for key in r))
+    assert 0 < fell < warned[-1]["step"] == warned[-1]["total_steps"]
+    assert stopped[-1]["step"] == fell
+    assert stopped[-1]["alarm/stop"] == 1.0
+    strip = lambda record: {key: value for key, value in record.items() if key != "alarm/stop"}  # noqa: E731
+    assert [strip(r) for r in stopped] == warned[: len(stopped)]
+    result = json.loads((tmp_path / "stop" / "result.json").read_text())
+    assert result["stopped_at"] == fell
+    for entry in result["alarms"]:
+        assert entry["value"] == stopped[-1][f"alarm/{entry['alarm']}"]
+    if "alarm/chosen" in stopped[-1]:
+        assert stopped[-1]["alarm/chosen"] == -stopped[-1]["probe/delta_logp_chosen"] > 1.0
+    # a pair counts where both fell: none can be left out if the means rise
+    assert max(r["logps/both_fell"] for r in warned[1:]) > 0.5
+    assert warned[1]["logps/both_fell"] == 0.0
+
+
+def test_lambda_is_raised_at_every_measurement_beyond_a_limit(referenced, tmp_path):
+    overrides = [*FAST, "preference.alarm={max_fall: 0.000001, on_alarm: increase_lambda, lambda_factor: 3}"]
+    overrides += ["preference.alarm.max_both_fell=null", "preference.alarm.max_lambda=20", "preference.theta.lr=1e-3"]
+    overrides += ["methods.spo={type: spo, lambda_sft: 1.0e-6, inner: {steps: 0}}", "preference.phi.lr=1e-3"]
+    overrides += ["methods.dpo.beta=0.1"]
+    train(1, referenced.path, tmp_path / "spo", overrides, "spo")
+    log = log_of(tmp_path / "spo")
+    raised = [(r["step"], r["alarm/lambda"]) for r in log if "alarm/lambda" in r]
+    beyond = [r["step"] for r in log if r.get("probe/delta_logp_chosen", 0.0) < -1e-6]
+    assert beyond
+    assert [step for step, _ in raised if step in beyond] == beyond
+    for i, (_, value) in enumerate(raised, 1):
+        assert value == pytest.approx(min(20.0, 1e-6 * 3**i))
+    state = json.loads((tmp_path / "spo" / "result.json").read_text())["method_state"]
+    assert state["raised"]["lambda_sft"] == raised[-1][1]
+    train(1, referenced.path, tmp_path / "dpo", overrides, "dpo")
+    assert not any("alarm/lambda" in r for r in log_of(tmp_path / "dpo"))
+
+
+def test_raising_lambda_needs_one(in_root):
+    alarm = "preference.alarm={on_alarm: increase_lambda}"
+    load("configs/quickstart.yaml", [alarm])
+    with pytest.raises(UserError, match="needs a method of type spo"):
+        load("configs/quickstart.yaml", [alarm, "methods.spo.lambda_sft=0", "methods.spo_simpo.lambda_sft=0"])
+
+
+def test_text_health_is_that_of_the_models_own_samples(toy_base, referenced, chat):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(toy_base, dtype=torch.float32).eval()
+    rank, table = Rank(0, 1, torch.device("cpu")), referenced.rows()[:6]
+    before = torch.get_rng_state()
+    one = text_health(model, chat, table, 1, rank, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    entropies = []
+    for row in table:
+        with torch.inference_mode():
+            logps = model(input_ids=torch.tensor([row["prompt_ids"]])).logits[0, -1].log_softmax(-1)
+        entropies.append(-(logps.exp() * logps).sum().item())
+    assert one["health/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+    assert one["health/length"] == 1.0
+    long = text_health(model, chat, table, 48, rank, seed=0)
+    assert long == text_health(model, chat, table, 48, rank, seed=0)
+    assert long != text_health(model, chat, table, 48, rank, seed=1)
+    with torch.no_grad():  # a policy that knows one token alone
+        model.lm_head.weight.zero_()
+    flat = text_health(model, chat, table, 48, rank, seed=0)
+    assert flat["health/entropy"] == pytest.approx(
+        torch.log(torch.tensor(float(model.config.vocab_size))).item(), rel=1e-4
+    )
+    assert flat["health/distinct_2"] > long["health/distinct_2"]
+    assert repetition([1, 2, 3, 4] * 3) == pytest.approx(1 - 4 / 9)
+    assert distinct([[1, 1, 1]], 2) == 0.5
