@@ -92,8 +92,11 @@ def wandb_records(file):
 
 
 def test_wandb_offline(in_root, trained, tmp_path, monkeypatch):
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     run, _ = followed(trained, tmp_path, "tracking.wandb={project: mine}")
+    wandb.teardown()  # finish() may return before wandb's own process has written the last of it
     (file,) = run.root.glob("wandb/offline-run-*/*.wandb")
     found, heads = {name: {} for name in CURVES}, []
     for record in wandb_records(file):
