@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pyarrow.fs import FileSystem, FileType
 from ray.train import (
     CheckpointConfig,
     DataConfig,
@@ -121,7 +122,9 @@ def _train(
         jobs.append(Job(run.config, str(start.model.path), start.rows, str(stage.scratch), key, method, held_out))
     closed = {}
     try:
-        if not all(job.finished for job in jobs):
+        if all(job.finished for job in jobs):
+            _forget(run, group)
+        else:
             fit(run, jobs, [stage.name for stage in stages], group)
     finally:
         for stage, job in zip(stages, jobs, strict=True):
@@ -131,6 +134,18 @@ def _train(
                 stage.ledger.facts["alarms"] = result.get("alarms", [])
                 closed[stage.name] = run.close(stage, wall_s=result["wall_s"])
     return closed
+
+
+def _forget(run: Run, group: str) -> None:
+    """Delete what Ray Train has kept of a group that is finished: its driver ended before it could."""
+    filesystem, folder = FileSystem.from_uri(_storage(run))
+    if filesystem.get_file_info(f"{folder}/{group}").type == FileType.Directory:
+        filesystem.delete_dir(f"{folder}/{group}")
+
+
+def _storage(run: Run) -> str:
+    """Where Ray Train's records and checkpoints are."""
+    return run.config.train.checkpoint.storage or str(run.root / ".unfinished")
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -192,7 +207,7 @@ def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, s
         kept |= {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
     return {
         "name": group,
-        "storage_path": config.checkpoint.storage or str(run.root / ".unfinished"),
+        "storage_path": _storage(run),
         "failure_config": FailureConfig(**limits),
         "checkpoint_config": CheckpointConfig(**kept),
         "callbacks": [RecordFailures([job.out for job in jobs])],

@@ -11,9 +11,11 @@ import time
 import psutil
 import pytest
 
-from spo_ray.run import Artifact
+from spo_ray.run import STARTED, Artifact
+from spo_ray.train.launch import group_name
 
 from ..conftest import ROOT
+from .interrupted import train
 
 DEADLINE_S = 300
 
@@ -94,6 +96,28 @@ def test_resume_after_the_kill_of_a_rank_and_of_the_driver(uninterrupted, refere
     assert output.count("sft: starts") == 1
     assert "sft: reused" in output
     assert "method_spo: goes on" in output
+
+
+@pytest.mark.parametrize("storage", [None, "elsewhere"])
+def test_what_ray_train_has_kept_of_a_finished_training_goes(storage, uninterrupted, referenced, tmp_path):
+    """All was trained when the driver was killed, but it had not yet deleted the checkpoints."""
+    root = tmp_path / "quickstart"
+    shutil.copytree(uninterrupted, root)
+    digests = []
+    for name in ("dpo", "spo"):
+        scratch = root / ".unfinished" / f"method_{name}"
+        (root / f"method_{name}").replace(scratch)
+        digests.append(json.loads((scratch / "manifest.json").read_text())["digest"])
+        (scratch / "manifest.json").replace(scratch / STARTED)
+    folder = tmp_path / storage if storage else root / ".unfinished"
+    kept, another = folder / group_name("".join(digests)) / "checkpoint", folder / "train_0123456789abcdef"
+    kept.mkdir(parents=True)
+    another.mkdir()
+    options = [f"train.checkpoint.storage={tmp_path / storage}"] if storage else []
+    train(tmp_path, referenced.path, "methods", "train.num_workers=2", *options)
+    assert list(folder.iterdir()) == [another]
+    for name in ("dpo", "spo"):
+        same(root, uninterrupted, name)
 
 
 @pytest.mark.slow
