@@ -33,6 +33,8 @@ case "$SPO_BUILD:$(for link in $LINKS; do ls "$link" 2>/dev/null; done)" in
 esac
 
 echo "installing the $SPO_BUILD build into .venv"
-.venv/bin/uv pip install -q --python .venv/bin/python --no-deps -r "requirements/$SPO_BUILD.txt" "$@"
+# Compiled now, once: else a machine that writes no bytecode (PYTHONDONTWRITEBYTECODE, usual in containers) compiles all
+# that a process imports whenever one starts, which takes longer than the import itself.
+.venv/bin/uv pip install -q --compile-bytecode --python .venv/bin/python --no-deps -r "requirements/$SPO_BUILD.txt" "$@"
 .venv/bin/uv pip install -q --python .venv/bin/python --no-deps -e .
 touch .venv/installed
