@@ -14,7 +14,7 @@ from spo_ray.report.data import ledger_section, pairs_section
 from spo_ray.report.probes import finished_probes, probe_sections
 from spo_ray.report.scores import (
     CHOSEN_CHANGE,
-    COLUMN_NOTES,
+    COLUMNS,
     REFERENCE,
     comparisons,
     grid,
@@ -79,7 +79,7 @@ def _sections(
     columns, cells = grid(lines)
     yield html.table(columns, cells, change=CHOSEN_CHANGE)
     yield html.note(
-        " ".join([*(COLUMN_NOTES[name] for name in columns if name in COLUMN_NOTES), "Figures link to rows."])
+        " ".join([*(note for name, (_, note) in COLUMNS.items() if note and name in columns), "Figures link to rows."])
     )
     yield from _alarms(run, paths)
     if answers:

@@ -14,24 +14,28 @@ from spo_ray.train.job import RESULT
 CHOSEN_CHANGE = "Δ log π chosen"
 REFERENCE = "sft"
 """What methods are compared with in the table of results."""
-COLUMN_NOTES = {
-    "greedy, 95%": "greedy: in brackets Wilson's 95% interval.",
-    "sampled ± sd, 95%": "sampled: the interval is over the questions, ± the standard deviation over seeds.",
-    "p against sft": "p: paired test of the greedy answers against sft's, adjusted by Holm's method.",
-    CHOSEN_CHANGE: "Δ log π: mean change on the training pairs, in nats, from the SFT checkpoint to the end of the "
-    "method's training; red: chosen answers lose probability.",
-    "held-out reward accuracy, 95%": "held-out reward accuracy: share of held-out pairs whose chosen answer has the "
-    "higher implicit reward.",
-}
 COLUMNS = {
-    "greedy, 95%": "eval",
-    "sampled ± sd, 95%": "eval",
-    "p against sft": "comparisons",
-    CHOSEN_CHANGE: "method",
-    "Δ log π rejected": "method",
-    "held-out reward accuracy, 95%": "method",
+    "greedy, 95%": ("eval", "greedy: in brackets Wilson's 95% interval."),
+    "sampled ± sd, 95%": (
+        "eval",
+        "sampled: the interval is over the questions, ± the standard deviation over seeds.",
+    ),
+    "p against sft": (
+        "comparisons",
+        "p: paired test of the greedy answers against sft's, adjusted by Holm's method.",
+    ),
+    CHOSEN_CHANGE: (
+        "method",
+        "Δ log π: mean change on the training pairs, in nats, from the SFT checkpoint to the end of the method's "
+        "training; red: chosen answers lose probability.",
+    ),
+    "Δ log π rejected": ("method", ""),
+    "held-out reward accuracy, 95%": (
+        "method",
+        "held-out reward accuracy: share of held-out pairs whose chosen answer has the higher implicit reward.",
+    ),
 }
-"""Of the results, with the kind of stage that has their rows."""
+"""Of the results: the kind of stage that has a column's rows, and what the column means."""
 TITLES = {"health": "Text health", "alpaca_eval": "AlpacaEval"}
 NOTES = {
     "health": (
@@ -93,7 +97,7 @@ def linked(line: Mapping[str, str], root: Path, prefix: str, trained: Path | Non
     targets = {"eval": f"eval_{name}/{PART}", "comparisons": f"comparisons/{PART}", "method": ""}
     if trained:
         targets["method"] = f"{trained.relative_to(root)}/{RESULT}"
-    places = {"method": targets["eval"]} | {column: targets[kind] for column, kind in COLUMNS.items()}
+    places = {"method": targets["eval"]} | {column: targets[kind] for column, (kind, _) in COLUMNS.items()}
     return {column: _link(value, root, prefix, places.get(column, "")) for column, value in line.items()}
 
 
