@@ -117,13 +117,13 @@ def guarded(work: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
         print(f"stopped; {AGAIN}", file=sys.stderr)
         return 130
     except Exception as error:
         card = card_on(error)
         if not card.details:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
         print(card.text(), file=sys.stderr)
         return 1
     finally:
@@ -186,7 +186,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         problem = str(error)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the answer
         checks = examine(loaded, problem)
-    print(as_json(checks) if json else table(checks))
+    print(redact(as_json(checks) if json else table(checks)))
     return 0 if passed(checks) else 1
 
 

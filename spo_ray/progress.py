@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from spo_ray.redact import redact
+
 EVERY_S = 2.0
 """Between two plain lines of a stage."""
 NOISY = (
@@ -65,8 +67,8 @@ _view = _View()
 
 
 def say(stage: str, text: str) -> None:
-    """One line of progress."""
-    line = f"[{time.strftime('%H:%M:%S')}] {stage}: {text}"
+    """One line of progress, without secrets."""
+    line = f"[{time.strftime('%H:%M:%S')}] {stage}: {redact(text)}"
     shown = _view.progress
     if shown is None:
         print(line, flush=True)

@@ -3,11 +3,16 @@
 import os
 import re
 
-SECRET = re.compile(r"(token|key|secret|password|passwd|credential)s?$", re.IGNORECASE)
+SECRET = re.compile(
+    r"(token|key|secret|password|passwd|credential)s?$"
+    r"|(^|_)(token|key|secret|pass|password|passwd|credential)s?(_(?!file$|path$|dir$)|$)",
+    re.IGNORECASE,
+)
 """Names of environment variables whose value is a secret."""
 SHORTEST = 6
 """A shorter value is no secret, and would be struck out of innocent words."""
-IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]*:(?!\d+/)[^\s@]+(?=@)")
+"""User and password; a port ends at a slash."""
 KNOWN = re.compile(r"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{12,}")
 """Hugging Face, OpenAI, GitHub, AWS."""
 

@@ -24,7 +24,7 @@ def recorded(run: Run) -> Generator[None]:
     """Keep ``status.json`` current while a run is at work, and say in it how it ended.
 
     ``state`` is ``running`` (a ``pid`` that is gone on ``host`` was killed), ``finished``, ``failed``, ``refused`` (bad
-    input) or ``stopped``; ``exit_code`` is the process's, which ``ray job submit`` does not pass on.
+    input) or ``stopped`` (Ctrl-C, SIGTERM); ``exit_code`` is the process's, which ``ray job submit`` does not pass on.
     """
     status: dict[str, Any] = {
         "state": "running",
@@ -47,9 +47,8 @@ def recorded(run: Run) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        state = "stopped" if isinstance(error, KeyboardInterrupt) else "refused"
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            state = "failed"
+        state = "refused" if isinstance(error, UserError) else "failed" if isinstance(error, Exception) else "stopped"
+        if state == "failed":
             (run.root / TRACEBACK).write_text(redact("".join(traceback.format_exception(error))))
         details = str(run.root / TRACEBACK) if state == "failed" else ""
         card = card_of(error, run.under_way, details)

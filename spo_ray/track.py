@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from spo_ray.config import Config
 from spo_ray.errors import UserError
 from spo_ray.progress import say
-from spo_ray.redact import redact
 from spo_ray.run import Run
 from spo_ray.track_config import TrackingConfig
 
@@ -71,7 +70,7 @@ class Several:
         except Exception as error:
             self.trackers.pop(name, None)
             text = str(error).splitlines()[0] if str(error) else ""
-            say(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {redact(text)}")
+            say(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {text}")
 
 
 class TensorBoard:

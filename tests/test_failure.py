@@ -11,7 +11,8 @@ from spo_ray import rows
 from spo_ray.cli import guarded
 from spo_ray.errors import UserError
 from spo_ray.failure import card_of, command_line
-from spo_ray.redact import redact
+from spo_ray.progress import say
+from spo_ray.redact import is_secret, redact
 from spo_ray.run import Run, write_rows
 from spo_ray.shards import each_row, map_shards
 from spo_ray.status import STATUS, TRACEBACK, recorded
@@ -130,7 +131,12 @@ def test_a_failed_training_worker_is_named_by_its_rank():
 
 @pytest.mark.parametrize(
     ("error", "state", "code"),
-    [(None, "finished", 0), (UserError("set x"), "refused", 2), (KeyboardInterrupt(), "stopped", 130)],
+    [
+        (None, "finished", 0),
+        (UserError("set x"), "refused", 2),
+        (KeyboardInterrupt(), "stopped", 130),
+        (SystemExit(15), "stopped", 130),
+    ],
 )
 def test_status_of_runs_that_do_not_fail(run, capsys, error, state, code):
     seen = []
@@ -153,6 +159,7 @@ def test_status_of_runs_that_do_not_fail(run, capsys, error, state, code):
     ("text", "clean"),
     [
         ("s3://user:pass@host/bucket", "s3://[secret]@host/bucket"),
+        ("redis://:pa/ss@host, http://host:80/a@b", "redis://[secret]@host, http://host:80/a@b"),
         ("sent hf_abcdefghijklmnop on", "sent [secret] on"),
         ("token=tiny", "token=tiny"),
         ("a longertokenvalue b", "a [MY_TOKEN] b"),
@@ -162,3 +169,27 @@ def test_secrets_are_struck_out(monkeypatch, text, clean):
     monkeypatch.setenv("MY_TOKEN", "longertokenvalue")
     monkeypatch.setenv("OTHER_TOKEN", "tiny")
     assert redact(text) == clean
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        *((name, True) for name in ("OPENAI_API_KEY_TEAM", "DB_PASS", "MYTOKEN")),
+        *((name, False) for name in ("HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "BYPASS", "HTTP_PROXY")),
+    ],
+)
+def test_names_of_secrets(name, secret):
+    assert is_secret(name) == secret
+
+
+def test_secrets_are_struck_out_of_progress_and_tracebacks(monkeypatch, capsys):
+    monkeypatch.setenv("JUDGE_API_KEY", "longkeyvalue")
+
+    def work():
+        say("stage", "sent longkeyvalue")
+        raise RuntimeError("longkeyvalue")
+
+    assert guarded(work) == 1
+    printed = capsys.readouterr()
+    assert "longkeyvalue" not in printed.out + printed.err
+    assert printed.err.count("[JUDGE_API_KEY]") >= 2  # in the traceback and on the card

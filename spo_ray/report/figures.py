@@ -49,6 +49,7 @@ def ratio_figure(checkpoints: Mapping[str, Path]) -> Spec:
     records = [
         {"method": "all", "series": method, "step": step, "value": values["chosen"] - values["rejected"]}
         for (method, step), values in sides.items()
+        if {"chosen", "rejected"} <= values.keys()
     ]
     return _lines(records, ["all"], "mean log π(chosen)/π(rejected), nats", None)
 
@@ -115,13 +116,13 @@ def accuracy_figure(methods: Mapping[str, Any]) -> Spec:
 
 
 def _series(checkpoints: Mapping[str, Path], keys: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Records of some of the step logs' columns, in long form."""
+    """Records of some of the step logs' columns, in long form; what was no finite number is left out."""
     records = []
     for method, path in checkpoints.items():
         for line in (path / STEP_LOG).read_text().splitlines():
             step = json.loads(line)
             for name, key in keys.items():
-                if key in step:
+                if step.get(key) is not None:
                     records.append({"method": method, "step": step["step"], "series": name, "value": step[key]})
     return records
 

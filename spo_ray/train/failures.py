@@ -8,6 +8,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from spo_ray.errors import TrainingError, UserError
+from spo_ray.redact import redact
 from spo_ray.run import read_lines
 from spo_ray.train.job import RESULT
 
@@ -28,7 +29,7 @@ class RecordFailures(UserCallback):
         fatal = next((cause for cause in causes.values() if isinstance(cause, FATAL)), None)
         record = {
             "time": time.time(),
-            "errors": {rank: f"{type(cause).__name__}: {str(cause)[:500]}" for rank, cause in causes.items()},
+            "errors": {rank: redact(f"{type(cause).__name__}: {str(cause)[:500]}") for rank, cause in causes.items()},
             "restart": fatal is None,
         }
         for folder in map(Path, self.folders):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spo_ray.report import html
-from spo_ray.report.figures import _smoothed
+from spo_ray.report.figures import _smoothed, batch_figure, ratio_figure
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -40,3 +40,13 @@ def test_curves_are_smoothed_by_method_and_side():
     values = [("a", "x", 1.0), ("b", "x", 5.0), ("a", "x", 2.0), ("a", "x", 2.0)]
     records = [{"method": m, "series": s, "value": v} for m, s, v in values]
     assert [round(r["value"], 6) for r in _smoothed(records)] == [1.0, 5.0, 1.1, 1.19]
+
+
+def test_a_step_without_finite_log_probabilities_is_left_out_of_the_curves(tmp_path):
+    keys = ("logps/chosen", "logps/rejected", "probe/logps/chosen", "probe/logps/rejected")
+    steps = [dict.fromkeys(keys, value) | {"step": step} for step, value in enumerate([-1.0, None, -2.0])]
+    steps[0]["probe/logps/rejected"] = None
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    drawn = batch_figure({"dpo": tmp_path})["data"]["values"]
+    assert [(r["step"], r["series"]) for r in drawn] == [(s, side) for s in (0, 2) for side in ("chosen", "rejected")]
+    assert [r["step"] for r in ratio_figure({"dpo": tmp_path})["data"]["values"]] == [2]
