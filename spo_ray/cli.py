@@ -226,6 +226,8 @@ def _probe(config: Path, overrides: tuple[str, ...], until: Part, steps: dict[st
 
         set_verbosity(False)
         run = Run(probe.probe_config(load(config, overrides), **steps))
+        if work == "mass_shift":
+            probe.check_mass_shift(run.config)
         with run.locked(), recorded(run):
             for part in whole_job(run):
                 if part == until:

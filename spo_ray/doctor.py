@@ -261,6 +261,10 @@ def cluster(config: Config) -> Checks:
     except UserError as error:
         yield Check("cluster", "failed", str(error), "ray start --head, or the address of your cluster")
         return
+    except Exception as error:  # such as Ray's refusal of another version of Ray or Python
+        found = f"{address} can't be joined: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        yield Check("cluster", "failed", found, "install the same Ray and Python there as here: make setup")
+        return
     nodes = [node for node in ray.nodes() if node["Alive"]]
     yield Check("cluster", "ok", f"{len(nodes)} nodes at {address}")
     yield from _compare(node_versions(nodes))

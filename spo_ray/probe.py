@@ -58,6 +58,16 @@ def probe_config(config: Config, **preference: Any) -> Config:
     return config.model_copy(update={"methods": methods, "preference": changed, "eval": alone})
 
 
+def check_mass_shift(config: Config) -> None:
+    """Refuse data without right and wrong samples.
+
+    Raises:
+        UserError: preference pairs.
+    """
+    if config.data.type == "preference":
+        raise UserError("mass-shift follows right and wrong samples: take data of questions, or spo-ray probe dynamics")
+
+
 def finished(run: Run, stage: str) -> Artifact:
     """A stage that the run has finished."""
     return Artifact(run.root / stage, Artifact(run.root / stage, "").manifest["digest"])

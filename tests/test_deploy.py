@@ -16,6 +16,7 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from spo_ray.cluster import check_plan
 from spo_ray.config import load
 
 from .conftest import ROOT
@@ -154,3 +155,10 @@ def test_the_dockerfile():
         pytest.skip("hadolint is not installed")
     done = subprocess.run([linter, str(ROOT / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("config", ["gsm8k/llama-3.2-1b", "ultrafeedback/llama-3.2-3b"])
+def test_the_nodes_that_are_always_there_can_hold_the_papers_runs(in_root, config):
+    types = yaml.safe_load((ROOT / "deploy" / "aws.yaml").read_text())["available_node_types"]
+    nodes = [kind["resources"] for kind in types.values() for _ in range(kind.get("min_workers", 0))]
+    check_plan(load(ROOT / "configs" / f"{config}.yaml", []), nodes)

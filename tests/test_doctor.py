@@ -155,3 +155,13 @@ def test_a_plan_that_would_be_refused(in_root):
 def test_no_cluster_at_the_address(in_root):
     (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=127.0.0.1:1"]))
     assert (check.level, "no Ray cluster at" in check.found) == ("failed", True)
+
+
+def test_a_cluster_with_another_ray(in_root, monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0.0")
+
+    monkeypatch.setattr("ray.init", refuse)  # a second version of Ray can't be had here
+    (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=auto"]))
+    assert check.level == "failed"
+    assert "RuntimeError: Version mismatch: The cluster was started with:" in check.found

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
+from spo_ray.cli import mass_shift
 from spo_ray.errors import UserError
 from spo_ray.method_config import Ipo
 from spo_ray.probe import GROUP, probe_config, ranked
 from spo_ray.run import Artifact
 
+from .conftest import ROOT
 from .helpers import SMALL, small_config
 from .test_pipeline import run
 
@@ -37,6 +39,11 @@ def test_a_probe_needs_dpo_or_spo(in_root, tmp_path):
     alone = config.model_copy(update={"methods": {"ipo": Ipo(type="ipo")}})
     with pytest.raises(UserError, match="add methods of type dpo and spo"):
         probe_config(alone)
+
+
+def test_mass_shift_needs_samples_that_are_graded(in_root, capsys):
+    assert mass_shift(config=ROOT / "configs" / "preferences.yaml") == 2
+    assert "take data of questions" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
