@@ -151,6 +151,23 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_is_measured(self) -> "Config":
+        checkpoint, kinds = self.train.checkpoint, {"probe": "probe_every", "health": "health_every"}
+        if checkpoint.best is None:
+            return self
+        if checkpoint.every is None:
+            raise ValueError("train.checkpoint.best is chosen among checkpoints: set train.checkpoint.every")
+        metric = checkpoint.best.metric
+        field = kinds.get(metric.partition("/")[0])
+        every = getattr(self.preference, field) if field else 1
+        if every is None or checkpoint.every % every:
+            raise ValueError(
+                f"train.checkpoint.best.metric={metric} is measured every preference.{field}={every} steps: "
+                f"train.checkpoint.every={checkpoint.every} must be a multiple of that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sweep_fits(self) -> "Config":
         if self.sweep is None:
             return self

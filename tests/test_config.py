@@ -1,4 +1,5 @@
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,23 @@ def test_wrong_overrides_are_refused(overrides, message):
     with pytest.raises(UserError) as caught:
         load(QUICKSTART, overrides)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("every", "metric", "message"),
+    [
+        ("null", "probe/accuracy", "set train.checkpoint.every"),
+        ("100", "probe/accuracy", "measured every preference.probe_every=200 steps"),
+        ("200", "health/entropy", "measured every preference.health_every=500 steps"),
+        ("400", "probe/accuracy", None),
+        ("1", "loss", None),
+    ],
+)
+def test_the_best_checkpoint_needs_its_metric_where_there_are_checkpoints(every, metric, message):
+    intervals = ["preference.probe_every=200", "preference.health_every=500"]
+    overrides = [*intervals, f"train.checkpoint={{every: {every}, best: {{metric: {metric}}}}}"]
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        load(ROOT / "configs" / "quickstart.yaml", overrides)
 
 
 @pytest.mark.parametrize(("text", "message"), [("[1, 2]", "mapping"), ("a: [", "can't be read as YAML")])

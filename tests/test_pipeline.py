@@ -204,8 +204,9 @@ def test_the_exported_model_loads_anywhere(finished):
 
 def interrupted(arguments, line):
     """Exit code and standard error of the whole job, sent Ctrl-C two seconds after it printed ``line``."""
+    command = ["env", "--default-signal=INT", *FULL, *arguments]  # which is ignored where tests run in the background
     process = subprocess.Popen(
-        [*FULL, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     for printed in process.stdout:
         if line in printed:

@@ -229,6 +229,7 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
         raise ValueError(f"the model has no parameter {missing[0]!r} ({len(missing)} names are unknown)")
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in every.values()]
+    rates: list[tuple[nn.Module, str, float]] = []
     wanted = {name: every[name] for name in names}
     chosen = {id(p) for p in wanted.values()}
     exact = all(p.dtype == torch.float64 for p in wanted.values())
@@ -237,6 +238,9 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
         for module, mode in modes:  # Hugging Face's checkpointed layers compute again in training mode only
             # (a backward leaves KeepFloat64, so that they could not in float64)
             module.training = mode and bool(getattr(module, "gradient_checkpointing", False)) and not exact
+            for name, rate in _own_dropout(module) if module.training else ():  # what they drop by themselves
+                rates.append((module, name, rate))
+                setattr(module, name, 0.0)
         for p in every.values():
             p.requires_grad_(id(p) in chosen)
         with torch.enable_grad(), KeepFloat64() if exact else nullcontext():
@@ -246,6 +250,13 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
             p.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def _own_dropout(module: nn.Module) -> list[tuple[str, float]]:
+    """Rates that a module passes to functional dropout, or skips whole layers by."""
+    return [(name, value) for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
 
 
 class KeepFloat64(TorchFunctionMode):

@@ -3,7 +3,6 @@
 import inspect
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,8 @@ class Head:
         return _capped(self.output(hidden), self.softcap)
 
 
-_known: "WeakKeyDictionary[nn.Module, tuple[nn.Module, Head | None]]" = WeakKeyDictionary()
+KNOWN = "_spo_ray_head"
+"""A model's own attribute for what was found: (output embedding, head or None). It goes with the model."""
 
 
 def find_head(model: nn.Module, input_ids: Tensor) -> Head | None:
@@ -42,11 +42,11 @@ def find_head(model: nn.Module, input_ids: Tensor) -> Head | None:
     decoder, output = (get() if callable(get) else None for get in parts)
     if not isinstance(decoder, nn.Module) or not isinstance(output, nn.Module) or decoder is model:
         return None
-    known = _known.get(model)
+    known = vars(model).get(KNOWN)
     if known is None or known[0] is not output:
         softcap = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
         head = Head(decoder, output, softcap)
-        known = _known[model] = (output, head if _is_whole(model, head, input_ids[:1, :2]) else None)
+        known = vars(model)[KNOWN] = (output, head if _is_whole(model, head, input_ids[:1, :2]) else None)
     return known[1]
 
 

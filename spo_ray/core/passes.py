@@ -162,6 +162,11 @@ class Passes:
         pull(self.logps(side), [(sink, weights)])
         return sink.gradients()
 
+    def mean_weights(self) -> tuple[Tensor, Tensor]:
+        """The batch-mean log-probability as weights [B] of both sides."""
+        weights = torch.full((len(self.rows),), 1.0 / self.pairs, dtype=torch.float64, device=self.device)
+        return weights, weights
+
     def sft_weights(self, reduction: SftReduction) -> Tensor:
         """L_SFT as weights [B] of log pi(y_w)."""
         count = self.pairs if reduction == "sum" else self.tokens

@@ -20,7 +20,8 @@ def can_share(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types")
-    return getattr(config, "_attn_implementation", None) == "sdpa" and kinds == {"full_attention"} and not windowed
+    plain = getattr(config, "_attn_implementation", None) == "sdpa" and not getattr(config, "alibi", False)
+    return plain and kinds == {"full_attention"} and not windowed
 
 
 def prompt_lengths(chosen: Rows, rejected: Rows) -> list[int] | None:
@@ -50,6 +51,7 @@ def pair_logps(
         ids[i, :end_w] = chosen[0][i, :end_w]
         ids[i, end_w:end] = rejected[0][i, prompt:end_l]
         positions[i, end_w:end] = torch.arange(prompt, end_l, device=device)
+        positions[i, end:] = 0  # padding may be beyond the positions that a model has
         mask[i, 0, end_w:, prompt:end_w] = False
         steps = torch.arange(width, device=device)
         sources[0].append(i * width + steps[prompt - 1 : end_w - 1])

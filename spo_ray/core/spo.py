@@ -130,17 +130,22 @@ def _objective(
 ) -> tuple[Gradients, Metrics]:
     """The gradient of F: (a), (c) and all that the pairs' passes give on the way, then (e), (d), (b)."""
     whole, n = ridge.gamma > 0 and ridge.hinge == "batch", lower.n_backbone
-    norms = ridge.weights() if whole or side_gradients is not None else None
+    plain = passes.mean_weights()
+    norms = ridge.weights() if whole else plain if side_gradients is not None else None
+    per_token = whole and ridge.mean
     visit = ridge.of_pair if ridge.gamma > 0 and not whole else None
     if visit and passes.sharded:
         raise ValueError("sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters")
-    sums = passes.collect(base, lower.weights, norms, visit, proportional=not ridge.mean)
+    sums = passes.collect(base, lower.weights, norms, visit, proportional=not per_token)
     total, metrics = sums.total, passes.means(sums.tally)
     if whole:
         metrics |= ridge.add_to(total, sums)
     if side_gradients is not None:
-        side_gradients |= {"chosen": sums.chosen, "rejected": sums.rejected}
-        metrics |= GradientTerms.of(sums.chosen, sums.rejected).metrics()
+        sides = (passes.chosen, passes.rejected)
+        own = (sums.chosen, sums.rejected)
+        chosen, rejected = (passes.gradient(s, w) for s, w in zip(sides, plain, strict=True)) if per_token else own
+        side_gradients |= {"chosen": chosen, "rejected": rejected}
+        metrics |= GradientTerms.of(chosen, rejected).metrics()
     if lower.weights is not None:
         add(total[:n], sums.sft[:n], lower.lambda_sft)
         if lower.steps:

@@ -104,8 +104,8 @@ class Alarm:
         return {"alarms": self.sounded} | stopped
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"start": self.start, "sounding": self.sounding, "sounded": self.sounded}
+        """What a checkpoint keeps: copies, for it is written while training goes on."""
+        return {"start": dict(self.start), "sounding": dict(self.sounding), "sounded": list(self.sounded)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""

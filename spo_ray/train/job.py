@@ -6,6 +6,7 @@ from typing import Any
 
 from spo_ray.config import Config
 from spo_ray.run import Artifact
+from spo_ray.train_config import CheckpointConfig
 
 RESULT = "result.json"
 """A job's results; written last, so its presence means that the job is finished."""
@@ -34,6 +35,12 @@ class Job:
     """Put the training state beside the checkpoints that are scored."""
 
     @property
+    def checkpoint(self) -> CheckpointConfig:
+        """When its state is kept; SFT has no scores that could tell which of its checkpoints is the best."""
+        config = self.config.train.checkpoint
+        return config if self.method else config.model_copy(update={"best": None})
+
+    @property
     def finished(self) -> bool:
         """Whether its results are there."""
         return (Path(self.out) / RESULT).exists()
@@ -47,15 +54,15 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from spo_ray.train.rank import Rank
     from spo_ray.train.rungs import StoppedError
     from spo_ray.train.snapshots import Snapshots
-    from spo_ray.train.worker import check_room, run_job
+    from spo_ray.train.worker import Held, check_room, run_job
 
-    rank = Rank.current()
+    rank, held = Rank.current(), Held()
     table_of = Table.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         done = [job.finished]
         if not any(rank.gather(done)):
-            check_room(job, rank)
-            snapshots = Snapshots(job.key, job.config.train.checkpoint, rank, job.start_from)
+            check_room(job, rank, held.now())
+            snapshots = Snapshots(job.key, job.checkpoint, rank, job.start_from, job.config.train.timeout_s)
             try:
                 run_job(job, rank, snapshots, table_of)
             except StoppedError:

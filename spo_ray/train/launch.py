@@ -41,8 +41,10 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"
 
 def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     """Supervised fine-tuning of the base model; a merged checkpoint."""
-    theta = run.config.model.theta.model_dump()
-    settings = {"sft": run.config.sft.model_dump(), "train": _identity(run), "theta": theta}
+    theta, matter = run.config.model.theta, run.config.train.model_dump(include=MATTER)
+    settings = {"sft": run.config.sft.model_dump(), "train": matter, "theta": theta.model_dump()}
+    if theta.type == "adapter":
+        settings["lora_targets"] = run.config.model.lora_targets
     stage = run.open("sft", config=settings, inputs={"model": model, "rows": rows}, resumable=True)
     if isinstance(stage, Artifact):
         return stage
@@ -150,7 +152,9 @@ def _storage(run: Run) -> str:
 
 def _identity(run: Run) -> dict[str, Any]:
     """The training settings that change results."""
-    return run.config.train.model_dump(include=MATTER) | {"best": run.config.train.checkpoint.best}
+    checkpoint = run.config.train.checkpoint
+    chosen = checkpoint.model_dump(include={"best", "every", "keep"}) if checkpoint.best else {"best": None}
+    return run.config.train.model_dump(include=MATTER) | chosen
 
 
 def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: bool = False) -> None:
@@ -203,7 +207,7 @@ def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, s
     config = run.config.train
     limits: dict[str, Any] = {"max_failures": config.max_failures, "controller_failure_limit": config.max_failures}
     kept: dict[str, Any] = {"num_to_keep": config.checkpoint.keep}
-    if config.checkpoint.best:
+    if any(job.checkpoint.best for job in jobs):
         kept |= {"checkpoint_score_attribute": "score", "checkpoint_score_order": "max"}
     return {
         "name": group,

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,13 @@ Extra = dict[str, Any]
 class Snapshots:
     """A job's checkpoints in its Ray Train run; jobs one after another share a run."""
 
-    def __init__(self, job: str, config: CheckpointConfig, rank: Rank, start_from: str | None = None) -> None:
+    def __init__(
+        self, job: str, config: CheckpointConfig, rank: Rank, start_from: str | None = None, timeout_s: float = 1800.0
+    ) -> None:
         self.job, self.config, self.rank, self.start_from = job, config, rank, start_from
         # saving in the background must not get between the collectives of training
-        self.group = dist.new_group(backend="gloo") if config.every else None
+        limit = timedelta(seconds=timeout_s)
+        self.group = dist.new_group(backend="gloo", timeout=limit) if config.every else None
         self.pending = 0
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:

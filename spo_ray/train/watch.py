@@ -16,11 +16,11 @@ from spo_ray.core.text_health import distinct, repetition
 from spo_ray.model.collate import rows_at_once
 from spo_ray.model.generate import generate
 from spo_ray.model.tokenise import ChatTokenizer
-from spo_ray.train.alarm import LAMBDA, Alarm
+from spo_ray.train.alarm import LAMBDA, RULES, Alarm
 from spo_ray.train.feed import Table
 from spo_ray.train.job import Job
 from spo_ray.train.loop import Hook
-from spo_ray.train.measure import Measure
+from spo_ray.train.measure import Measure, compute_type
 from spo_ray.train.methods import Method
 from spo_ray.train.rank import Rank
 
@@ -96,7 +96,9 @@ class TextHealth(Hook):
         every, step, m = self.settings.health_every, record["step"], self.measure
         if not every or (step % every and step != record["total_steps"]):
             return {}
-        return text_health(m.model, m.chat, self.asked, self.settings.health_tokens, m.rank, self.seed)
+        with compute_type(m.model, m.config, m.rank):
+            found = text_health(m.model, m.chat, self.asked, self.settings.health_tokens, m.rank, self.seed)
+        return m.rank.gather([found])[0]  # ranks may round differently, and must agree on an alarm
 
 
 class AlarmBell(Hook):
@@ -108,8 +110,8 @@ class AlarmBell(Hook):
     def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """``alarm/*``."""
         found, config = self.alarm.check(record), self.alarm.config
-        measured = any(key.startswith(("probe/", "health/")) for key in record)
-        if self.alarm.sounding and measured and config.on_alarm == "increase_lambda":
+        beyond = any(RULES[name].metric in record for name in self.alarm.sounding)
+        if beyond and config.on_alarm == "increase_lambda":
             raised = self.method.raise_lambda(config.lambda_factor, config.max_lambda)
             found |= {LAMBDA: raised} if raised is not None else {}
         return found
@@ -140,7 +142,8 @@ def top_answers(
     size, answers = rows_at_once(measure.config.max_length + max_tokens), []
     for start in range(0, len(own), size):
         rows = own[start : start + size]
-        found = _generate(model, chat, [row["prompt_ids"] for row in rows], max_tokens, rank)
+        with compute_type(model, measure.config, rank):
+            found = _generate(model, chat, [row["prompt_ids"] for row in rows], max_tokens, rank)
         for row, counts, tokens in zip(rows, valid[start : start + size], found, strict=True):
             if counts and tokens != list(row["chosen_ids"]):
                 answers.append((list(row["prompt_ids"]), tokens))

@@ -4,6 +4,7 @@ Any number of workers takes the same steps on the same global batches: losses ar
 are sums over the ranks.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,27 @@ from spo_ray.train_config import TrainConfig
 TableOf = Callable[[Artifact], Table]
 
 
-def check_room(job: Job, rank: Rank) -> None:
+class Held:
+    """What a worker's process has kept of the main memory that earlier jobs took, for the next one to use."""
+
+    def __init__(self) -> None:
+        self.before = self._resident()
+
+    def now(self) -> int:
+        """Bytes; models are in reference cycles, and let go of before."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        return max(0, self._resident() - self.before)
+
+    @staticmethod
+    def _resident() -> int:
+        return psutil.Process().memory_info().rss
+
+
+def check_room(job: Job, rank: Rank, held: int = 0) -> None:
     """Compare the memory plan with what this worker has, before anything is allocated.
+
+    ``held`` are bytes of main memory that this process has and does not use: on a CPU the allocator keeps them.
 
     Raises:
         UserError: it can't fit; with the plan, and settings with which it would.
@@ -59,7 +79,7 @@ def check_room(job: Job, rank: Rank) -> None:
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
     else:  # shared with the other workers of the node
-        room = psutil.virtual_memory().available // ray.train.get_context().get_local_world_size()
+        room = psutil.virtual_memory().available // ray.train.get_context().get_local_world_size() + held
     check_memory(plan, room, job.method or "sft")
 
 

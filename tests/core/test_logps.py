@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,6 +65,17 @@ def family_model(kind, options):
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "initializer_range": 0.5}
     return AutoModelForCausalLM.from_config(kind(**sizes, **heads, **options)).double().eval()
+
+
+def test_what_is_known_of_a_model_does_not_keep_it():
+    """Sharded models know each other's parts in circles: one is made here."""
+    model = family_model(*FAMILIES[0][:2])
+    model.get_decoder().known_to = [model]
+    assert find_head(model, torch.ones(1, 2, dtype=torch.long)) is not None
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 @pytest.mark.parametrize(("kind", "options", "head"), FAMILIES)

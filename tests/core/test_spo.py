@@ -3,11 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, OPTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spo_ray.core.gradients import full_precision
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import LOSSES, dpo, nll
+from spo_ray.core.shared_prompt import can_share
 from spo_ray.core.spo import spo_gradients
 
 from .tiny import objective_gradient, relative_error, swapped, tiny_batch, tiny_model
@@ -322,12 +324,18 @@ def test_inner_gap_is_what_the_lower_level_gains():
     assert metrics["spo/inner_gap"] == pytest.approx(losses[0] - losses[-1], rel=0.02)
 
 
-def test_side_gradients_and_their_terms():
+@pytest.mark.parametrize("case", [{}, {"norm_of": "mean"}, {"norm_of": "mean", "gamma": 0.5}, {"gamma": 0.5}], ids=str)
+def test_side_gradients_and_their_terms(case):
     model, backbone, adapters = tiny_model()
     batch, sides = tiny_batch(), {}
-    plain, _, _ = run(batch, **DEFAULTS)
+    plain, _, _ = run(batch, **DEFAULTS | case)
     grads, metrics = spo_gradients(
-        model, batch, backbone=backbone, adapters=adapters, side_gradients=sides, **DEFAULTS | {"lambda_sft": 1.0}
+        model,
+        batch,
+        backbone=backbone,
+        adapters=adapters,
+        side_gradients=sides,
+        **DEFAULTS | {"lambda_sft": 1.0} | case,
     )
     model.eval()
     truth = {}
@@ -357,11 +365,14 @@ def test_padding_order_chunks_and_grouping_change_nothing(case):
         assert again == pytest.approx(metrics, rel=1e-6)
 
 
-def test_a_shared_prompt_changes_nothing():
-    batch = tiny_batch(3)
-    for i in range(3):  # the same prompt on both sides
+def same_prompts(batch):
+    for i in range(len(batch["chosen_input_ids"])):
         batch["rejected_input_ids"][i, : 3 + i] = batch["chosen_input_ids"][i, : 3 + i]
-    calls = []
+    return batch
+
+
+def test_a_shared_prompt_changes_nothing():
+    batch, calls = same_prompts(tiny_batch(3)), []
     for base in ("dpo", "ipo", "dpo_nll", "alpha_dpo"):
         for per_backward in (1, 3):
             options = DEFAULTS | {"base": base, "pairs_per_backward": per_backward}
@@ -396,6 +407,43 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
     run(batch, tiny, **options)
     assert recomputed > 1.5 * len(calls)
     assert relative_error(found, plain) < 1e-5
+
+
+def gradients_of(config, batch, checkpointed=False, **options):
+    """Of all parameters of a fresh model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    if checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = [name for name, _ in model.named_parameters()]
+    grads, _ = spo_gradients(model.train(), batch, backbone=names, adapters=[], **DEFAULTS, **options)
+    return list(grads.values()), model
+
+
+def test_layers_that_drop_by_themselves_do_not_while_they_are_recomputed():
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    config = OPTConfig(**sizes, word_embed_proj_dim=16, dropout=0.5, layerdrop=0.5, max_position_embeddings=32)
+    plain, _ = gradients_of(config, tiny_batch())
+    found, model = gradients_of(config, tiny_batch(), checkpointed=True)
+    assert relative_error(found, plain) < 1e-5
+    assert model.model.decoder.layerdrop == model.model.decoder.layers[0].dropout == 0.5
+
+
+def test_a_shared_prompt_needs_no_more_positions_than_its_sides():
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=12)  # the longer side's
+    batch = same_prompts(tiny_batch())
+    apart, _ = gradients_of(config, batch, share_prompt=False)
+    together, _ = gradients_of(config, batch, share_prompt=True)
+    assert relative_error(together, apart) < 1e-5
+
+
+def test_positions_that_are_made_of_the_mask_are_not_shared():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    batch = same_prompts(tiny_batch())
+    apart, model = gradients_of(FalconConfig(**sizes, alibi=True), batch, share_prompt=False)
+    together, _ = gradients_of(FalconConfig(**sizes, alibi=True), batch, share_prompt=True)
+    assert relative_error(together, apart) < 1e-6
+    assert not can_share(model)
 
 
 def test_models_without_a_known_head_are_scored_through_their_logits():

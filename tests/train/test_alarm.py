@@ -1,6 +1,7 @@
 """The alarm on made-up records, and on real trainings that deserve it; text health against the model's own logits."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from spo_ray.core.text_health import distinct, repetition
 from spo_ray.errors import UserError
 from spo_ray.train.alarm import Alarm, describe
 from spo_ray.train.rank import Rank
-from spo_ray.train.watch import text_health
+from spo_ray.train.watch import AlarmBell, text_health
 from spo_ray.train_config import AlarmConfig
 
 from ..helpers import SMALL
@@ -108,6 +109,33 @@ def test_lambda_is_raised_at_every_measurement_beyond_a_limit(referenced, tmp_pa
     assert state["raised"]["lambda_sft"] == raised[-1][1]
     train(1, referenced.path, tmp_path / "dpo", overrides, "dpo")
     assert not any("alarm/lambda" in r for r in log_of(tmp_path / "dpo"))
+
+
+def test_lambda_is_raised_where_what_is_beyond_its_limit_was_measured():
+    alarm, raised = Alarm(AlarmConfig(max_repetition=0.5, on_alarm="increase_lambda")), []
+    method = SimpleNamespace(raise_lambda=lambda factor, most: raised.append(factor) or 2.0)
+    bell = AlarmBell(alarm, method)
+    records = [{"health/repetition": 0.9}, {"probe/delta_logp_chosen": 0.0}, {"health/repetition": 0.8}, {}]
+    found = [bell.after({"step": step} | record, []) for step, record in enumerate(records)]
+    assert ["alarm/lambda" in metrics for metrics in found] == [True, False, True, False]
+
+
+def test_a_checkpoint_keeps_the_alarm_as_it_was():
+    alarm = Alarm(AlarmConfig(max_fall=1.0))
+    state = alarm.state_dict()
+    alarm.check(probe(4, fell=2.0))
+    assert alarm.sounded
+    assert state == Alarm(alarm.config).state_dict()
+
+
+def test_answers_are_sampled_in_the_compute_type(referenced, tmp_path):
+    """A frozen part of the backbone is in bfloat16, the trained one in float32: neither could be called by itself."""
+    mixed = ["train.precision=bfloat16", "model.theta={type: last_layers, count: 1}", "preference.epochs=1"]
+    train(1, referenced.path, tmp_path / "out", [*FAST, *mixed, "preference.probe_top_tokens=8"], "dpo")
+    log = log_of(tmp_path / "out")
+    assert all(0.0 < record["health/entropy"] < 5.0 for record in log if "health/entropy" in record)
+    assert "health/entropy" in log[0]
+    assert "probe/logps/top" in log[0]
 
 
 def test_raising_lambda_needs_one(in_root):

@@ -8,7 +8,7 @@ import torch
 from spo_ray import rows
 from spo_ray.run import Run, external, write_rows
 from spo_ray.train.feed import epoch_batches
-from spo_ray.train.launch import Start, train_methods
+from spo_ray.train.launch import Start, train_methods, train_sft
 from spo_ray.train.reference import reference_logps
 
 from ..helpers import SMALL, small_config
@@ -55,7 +55,7 @@ def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy
             assert log[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_the_best_checkpoint_is_exported_if_so_configured(local_ray, in_root, toy_base, referenced, tmp_path):
+def test_the_best_checkpoint_is_exported_if_so_configured(local_ray, in_root, toy_base, referenced, sft_rows, tmp_path):
     config = small_config(
         tmp_path,
         "preference.epochs=3",
@@ -65,6 +65,8 @@ def test_the_best_checkpoint_is_exported_if_so_configured(local_ray, in_root, to
         "train.checkpoint={every: 2, keep: 1, best: {metric: probe/logps/chosen, mode: max}}",
     )
     run = Run(config.model_copy(update={"methods": {"dpo": config.methods["dpo"]}}))
+    sft = train_sft(run, external(toy_base), sft_rows)  # of which the last is taken: it has no such metric
+    assert "exported_step" not in json.loads((sft.path / "result.json").read_text())
     artifact = train_all(run, external(toy_base), referenced)["dpo"]
     measured = {
         r["step"]: r["probe/logps/chosen"] for r in steps_of(artifact) if r["step"] and "probe/logps/chosen" in r

@@ -1,0 +1,62 @@
+"""What a training stage is made anew for, and what a worker finds in memory for the next job."""
+
+import json
+
+import pytest
+import torch
+
+from spo_ray.run import Artifact, Run, external
+from spo_ray.train.job import Job
+from spo_ray.train.launch import Start, train_methods, train_sft
+from spo_ray.train.worker import Held
+
+from ..helpers import small_config
+
+
+@pytest.fixture
+def stages(in_root, toy_base, referenced, tmp_path, monkeypatch):
+    """A function of overrides: all that SFT and the method dpo depend on besides their inputs, as JSON."""
+
+    def depend(*overrides):
+        found = {}
+
+        def note(self, name, *, config, inputs, resumable=False):
+            found[name] = json.dumps(config, sort_keys=True, default=str)
+            return Artifact(tmp_path, name)
+
+        monkeypatch.setattr(Run, "open", note)
+        run, base = Run(small_config(tmp_path, *overrides)), external(toy_base)
+        train_sft(run, base, referenced)
+        train_methods(run, {"dpo": Start(base, referenced)})
+        return found["sft"], found["method_dpo"]
+
+    return depend
+
+
+def test_the_modules_that_are_trained_matter_to_sft_where_theta_is_an_adapter(stages):
+    narrow, adapter = "model.lora_targets=[q_proj]", "model.theta={type: adapter}"
+    assert stages()[0] == stages(narrow)[0]
+    assert stages(adapter)[0] != stages(adapter, narrow)[0]
+
+
+def test_which_checkpoints_there_are_matters_where_the_best_is_taken(stages):
+    best, four, eight = ("train.checkpoint.best={}", "train.checkpoint.every=4", "train.checkpoint.every=8")
+    assert stages(four) == stages(eight)
+    assert stages(four, best)[1] != stages(eight, best)[1]
+    assert stages(four, best, "train.checkpoint.keep=3")[1] != stages(four, best)[1]
+    assert stages(four, best)[0] == stages(four)[0]  # SFT takes its last
+
+
+def test_sft_has_no_best_checkpoint(in_root, referenced, tmp_path):
+    config = small_config(tmp_path, "train.checkpoint={every: 4, best: {}}")
+    arguments = (config, "model", referenced, "out", "key")
+    assert Job(*arguments).checkpoint == config.train.checkpoint.model_copy(update={"best": None})
+    assert Job(*arguments, method="dpo").checkpoint == config.train.checkpoint
+
+
+def test_what_an_earlier_job_took_is_there_for_the_next():
+    held, size = Held(), 2**28
+    taken = torch.ones(size // 4)
+    assert held.now() >= 0.9 * size
+    del taken
+    assert held.now() < 0.1 * size
