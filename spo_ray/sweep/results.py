@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from spo_ray.errors import UserError
 from spo_ray.progress import say
 from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, write_json
-from spo_ray.sweep.space import short_text, sweep_of
+from spo_ray.sweep.space import short_text, sweep_of, trial_count
 from spo_ray.sweep.trial import FAILED, TRAINING, TRIAL, folder_name, scores
 from spo_ray.sweep_config import SweepConfig, mode_of, names_of
 from spo_ray.train.failures import FAILURES, failures_of
@@ -146,9 +146,16 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
     """Write every trial's ``row.json``, delete what is not kept, and count in the stage's ledger.
 
     Raises:
+        RuntimeError: some trials have not ended.
         UserError: not one trial was scored.
     """
     sweep, rows = sweep_of(run.config), []
+    ended, count = results.num_terminated + results.num_errors, max(len(results), trial_count(run.config))
+    if ended < count:
+        raise RuntimeError(
+            f"Ray Tune was interrupted: {ended} of {count} trials have ended; nothing is lost, the same command goes "
+            "on with the others"
+        )
     for result in results:
         trial_id = str(Path(result.path).name)
         folder = stage.scratch / folder_name(result.config or {}, trial_id)

@@ -61,6 +61,12 @@ def listed_points(config: Config) -> list[Point]:
     return [{"number": i, "values": values, "seed": seed} for i, (values, seed) in enumerate(trials)]
 
 
+def trial_count(config: Config) -> int:
+    """How many trials a sweep has."""
+    sweep = sweep_of(config)
+    return sweep.samples if sweep.searcher.type == "optuna" else len(listed_points(config))
+
+
 def draw(dimension: LogUniform | Choice | Grid, rng: random.Random) -> Value:
     """One value."""
     if isinstance(dimension, LogUniform):

@@ -86,6 +86,7 @@ def _evaluators(config: Config, kind: str) -> list[Any]:
 
 def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial has its own log
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # by it Ctrl-C would end fit() as if all trials had ended
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     random.seed(config.seed)  # PBT draws from the global generators
     np.random.seed(config.seed)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from spo_ray.report.figures import svg
 from spo_ray.run import Run
 from spo_ray.sweep.best import write_best
 from spo_ray.sweep.figures import heat_figure, importance_figure, parallel_figure, sensitivity_figure
-from spo_ray.sweep.results import prune, rank, row_of, write_csv
+from spo_ray.sweep.results import ROW, close_trials, prune, rank, row_of, write_csv
 from spo_ray.sweep.sensitivity import estimates, importances
 from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
@@ -142,6 +143,38 @@ def test_figures_have_every_point(five, sweep):
     lines = svg(parallel_figure(rows, sweep))
     assert lines.count('aria-roledescription="line mark"') == len(rows)
     assert svg(importance_figure({LAMBDA: 0.75, BETA: 0.25})).count('aria-roledescription="bar"') == 2
+
+
+class Ended(list):
+    """Ray Tune's results, of which so many have ended."""
+
+    def __init__(self, results, terminated, errors=0):
+        super().__init__(results)
+        self.num_terminated, self.num_errors = terminated, errors
+
+
+def result_of(number, values, seed=0, error=None):
+    point = {"number": number, "values": values, "seed": seed}
+    return SimpleNamespace(config={"point": point}, path=f"tune/{number:05d}", error=error)
+
+
+def closing(tmp_path, *overrides):
+    """A sweep whose trials' folders are to be put into the stage's."""
+    run = Run(load(TOY, [*WIDE, f"output={tmp_path / 'runs'}", *overrides]))
+    stage = run.open("trials", config={}, inputs={})
+    return run, stage
+
+
+def test_a_sweep_is_not_closed_while_trials_are_under_way(tmp_path):
+    run, stage = closing(tmp_path, "sweep.samples=2", "sweep.seeds=[0]")
+    results = [result_of(i, {LAMBDA: float(i), BETA: 0.1}) for i in range(2)]
+    for i, result in enumerate(results):
+        trial(stage.scratch, i, result.config["point"]["values"], accuracy=0.5)
+    for known, ended, errors in ((results, 1, 0), (results[:1], 1, 0), (results, 0, 1)):
+        with pytest.raises(RuntimeError, match=r"interrupted: 1 of 2 trials have ended; .*same command goes on"):
+            close_trials(run, stage, Ended(known, ended, errors))
+    assert not list(stage.scratch.glob(f"*/{ROW}"))
+    assert len(close_trials(run, stage, Ended(results, 1, 1))) == 2
 
 
 def test_the_best_configuration_is_ready_to_run(five, tmp_path):
