@@ -66,7 +66,7 @@ def _stages(run, output, referenced):
     pairs, questions = start(output, referenced)
     shared = Shared(run.config, external("assets/toy_base"), pairs, pairs, questions, questions)
     trials = run_trials(run, {key_of({}): shared})
-    write_csv(run.root / "results.csv", rows_of(trials))
+    write_csv(run.root / "results.csv", rows_of(trials), run.config.sweep)
     best = winner(run, trials)
     write_best(run, best)
     write_sweep_report(run, trials, best, None)
