@@ -30,7 +30,7 @@ def stages(run: Run) -> Iterator[str]:
     yield "reference"
 
     trials = run_trials(run, known)
-    write_csv(run.root / "results.csv", rows_of(trials))
+    write_csv(run.root / "results.csv", rows_of(trials), sweep_of(run.config))
     yield "trials"
 
     best = winner(run, trials)

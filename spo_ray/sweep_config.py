@@ -45,7 +45,7 @@ Dimension = Annotated[LogUniform | Choice | Grid, Field(discriminator="type")]
 
 
 class RandomSearch(Section):
-    """``samples`` draws, each combined with every point of the grids if there are any."""
+    """``samples`` draws, each combined with every point of the grids if there are any; equal ones are tried once."""
 
     type: Literal["random"]
 
@@ -84,7 +84,8 @@ class Asha(Section):
 class Pbt(Section):
     """Population-based training on the first objective: at a score the worst go on from the best, with other values.
 
-    The population has ``samples`` members. Every trial's values must be of methods or ``preference``.
+    The population has ``samples`` members, fewer where draws are equal. Every trial's values must be of methods or
+    ``preference``.
     """
 
     type: Literal["pbt"]
@@ -115,7 +116,7 @@ class SweepConfig(Section):
     )
     scheduler: Annotated[Fifo | Asha | Pbt, Field(discriminator="type")] = Asha(type="asha")
     samples: PositiveInt = 12
-    """Draws or suggestions; a grid search has none."""
+    """Draws or suggestions; a grid search has none. Equal draws are tried once."""
     seeds: list[int] = Field(default=[0], min_length=1)
     """Every point is tried with each: the order of the batches and the adapters' start. The data is the same."""
     objectives: list[Annotated[str, Field(pattern=r"^-?[a-z]")]] = Field(default=["accuracy_greedy"], min_length=1)

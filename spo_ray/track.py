@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and MLflow, through their own libraries; ``log.jsonl`` has the same in any case.
 
-The driver writes to them what it reads in the logs. Credentials come from the environment (``WANDB_API_KEY``,
-``MLFLOW_TRACKING_TOKEN``), never from the configuration.
+The driver, in a sweep each trial's process, writes to them what it reads in the logs. Credentials come from that
+process's environment (``WANDB_API_KEY``, ``MLFLOW_TRACKING_TOKEN``), never from the configuration.
 """
 
 import hashlib

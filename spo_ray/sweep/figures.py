@@ -10,7 +10,7 @@ import altair as alt
 
 from spo_ray.sweep.results import Row
 from spo_ray.sweep.sensitivity import Estimate, estimates, is_log, is_number
-from spo_ray.sweep.space import short_text
+from spo_ray.sweep.space import short_names, short_text
 from spo_ray.sweep_config import SweepConfig, names_of
 
 MOST_LINES = 8
@@ -19,18 +19,13 @@ BINS = 6
 DOT = "#1f3b64"
 
 
-def short(key: str) -> str:
-    """A parameter's name on an axis."""
-    return ".".join(key.split(".")[-2:]) if key.startswith("preference.") else key.rpartition(".")[2]
-
-
 def sensitivity_figure(rows: Sequence[Row], key: str, sweep: SweepConfig) -> Any:
     """The first objective against one parameter, with its intervals; lines join points that agree in all others."""
     objective = names_of(sweep)[0]
     records = [_record(point, key) for point in estimates(rows, objective)]
     groups = {record["others"] for record in records}
     joined = len(records) > 1 and len(groups) <= MOST_LINES
-    title = ", ".join(short(other) for other in sweep.space if other != key) or None
+    title = ", ".join(name for other, name in short_names(sweep.space).items() if other != key) or None
     color: Any = alt.Color("others:N", title=title) if joined and len(groups) > 1 else alt.value(DOT)
     base: Any = alt.Chart(alt.Data(values=records))
     x = _axis(key, rows, sweep)
@@ -55,15 +50,16 @@ def _record(point: Estimate, key: str) -> dict[str, Any]:
 
 
 def _axis(key: str, rows: Sequence[Row], sweep: SweepConfig) -> Any:
+    name = short_names(sweep.space)[key]
     if not is_number(key, rows):
-        return alt.X("x:N", title=short(key))
+        return alt.X("x:N", title=name)
     scale = alt.Scale(type="log") if is_log(key, sweep) else alt.Scale(zero=False)
-    return alt.X("x:Q", title=short(key), scale=scale)
+    return alt.X("x:Q", title=name, scale=scale)
 
 
 def heat_figure(rows: Sequence[Row], first: str, second: str, sweep: SweepConfig) -> Any:
     """The first objective's mean over two parameters' values, over all others; many values are put into bins."""
-    objective, cells = names_of(sweep)[0], {}
+    objective, titles, cells = names_of(sweep)[0], short_names(sweep.space), {}
     names = {key: _bins(rows, key, sweep) for key in (first, second)}
     for row in rows:
         if objective in row["scores"]:
@@ -72,8 +68,8 @@ def heat_figure(rows: Sequence[Row], first: str, second: str, sweep: SweepConfig
     records = [{"x": x, "y": y, "mean": sum(v) / len(v), "n": len(v)} for (x, y), v in cells.items()]
     orders = [list(dict.fromkeys(names[key].values())) for key in (first, second)]
     base: Any = alt.Chart(alt.Data(values=records)).encode(
-        x=alt.X("x:N", title=short(first), sort=orders[0], axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("y:N", title=short(second), sort=orders[1][::-1]),
+        x=alt.X("x:N", title=titles[first], sort=orders[0], axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("y:N", title=titles[second], sort=orders[1][::-1]),
     )
     cells_drawn = base.mark_rect().encode(color=alt.Color("mean:Q", title=objective, scale=alt.Scale(scheme="viridis")))
     middle = sum(r["mean"] for r in records) / len(records)
@@ -102,7 +98,9 @@ def parallel_figure(rows: Sequence[Row], sweep: SweepConfig) -> Any:
     """Parallel coordinates: a line a trial over its parameters and objectives, coloured by the first objective."""
     objective = names_of(sweep)[0]
     scored = [row for row in rows if objective in row["scores"]]
-    axes: dict[str, dict[str, Any]] = {short(key): _column(scored, key, sweep) for key in sweep.space}
+    axes: dict[str, dict[str, Any]] = {
+        name: _column(scored, key, sweep) for key, name in short_names(sweep.space).items()
+    }
     for name in names_of(sweep):
         axes[name] = _scaled(
             {row["trial"]: row["scores"][name]["value"] for row in scored if name in row["scores"]}, float
@@ -151,7 +149,8 @@ def _scaled(values: dict[str, Any], scale: Any) -> dict[str, Any]:
 
 def importance_figure(found: dict[str, float]) -> Any:
     """A bar for each parameter."""
-    records = [{"parameter": short(key), "importance": value} for key, value in found.items()]
+    names = short_names(found)
+    records = [{"parameter": names[key], "importance": value} for key, value in found.items()]
     bars: Any = alt.Chart(alt.Data(values=records)).mark_bar(color=DOT)
     chart = bars.encode(
         x=alt.X(

@@ -1,6 +1,7 @@
 """The sensitivity report: one self-contained page, its figures, and the table of the trials."""
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -13,10 +14,10 @@ from spo_ray.report import html
 from spo_ray.report.figures import spec, svg
 from spo_ray.run import Artifact, Ledger, Run, versions, write_json
 from spo_ray.sweep.best import BEST
-from spo_ray.sweep.figures import heat_figure, importance_figure, parallel_figure, sensitivity_figure, short
-from spo_ray.sweep.results import Ranked, Row, rows_of
+from spo_ray.sweep.figures import heat_figure, importance_figure, parallel_figure, sensitivity_figure
+from spo_ray.sweep.results import Ranked, Row, one_each, rows_of
 from spo_ray.sweep.sensitivity import importances
-from spo_ray.sweep.space import short_text, sweep_of
+from spo_ray.sweep.space import short_names, short_text, sweep_of
 from spo_ray.sweep_config import SweepConfig, names_of
 
 MOST_MAPS = 6
@@ -30,7 +31,7 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
     def build(out: Path, ledger: Ledger) -> None:
         figures = dict(sensitivity_figures(rows, sweep, summary["importances"]))
         for title, chart in figures.items():
-            (out / f"{title.lower().replace(' ', '_')}.svg").write_text(svg(chart), encoding="utf-8")
+            (out / file_name(title)).write_text(svg(chart), encoding="utf-8")
         (out / "index.html").write_text(_page(run, rows, summary, figures), encoding="utf-8")
         ledger.read = ledger.kept = len(rows)
 
@@ -41,6 +42,11 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
     for line in _test_lines(summary["test"], names_of(sweep)):
         say("test", " ".join(line))
     say("report", place(report.path / "index.html"))
+
+
+def file_name(title: str) -> str:
+    """A figure's, whatever the names of scores and parameters in its title."""
+    return f"{re.sub(r'[^a-z0-9.-]+', '_', title.lower())}.svg"
 
 
 def summarise(run: Run, rows: Sequence[Row], best: Ranked, tested: Evaluation | None) -> dict[str, Any]:
@@ -81,12 +87,12 @@ def _median_bytes(rows: Sequence[Row]) -> int | None:
 
 def sensitivity_figures(rows: Sequence[Row], sweep: SweepConfig, found: dict[str, float]) -> list[tuple[str, Any]]:
     """The first objective against each parameter and pair of them, all parameters at once, and importances."""
-    figures = [
-        (f"{names_of(sweep)[0]} against {short(key)}", sensitivity_figure(rows, key, sweep)) for key in sweep.space
-    ]
+    objective, names = names_of(sweep)[0], short_names(sweep.space)
+    scored = one_each(row for row in rows if objective in row["scores"])
+    figures = [(f"{objective} against {name}", sensitivity_figure(scored, key, sweep)) for key, name in names.items()]
     for first, second in list(itertools.combinations(sweep.space, 2))[:MOST_MAPS]:
-        figures.append((f"{short(first)} x {short(second)}", heat_figure(rows, first, second, sweep)))
-    figures.append(("Parallel coordinates", parallel_figure(rows, sweep)))
+        figures.append((f"{names[first]} x {names[second]}", heat_figure(scored, first, second, sweep)))
+    figures.append(("Parallel coordinates", parallel_figure(scored, sweep)))
     if found:
         figures.append(("Importance", importance_figure(found)))
     return figures
@@ -134,7 +140,7 @@ def _test_lines(tested: Mapping[str, Any], names: Sequence[str]) -> list[list[st
 
 def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
-    header = ["trial", *map(short, sweep.space), "seed", "status", "steps", "seconds", "bytes", *names]
+    header = ["trial", *short_names(sweep.space).values(), "seed", "status", "steps", "seconds", "bytes", *names]
     lines = []
     for row in rows:
         values = [short_text(row["values"].get(key)) for key in sweep.space]

@@ -13,7 +13,7 @@ from ray.tune.experiment import Trial
 from spo_ray.errors import UserError
 from spo_ray.progress import say
 from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, write_json
-from spo_ray.sweep.space import short_text, sweep_of
+from spo_ray.sweep.space import Point, point_key, short_names, short_text, sweep_of, trial_count
 from spo_ray.sweep.trial import FAILED, TRAINING, TRIAL, folder_name, scores
 from spo_ray.sweep_config import SweepConfig, mode_of, names_of
 from spo_ray.train.failures import FAILURES, failures_of
@@ -56,25 +56,26 @@ class Progress(Callback):
         others = {t: t.status == Trial.ERROR for t in trials if t.status in (Trial.TERMINATED, Trial.ERROR)}
         ended = others | {trial: failed}  # whose status changes after this
         folders = {t: self.folder / folder_name(t.config, t.trial_id) for t in ended}
-        rows = {t: row_of(folders[t], self.sweep, lost) for t, lost in ended.items()}
-        points = [row["values"] for row in rows.values()]
-        decided = [row for row in rows.values() if points.count(row["values"]) == len(self.sweep.seeds)]
-        prune(self.folder, rank(decided, self.sweep), self.sweep.keep)
+        rows = {t: row_of(folders[t], self.sweep, t.config["point"], lost) for t, lost in ended.items()}
+        points = [point_key(row["values"]) for row in one_each(rows.values())]
+        decided = [row for row in rows.values() if points.count(point_key(row["values"])) == len(set(self.sweep.seeds))]
+        prune(self.folder, decided, rank(decided, self.sweep)[: self.sweep.keep])
         say(f"trial {folders[trial].name}", f"{describe(rows[trial])}; {len(ended)} have ended")
 
 
 def describe(row: Row) -> str:
     """One line about a trial."""
-    values = ", ".join(f"{key.rpartition('.')[2]} {short_text(value)}" for key, value in row["values"].items())
+    names = short_names(row["values"])
+    values = ", ".join(f"{names[key]} {short_text(value)}" for key, value in row["values"].items())
     found = ", ".join(f"{key} {short_text(entry['value'])}" for key, entry in row["scores"].items())
     reason = f" ({row['reason']})" if row["reason"] else ""
     return f"{values}, seed {row['seed']}: {row['status']}{reason}{f': {found}' if found else ''}"
 
 
-def row_of(folder: Path, sweep: SweepConfig, failed: bool, error: str = "") -> Row:
-    """A trial's row, from its folder."""
+def row_of(folder: Path, sweep: SweepConfig, given: Point, failed: bool, error: str = "") -> Row:
+    """A trial's row, from its folder; ``given`` is what Ray Tune knows of it, where it failed before it wrote there."""
     file = folder / TRIAL
-    point = json.loads(file.read_text()) if file.exists() else {"values": {}, "seed": None}
+    point = json.loads(file.read_text()) if file.exists() else given
     records = scores(folder)
     last = records[-1] if records else {"step": 0, "share": 0.0, "seconds": 0.0}
     status, reason = _status(sweep, last, failed, error)
@@ -104,11 +105,23 @@ def _status(sweep: SweepConfig, last: Mapping[str, Any], failed: bool, error: st
     return "stopped", f"{sweep.scheduler.type}: not in the best 1/{part} at {last['share']:.0%} of the steps"
 
 
+def one_each(rows: Iterable[Row]) -> list[Row]:
+    """Of trials with equal values and seed one: one that finished, else one with scores, and of these the first."""
+    chosen: dict[str, Row] = {}
+    given = list(rows)
+    for row in sorted(given, key=lambda row: (row["status"] != "finished", not row["scores"], row["trial"])):
+        chosen.setdefault(point_key(row["values"], row["seed"]), row)
+    return [row for row in given if chosen[point_key(row["values"], row["seed"])] is row]
+
+
 def rank(rows: Iterable[Row], sweep: SweepConfig) -> list[Ranked]:
-    """Points from the best to the worst: first those of which more seeds finished, then by the objectives' means."""
+    """Points from the best to the worst: first those of which more seeds finished, then by the objectives' means.
+
+    Of equal trials one counts, see :func:`one_each`.
+    """
     points: dict[str, list[Row]] = {}
-    for row in rows:
-        points.setdefault(json.dumps(row["values"], sort_keys=True), []).append(row)
+    for row in one_each(rows):
+        points.setdefault(point_key(row["values"]), []).append(row)
     found = []
     for group in points.values():
         done = sorted((row for row in group if row["status"] == "finished"), key=lambda row: row["seed"])
@@ -128,10 +141,13 @@ def _mean(rows: Sequence[Row], objective: str) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-def prune(folder: Path, ranked: Sequence[Ranked], keep: int) -> None:
-    """Delete the checkpoints of all points but the first ``keep``."""
-    for point in ranked[keep:]:
-        for row in point.rows:
+def prune(folder: Path, rows: Iterable[Row], best: Sequence[Ranked]) -> None:
+    """Delete the checkpoints of all trials but those of the best points, and of trials that equal others."""
+    points = {point_key(point.values) for point in best}
+    given = list(rows)
+    kept = {row["trial"] for row in one_each(given) if point_key(row["values"]) in points}
+    for row in given:
+        if row["trial"] not in kept:
             strip(folder / row["trial"])
 
 
@@ -146,16 +162,24 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
     """Write every trial's ``row.json``, delete what is not kept, and count in the stage's ledger.
 
     Raises:
+        RuntimeError: some trials have not ended.
         UserError: not one trial was scored.
     """
     sweep, rows = sweep_of(run.config), []
+    ended, count = results.num_terminated + results.num_errors, max(len(results), trial_count(run.config))
+    if ended < count:
+        raise RuntimeError(
+            f"Ray Tune was interrupted: {ended} of {count} trials have ended; nothing is lost, the same command goes "
+            "on with the others"
+        )
     for result in results:
         trial_id = str(Path(result.path).name)
-        folder = stage.scratch / folder_name(result.config or {}, trial_id)
+        config = result.config or {}
+        folder = stage.scratch / folder_name(config, trial_id)
         folder.mkdir(exist_ok=True)
         failed = folder / FAILED
         error = json.loads(failed.read_text())["error"] if failed.exists() else _first_line(result.error)
-        rows.append(row_of(folder, sweep, result.error is not None, error))
+        rows.append(row_of(folder, sweep, config["point"], result.error is not None, error))
     if not any(row["scores"] for row in rows):
         raise UserError(f"no trial could be scored, the first: {rows[0]['reason'] if rows else 'there was none'}")
     ranked = rank(rows, sweep)
@@ -165,7 +189,7 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
         shutil.rmtree(folder / TRAINING / "rungs", ignore_errors=True)
         if row["trial"] not in kept:
             strip(folder)
-        row["checkpoint"] = row["trial"] in kept
+        row["checkpoint"] = row["trial"] in kept and any((folder / TRAINING).glob("model*.safetensors"))
         row["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         write_json(folder / ROW, row)
     known = {row["trial"] for row in rows}
@@ -189,9 +213,9 @@ def rows_of(trials: Artifact) -> list[Row]:
     return [json.loads(path.read_text()) for path in sorted(trials.path.glob(f"*/{ROW}"))]
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
+def write_csv(path: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
     """``results.csv``: one row a trial, its values by their dotted keys, scores with their intervals."""
-    keys = list(rows[0]["values"])
+    keys = list(sweep.space)
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     plain = ["trial", "seed", "status", "reason", "steps", "seconds", "restarts", "bytes"]
     parts = [(name, part) for name in names for part in ("value", "low", "high")]

@@ -15,6 +15,22 @@ and there leaves no node with a whole one for a worker."""
 
 
 def trial_room(config: Config, nodes: list[dict[str, Any]]) -> int:
+    """Trials at a time: as many as fit, at most ``max_concurrent``.
+
+    Raises:
+        UserError: none fits, or not all members of a population.
+    """
+    sweep, count = sweep_of(config), fitting_trials(config, nodes)
+    room = min(count, sweep.max_concurrent or count)
+    if sweep.scheduler.type == "pbt" and room < sweep.samples:
+        raise UserError(
+            f"scheduler pbt trains all sweep.samples={sweep.samples} members at a time, and there is room for {room} "
+            "trials: lower sweep.samples, or use a larger cluster"
+        )
+    return room
+
+
+def fitting_trials(config: Config, nodes: list[dict[str, Any]]) -> int:
     """Trials that fit beside the evaluation actors, by the nodes' logical resources.
 
     Raises:
@@ -36,14 +52,7 @@ def trial_room(config: Config, nodes: list[dict[str, Any]]) -> int:
             f"{engine.cpus:g} CPUs and {beside:g} GPUs; the cluster has {total:g} CPUs on {len(nodes)} nodes: "
             "lower train.num_workers or engine.replicas, raise ray.num_cpus on a local cluster, or add nodes"
         )
-    sweep = sweep_of(config)
-    room = min(count, sweep.max_concurrent or count)
-    if sweep.scheduler.type == "pbt" and room < sweep.samples:
-        raise UserError(
-            f"scheduler pbt trains all sweep.samples={sweep.samples} members at a time, and there is room for {room} "
-            "trials: lower sweep.samples, or use a larger cluster"
-        )
-    return room
+    return count
 
 
 def _take_trial(free: list[dict[str, float]], config: Config, gpus: float) -> bool:

@@ -1,6 +1,5 @@
 """How the objective depends on each parameter: points with intervals over seeds, importances."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,8 +7,8 @@ from typing import Any, NamedTuple
 from scipy import stats
 
 from spo_ray.core.stats import mean_std
-from spo_ray.sweep.results import Row
-from spo_ray.sweep.space import distributions
+from spo_ray.sweep.results import Row, one_each
+from spo_ray.sweep.space import distributions, point_key
 from spo_ray.sweep_config import LogUniform, SweepConfig, names_of
 
 FEWEST_TRIALS = 4
@@ -30,11 +29,10 @@ class Estimate(NamedTuple):
 
 
 def estimates(rows: Sequence[Row], objective: str) -> list[Estimate]:
-    """One for each point that was scored, in the order of the trials."""
+    """One for each point that was scored, in the order of the trials; of equal trials one counts."""
     points: dict[str, list[Row]] = {}
-    for row in rows:
-        if objective in row["scores"]:
-            points.setdefault(json.dumps(row["values"], sort_keys=True), []).append(row)
+    for row in one_each(row for row in rows if objective in row["scores"]):
+        points.setdefault(point_key(row["values"]), []).append(row)
     return [_estimate(group, objective) for group in points.values()]
 
 

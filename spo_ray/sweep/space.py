@@ -1,9 +1,10 @@
 """From a search space to trials, and to what Ray Tune's schedulers and Optuna make of it."""
 
 import itertools
+import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 from pydantic import ValidationError
@@ -39,8 +40,22 @@ def short_text(value: object, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Parameters' names in a line or a figure: the ends of their keys, whole keys where these are the same."""
+    given = list(keys)
+    ends = [".".join(key.split(".")[-2 if key.startswith("preference.") else -1 :]) for key in given]
+    return {key: end if ends.count(end) == 1 else key for key, end in zip(given, ends, strict=True)}
+
+
+def point_key(values: Mapping[str, Value], *more: Value) -> str:
+    """What equal points have in common: a text."""
+    return json.dumps([dict(values), *more], sort_keys=True)
+
+
 def listed_points(config: Config) -> list[Point]:
     """All trials of a random or grid search, the same for the same seed; those of one point come one after another.
+
+    Equal draws are tried once.
 
     Raises:
         UserError: a combination of values is none that a run could have.
@@ -49,16 +64,22 @@ def listed_points(config: Config) -> list[Point]:
     rng = random.Random(f"sweep-{config.seed}")
     grids = {key: d.values for key, d in sweep.space.items() if isinstance(d, Grid)}
     drawn = {key: d for key, d in sweep.space.items() if not isinstance(d, Grid)}
-    points: list[dict[str, Value]] = []
+    points: dict[str, dict[str, Value]] = {}
     for _ in range(sweep.samples if sweep.searcher.type == "random" else 1):
         sample = {key: draw(dimension, rng) for key, dimension in drawn.items()}
         for combination in itertools.product(*grids.values()):
             values = sample | dict(zip(grids, combination, strict=True))
-            points.append({key: values[key] for key in sweep.space})
-    for values in points:
+            points.setdefault(point_key(values), {key: values[key] for key in sweep.space})
+    for values in points.values():
         trial_config(config, values, sweep.seeds[0])
-    trials = [(values, seed) for values in points for seed in sweep.seeds]
+    trials = [(values, seed) for values in points.values() for seed in dict.fromkeys(sweep.seeds)]
     return [{"number": i, "values": values, "seed": seed} for i, (values, seed) in enumerate(trials)]
+
+
+def trial_count(config: Config) -> int:
+    """How many trials a sweep has."""
+    sweep = sweep_of(config)
+    return sweep.samples if sweep.searcher.type == "optuna" else len(listed_points(config))
 
 
 def draw(dimension: LogUniform | Choice | Grid, rng: random.Random) -> Value:

@@ -22,7 +22,7 @@ from spo_ray.run import Artifact, Run, read_lines, write_json
 from spo_ray.sweep.score import Record, score_log, score_texts, values_of
 from spo_ray.sweep.shared import Shared, prepare, run_for, shared_values
 from spo_ray.sweep.space import Point, sweep_of, trial_config
-from spo_ray.sweep_config import names_of
+from spo_ray.sweep_config import SweepConfig, names_of
 from spo_ray.train.job import RESULT, Job
 from spo_ray.train.rungs import TRAINING_STATE, decide, decision, rung_folder
 
@@ -99,7 +99,7 @@ class Trial:
         config = trial_config(shared.config, self.point["values"], self.point["seed"])
         settings = config.preference
         total = settings.epochs * -(-shared.pairs.count // settings.batch_size)
-        steps = tuple(max(1, round(share * total)) for share in self.sweep.score_at)
+        shares = steps_of(self.sweep, total)
         self._forget_later_than(self.after)
         earlier = scores(self.folder)
         self.before = earlier[-1]["seconds"] if earlier else 0.0
@@ -108,21 +108,21 @@ class Trial:
             str(shared.sft.path),
             shared.pairs,
             str(self.out),
-            f"trial_{self.name}",
+            f"trial_{self.name}_{self.context.digest[:12]}",
             self.sweep.method,
             shared.held_out,
-            steps,
+            tuple(shares),
             str(self.taken_over) if self.taken_over else None,
             self.sweep.scheduler.type == "pbt",
         )
         training = threading.Thread(target=self._train, args=(job,), daemon=True)
         training.start()
         try:
-            for share, step in zip(self.sweep.score_at, steps, strict=True):
+            for step, share in shares.items():
                 if step > self.after and self._pass(share, step, job, training):
                     break
         finally:
-            for step in steps[:-1]:
+            for step in list(shares)[:-1]:
                 if decision(self.out, step) is None:
                     decide(self.out, step, go_on=False)
             training.join(STOP_S)
@@ -182,7 +182,7 @@ class Trial:
             training.join(STOP_S)
         state = folder / TRAINING_STATE
         checkpoint = tune.Checkpoint.from_directory(state) if state.exists() and not stop else None
-        report = {**values_of(record), PROGRESS: round(100 * share, 6), "step": step, "done": last or stop}
+        report = {**values_of(record), PROGRESS: percent(share), "step": step, "done": last or stop}
         tune.report(report, checkpoint=checkpoint)
         shutil.rmtree(rung_folder(self.out, step), ignore_errors=True)
         if not stop:
@@ -218,6 +218,16 @@ class Trial:
         if limit is None or fall <= limit:
             return None
         return f"collapse: log pi(y_w) fell by {fall:.2f} nats, more than sweep.max_fall={limit:g}"
+
+
+def steps_of(sweep: SweepConfig, total: int) -> dict[int, float]:
+    """Steps at which a trial is scored with their shares: the last one's where several fall on one step."""
+    return {max(1, round(share * total)): share for share in sweep.score_at}
+
+
+def percent(share: float) -> float:
+    """A share of the steps as schedulers are told it."""
+    return round(100 * share, 6)
 
 
 def key_of(values: Mapping[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """The trials of a sweep under Ray Tune: started, or gone on with after the driver was killed."""
 
 import itertools
+import json
 import logging
 import os
 import random
 import shutil
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +19,21 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from spo_ray.cluster import engine_gpus
 from spo_ray.config import Config
 from spo_ray.data.sample import choose
+from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.progress import say
-from spo_ray.run import Artifact, Run
+from spo_ray.run import Artifact, Run, write_json
 from spo_ray.sweep.results import Progress, close_trials
-from spo_ray.sweep.room import DRIVER, prepares_itself, trial_room
+from spo_ray.sweep.room import DRIVER, fitting_trials, prepares_itself, trial_room
 from spo_ray.sweep.shared import Shared, prepare, run_for, shared_values
 from spo_ray.sweep.space import distributions, listed_points, mutations, sweep_of, within
-from spo_ray.sweep.trial import PROGRESS, Context, key_of, trial
+from spo_ray.sweep.trial import PROGRESS, Context, key_of, percent, trial
 from spo_ray.sweep_config import Asha, LogUniform, OptunaSearch, Pbt, SweepConfig, mode_of, names_of
 
 TUNE = "tune"
 """Ray Tune's own records, as long as the sweep is under way."""
+ROOM = "room.json"
+"""How many trials at a time it was started with; as long, too."""
 KEPT_STATES = 4
 """Training states of a trial that others may take over (population-based training)."""
 STARTS = ("sft", "pairs", "held_out", "validation")
@@ -50,7 +55,8 @@ def starts(run: Run) -> dict[str, Shared]:
 def run_trials(run: Run, known: Mapping[str, Shared]) -> Artifact:
     """All trials, as one stage with a folder for each; the same command goes on with the unfinished ones."""
     config, sweep = run.config, sweep_of(run.config)
-    room = trial_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = trial_room(config, nodes)
     inputs = {f"{i}{name}": a for i, s in enumerate(known.values()) for name in STARTS if (a := getattr(s, name))}
     settings = {
         "sweep": sweep.model_dump(mode="json", exclude=NOT_RESULTS),
@@ -60,6 +66,7 @@ def run_trials(run: Run, known: Mapping[str, Shared]) -> Artifact:
     stage = run.open("trials", config=settings, inputs=inputs, resumable=True)
     if isinstance(stage, Artifact):
         return stage
+    room = _room_of_start(config, stage.scratch, nodes, room)
     kind, _ = choose(config.engine)
     evaluators = _evaluators(config, kind)
     say("trials", f"{room} at a time")
@@ -71,9 +78,29 @@ def run_trials(run: Run, known: Mapping[str, Shared]) -> Artifact:
             ray.kill(actor)
     close_trials(run, stage, results)
     shutil.rmtree(stage.scratch / TUNE)
+    (stage.scratch / ROOM).unlink(missing_ok=True)
     for leftover in (run.root / ".unfinished").glob("train_*"):  # of trainings that were ended with their trial
         shutil.rmtree(leftover)
     return run.close(stage)
+
+
+def _room_of_start(config: Config, folder: Path, nodes: list[dict[str, Any]], room: int) -> int:
+    """Trials at a time, which Ray Tune keeps from the first start on: ``room`` there, later what it was then.
+
+    Raises:
+        UserError: the cluster has room for fewer by now.
+    """
+    file = folder / ROOM
+    if not (file.exists() and tune.Tuner.can_restore(str(folder / TUNE))):
+        write_json(file, {"trials_at_a_time": room})
+        return room
+    held, now = json.loads(file.read_text())["trials_at_a_time"], fitting_trials(config, nodes)
+    if now < held:
+        raise UserError(
+            f"the sweep was started with {held} trials at a time, which it keeps, and the cluster now has room for "
+            f"{now}: bring nodes back, raise ray.num_cpus on a local cluster, or delete {folder.parent} to begin again"
+        )
+    return held
 
 
 def _evaluators(config: Config, kind: str) -> list[Any]:
@@ -86,6 +113,7 @@ def _evaluators(config: Config, kind: str) -> list[Any]:
 
 def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial has its own log
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # by it Ctrl-C would end fit() as if all trials had ended
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     random.seed(config.seed)  # PBT draws from the global generators
     np.random.seed(config.seed)
@@ -143,7 +171,7 @@ SEARCHERS = {"random": _listed, "grid": _listed, "optuna": _suggested}
 
 
 def _scheduler(sweep: SweepConfig) -> TrialScheduler:
-    chosen, first = sweep.scheduler, 100 * sweep.score_at[0]
+    chosen, first = sweep.scheduler, percent(sweep.score_at[0])
     usual: dict[str, Any] = {"metric": names_of(sweep)[0], "mode": mode_of(sweep.objectives[0]), "time_attr": PROGRESS}
     if isinstance(chosen, Asha):
         rungs: Any = {"max_t": 100, "grace_period": first, "reduction_factor": chosen.reduction_factor}

@@ -33,7 +33,10 @@ class Hook:
         return {}
 
     def behind(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
-        """When a step is recorded; ``extra`` is what a checkpoint of it keeps beside tensors."""
+        """When a step is recorded; once more where it goes on from the job's checkpoint of that step.
+
+        ``extra`` is what a checkpoint of it keeps beside tensors.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What the hook remembers between steps, for checkpoints; all hooks' keys differ."""
@@ -77,6 +80,7 @@ def optimise(
 
     Raises:
         TrainingError: more steps in a row than configured without a finite gradient, or a checkpoint can't be written.
+        StoppedError: a hook says that the training ends here.
     """
     started, config, log = time.time(), job.config.train, StepLog(Path(job.out) / STEP_LOG, rank)
     optimizer = make_optimizer(groups, config.optimizer)
@@ -90,11 +94,12 @@ def optimise(
             record |= hook.after(record, indices)
         return record
 
-    for hook in hooks if extra else ():
-        hook.load_state_dict(extra["remembered"])
-    if not extra:
+    if extra:
+        _recall(hooks, optimizer, extra)
+    else:
         log.write(watched({"step": 0, "total_steps": total}, []))
-    for step, indices in enumerate(batches[first - 1 :], start=first):
+    ended = extra.get("ended") == job.key  # not: another job, whose state this one goes on from
+    for step, indices in enumerate(batches[total if ended else first - 1 :], start=first):
         rates = learning_rates(optimizer, groups, step - 1, total)
         grads, metrics = gradients(step, indices)
         norms = clip(groups, grads)
@@ -113,6 +118,7 @@ def optimise(
         log.write(watched(record, indices))
         state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "wall_s": before + time.time() - started}
         state["remembered"] = {key: value for hook in hooks for key, value in hook.state_dict().items()}
+        state["ended"] = job.key if record.get(STOP) else None
         if snapshots.due(step, total):
             snapshots.save(model, optimizer, state, record)
         for hook in hooks:
@@ -121,6 +127,20 @@ def optimise(
             break
     snapshots.wait()
     return before + time.time() - started
+
+
+def _recall(hooks: Sequence[Hook], optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+    """Put the hooks where a checkpoint was made; what happens behind its step may not have happened yet.
+
+    Raises:
+        StoppedError: it was decided that the training ends there.
+    """
+    for hook in hooks:
+        hook.load_state_dict(extra["remembered"])
+    if "job" in extra:  # the job's own; a state that it has taken over from another one was made behind its step
+        state = {key: value for key, value in extra.items() if key != "job"}
+        for hook in hooks:
+            hook.behind(extra["step"], optimizer, state)
 
 
 def clip(groups: Sequence[Group], grads: Mapping[str, Tensor]) -> dict[str, float]:

@@ -55,7 +55,7 @@ def made_up_sweep(root, name, right, questions=12, finish=True):
             table.append(row)
 
     trials = run.stage("trials", build, config={}, inputs={"sft": sft})
-    write_csv(run.root / "results.csv", table)
+    write_csv(run.root / "results.csv", table, config.sweep)
     if finish:
         best = type(trials)(trials.path / "00003" / "training", f"{trials.digest}/00003")
         measure(run, test, {"sft": sft, "trial_00003": best}, {"sft": 6, "trial_00003": right})

@@ -12,9 +12,11 @@ from pathlib import Path
 import ray
 
 from spo_ray import rows
+from spo_ray.cli import guarded
 from spo_ray.config import load
 from spo_ray.data.toy import problems
 from spo_ray.run import Artifact, Run, external, write_rows
+from spo_ray.status import recorded
 from spo_ray.sweep.best import winner, write_best
 from spo_ray.sweep.report import write_sweep_report
 from spo_ray.sweep.results import rows_of, write_csv
@@ -56,10 +58,15 @@ def start(output, referenced):
 def sweep(output, referenced, *overrides):
     """On the cluster that is connected."""
     run = small_run(output, *overrides)
+    with run.locked(), recorded(run):
+        return _stages(run, output, referenced)
+
+
+def _stages(run, output, referenced):
     pairs, questions = start(output, referenced)
     shared = Shared(run.config, external("assets/toy_base"), pairs, pairs, questions, questions)
     trials = run_trials(run, {key_of({}): shared})
-    write_csv(run.root / "results.csv", rows_of(trials))
+    write_csv(run.root / "results.csv", rows_of(trials), run.config.sweep)
     best = winner(run, trials)
     write_best(run, best)
     write_sweep_report(run, trials, best, None)
@@ -90,4 +97,4 @@ def main(output, referenced, nodes, *overrides):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(guarded(lambda: main(*sys.argv[1:])))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from scipy import stats
 from spo_ray.config import load
 from spo_ray.report.figures import svg
 from spo_ray.run import Run
-from spo_ray.sweep.best import write_best
+from spo_ray.sweep.best import winner, write_best
 from spo_ray.sweep.figures import heat_figure, importance_figure, parallel_figure, sensitivity_figure
-from spo_ray.sweep.results import prune, rank, row_of, write_csv
+from spo_ray.sweep.report import sensitivity_figures, write_sweep_report
+from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, write_csv
 from spo_ray.sweep.sensitivity import estimates, importances
 from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
@@ -48,7 +50,8 @@ def trial(folder, number, values, seed=0, *, accuracy=None, share=1.0, fall=0.0,
 
 
 def rows_in(folder, sweep, failed=()):
-    return [row_of(path, sweep, path.name in failed, "KeyError: x") for path in sorted(folder.iterdir())]
+    given = {"number": None, "values": {}, "seed": 0}
+    return [row_of(path, sweep, given, path.name in failed, "KeyError: x") for path in sorted(folder.iterdir())]
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_every_trial_has_a_row_with_what_became_of_it(five, sweep, tmp_path):
     assert rows[7]["reason"] == "KeyError: x"
     for row in rows:
         row["bytes"] = 1
-    write_csv(tmp_path / "results.csv", rows)
+    write_csv(tmp_path / "results.csv", rows, sweep)
     with (tmp_path / "results.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [float(line["accuracy_greedy"]) for line in table[:5]] == [0.6, 0.7, 0.9, 0.5, 0.95]
@@ -105,7 +108,8 @@ def test_equal_means_are_told_apart_by_the_other_objectives_and_a_minus_turns_th
 
 
 def test_only_the_best_checkpoints_are_kept(five, sweep):
-    prune(five, rank(rows_in(five, sweep), sweep), 1)
+    rows = rows_in(five, sweep)
+    prune(five, rows, rank(rows, sweep)[:1])
     kept = sorted(path.parts[-3] for path in five.glob(f"*/{TRAINING}/model.safetensors"))
     assert kept == ["00002", "00003"]
     assert all((five / f"{i:05d}" / TRAINING / "log.jsonl").exists() for i in range(7))
@@ -142,6 +146,133 @@ def test_figures_have_every_point(five, sweep):
     lines = svg(parallel_figure(rows, sweep))
     assert lines.count('aria-roledescription="line mark"') == len(rows)
     assert svg(importance_figure({LAMBDA: 0.75, BETA: 0.25})).count('aria-roledescription="bar"') == 2
+
+
+@pytest.fixture
+def equal(tmp_path, sweep):
+    """A point that was tried twice with seed 0, the first time in vain, and one with both seeds."""
+    a, b = {LAMBDA: 1.0, BETA: 0.1}, {LAMBDA: 2.0, BETA: 0.1}
+    trial(tmp_path, 0, a, 0, accuracy=0.1, share=0.25)
+    trial(tmp_path, 1, a, 0, accuracy=0.9)
+    trial(tmp_path, 2, a, 0, accuracy=0.8)
+    trial(tmp_path, 3, b, 0, accuracy=0.5)
+    trial(tmp_path, 4, b, 1, accuracy=0.5)
+    return tmp_path
+
+
+def test_of_equal_trials_one_counts(equal, sweep):
+    rows = rows_in(equal, sweep)
+    ranked = rank(rows, sweep)
+    assert [(point.values[LAMBDA], point.finished) for point in ranked] == [(2.0, 2), (1.0, 1)]
+    assert [row["trial"] for row in ranked[1].rows] == ["00001"]
+    found = {point.values[LAMBDA]: point for point in estimates(rows, "accuracy_greedy")}
+    assert (found[1.0].mean, found[1.0].seeds, found[1.0].finished) == (0.9, 1, True)
+    assert (found[1.0].low, found[1.0].high) == pytest.approx((0.8, 1.0))
+
+
+def test_a_point_is_decided_when_all_its_seeds_have_ended_however_often_one_was_tried(equal, sweep):
+    """Both points are tried with seed 0 twice before seed 1 ends, which makes the first the best."""
+    a = {LAMBDA: 1.0, BETA: 0.1}
+    trial(equal, 5, a, 1, accuracy=0.9)
+    points = [json.loads((equal / f"{i:05d}" / TRIAL).read_text()) for i in range(6)]
+    trials = [TuneTrial(config={"point": point}, trial_id=str(i), status="") for i, point in enumerate(points)]
+    progress, kept = Progress(equal, sweep), []
+    for number in (0, 3, 4, 2, 1, 5):
+        progress.on_trial_complete(1, trials, trials[number])
+        trials[number].status = "TERMINATED"
+        kept.append(sorted(int(path.parts[-3]) for path in equal.glob(f"*/{TRAINING}/model.safetensors")))
+    assert kept == [[1, 2, 3, 4, 5]] * 5 + [[1, 5]]
+
+
+class TuneTrial(SimpleNamespace):
+    """What Ray Tune hands to its callbacks."""
+
+    __hash__ = object.__hash__
+
+
+class Ended(list):
+    """Ray Tune's results, of which so many have ended."""
+
+    def __init__(self, results, terminated, errors=0):
+        super().__init__(results)
+        self.num_terminated, self.num_errors = terminated, errors
+
+
+def result_of(number, values, seed=0, error=None):
+    point = {"number": number, "values": values, "seed": seed}
+    return SimpleNamespace(config={"point": point}, path=f"tune/{number:05d}", error=error)
+
+
+def closing(tmp_path, *overrides):
+    """A sweep whose trials' folders are to be put into the stage's."""
+    run = Run(load(TOY, [*WIDE, f"output={tmp_path / 'runs'}", *overrides]))
+    stage = run.open("trials", config={}, inputs={})
+    return run, stage
+
+
+def test_a_sweep_is_not_closed_while_trials_are_under_way(tmp_path):
+    run, stage = closing(tmp_path, "sweep.samples=2", "sweep.seeds=[0]")
+    results = [result_of(i, {LAMBDA: float(i), BETA: 0.1}) for i in range(2)]
+    for i, result in enumerate(results):
+        trial(stage.scratch, i, result.config["point"]["values"], accuracy=0.5)
+    for known, ended, errors in ((results, 1, 0), (results[:1], 1, 0), (results, 0, 1)):
+        with pytest.raises(RuntimeError, match=r"interrupted: 1 of 2 trials have ended; .*same command goes on"):
+            close_trials(run, stage, Ended(known, ended, errors))
+    assert not list(stage.scratch.glob(f"*/{ROW}"))
+    assert len(close_trials(run, stage, Ended(results, 1, 1))) == 2
+
+
+def test_what_is_said_to_have_its_checkpoint_has_it(tmp_path):
+    run, stage = closing(tmp_path, "sweep.keep=2", "sweep.samples=3", "sweep.seeds=[0]")
+    results = [result_of(i, {LAMBDA: float(i), BETA: 0.1}) for i in range(3)]
+    for i, result in enumerate(results):
+        trial(stage.scratch, i, result.config["point"]["values"], accuracy=0.9 - 0.1 * i)
+    (stage.scratch / "00001" / TRAINING / "model.safetensors").unlink()
+    rows = close_trials(run, stage, Ended(results, 3))
+    assert [row["checkpoint"] for row in rows] == [True, False, False]
+    assert [path.parts[-3] for path in stage.scratch.glob(f"*/{TRAINING}/model.safetensors")] == ["00000"]
+
+
+def test_a_trial_that_failed_before_it_wrote_anything_is_a_row_with_its_values(tmp_path, sweep):
+    """It is the first: the table's columns and the figures are those of the search space all the same."""
+    run, stage = closing(tmp_path, "sweep.samples=3", "sweep.seeds=[0]")
+    results = [result_of(0, {LAMBDA: 7.0, BETA: 0.1}, error=RuntimeError("no room"))]
+    results += [result_of(i, {LAMBDA: float(i), BETA: 0.5}) for i in (1, 2)]
+    for result in results[1:]:
+        point = result.config["point"]
+        trial(stage.scratch, point["number"], point["values"], accuracy=0.5)
+    rows = close_trials(run, stage, Ended(results, 2, 1))
+    assert (rows[0]["values"], rows[0]["seed"], rows[0]["status"]) == ({LAMBDA: 7.0, BETA: 0.1}, 0, "failed")
+    rows[0]["values"] = {}
+    write_csv(tmp_path / "results.csv", rows, sweep)
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [line[LAMBDA] for line in table] == ["", "1.0", "2.0"]
+    figures = sensitivity_figures(rows, sweep, {})
+    assert all(svg(chart).startswith("<svg") for _, chart in figures)
+
+
+def test_figures_of_a_score_with_slashes_are_files_in_the_report(tmp_path):
+    objective = "health/greedy/repetition_4"
+    overrides = ["eval.suites=[accuracy, health]", f"sweep.objectives=[-{objective}]", "sweep.seeds=[0]"]
+    run, stage = closing(tmp_path, *overrides, "sweep.samples=2")
+    results = [result_of(i, {LAMBDA: float(i + 1), BETA: 0.1}) for i in range(2)]
+    for i, result in enumerate(results):
+        folder = trial(stage.scratch, i, result.config["point"]["values"], accuracy=0.5)
+        record = json.loads((folder / SCORES).read_text())
+        (folder / SCORES).write_text(json.dumps(record | {objective: {"value": 0.1 * i}}) + "\n")
+    close_trials(run, stage, Ended(results, 2))
+    trials = run.close(stage)
+    write_sweep_report(run, trials, winner(run, trials), None)
+    names = {path.name for path in (run.root / "report").glob("*.svg")}
+    assert names == {
+        "health_greedy_repetition_4_against_lambda_sft.svg",
+        "health_greedy_repetition_4_against_beta.svg",
+        "lambda_sft_x_beta.svg",
+        "parallel_coordinates.svg",
+    }
+    drawn = (run.root / "report" / "parallel_coordinates.svg").read_text()
+    assert drawn.count('aria-roledescription="line mark"') == 2
 
 
 def test_the_best_configuration_is_ready_to_run(five, tmp_path):

@@ -11,7 +11,7 @@ from spo_ray.errors import UserError
 from spo_ray.run import Run
 from spo_ray.sweep.outline import sweep_outline
 from spo_ray.sweep.room import trial_room
-from spo_ray.sweep.space import listed_points, trial_config, within
+from spo_ray.sweep.space import listed_points, short_names, trial_config, trial_count, within
 from spo_ray.sweep_config import with_values
 
 TOY = str(Path(__file__).resolve().parents[2] / "configs" / "sweeps" / "toy.yaml")
@@ -58,6 +58,28 @@ def test_grids_are_combined_with_draws_and_seeds():
     assert len({point["values"][LAMBDA] for point in points}) == 3
     assert listed_points(load(TOY, overrides)) == points
     assert listed_points(load(TOY, [*overrides, "seed=1"])) != points
+
+
+def test_equal_draws_are_tried_once():
+    given = space(
+        methods__spo__lambda_sft="{type: choice, values: [1.0, 2.0]}",
+        methods__spo__beta="{type: grid, values: [0.1, 0.5, 0.1]}",
+    )
+    overrides = [given, "sweep.searcher={type: random}", "sweep.samples=20", "sweep.seeds=[3, 4, 3]"]
+    points = listed_points(load(TOY, overrides))
+    assert len({(*point["values"].values(), point["seed"]) for point in points}) == len(points) == 2 * 2 * 2
+    assert [point["number"] for point in points] == list(range(8))
+    assert [point["seed"] for point in points] == [3, 4] * 4
+    first = next(iter(points))["values"]
+    assert points[2]["values"] == first | {"methods.spo.beta": 0.5}  # in the order of the draws
+    assert trial_count(load(TOY, overrides)) == 8
+    assert trial_count(load(TOY, [given, "sweep.searcher={type: optuna}", "sweep.samples=20"])) == 20
+
+
+def test_parameters_with_the_same_end_have_their_whole_keys():
+    keys = ["sft.lr", "methods.spo.lr", "methods.spo.safe_region.lr", "preference.theta.lr", "methods.spo.beta"]
+    assert list(short_names(keys).values()) == [*keys[:3], "theta.lr", "beta"]
+    assert short_names(["sft.lr", "methods.spo.beta"]) == {"sft.lr": "lr", "methods.spo.beta": "beta"}
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,26 @@
 import json
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from spo_ray.config import load
+from spo_ray.errors import UserError
 from spo_ray.run import Artifact, Run
 from spo_ray.sweep import trial as module
+from spo_ray.sweep import tuner
 from spo_ray.sweep.shared import Shared
-from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of
+from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of, percent, steps_of
+from spo_ray.sweep.tuner import _scheduler
 from spo_ray.train import launch
 from spo_ray.train.rungs import StoppedError, decide, decision, pass_rung, rung_folder
 
 from .driver import small_run
-from .test_space import LAMBDA
+from .test_space import LAMBDA, TOY
 
 POINT = {"number": 0, "values": {LAMBDA: 2.0}, "seed": 0}
 
@@ -38,17 +45,18 @@ def stage(tmp_path, monkeypatch, in_root):
     artifact = Artifact(tmp_path, "digest")
     shared = Shared(run.config, artifact, Pairs(tmp_path, "pairs"), None, artifact, artifact)
     context = Context(run, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
-    found = SimpleNamespace(reports=[], fits=0, falls={3: 0.0, 6: 0.0, 12: 0.0}, context=context, scored=[])
+    found = SimpleNamespace(reports=[], fits=0, falls=Counter(), context=context, scored=[], keys=[])
 
     def train(run, jobs, names, group, **options):
         found.fits += 1
         (job,) = jobs
+        found.keys.append(job.key)
         for step in job.score_at[:-1]:
             try:
                 pass_rung(job.out, step, OneRank(), lambda folder: folder.mkdir(parents=True))
             except StoppedError:
                 return
-        (Trial(POINT, context, "00000").out / "result.json").write_text("{}")
+        (Path(job.out) / "result.json").write_text("{}")
 
     def score(out, step):
         found.scored.append(step)
@@ -70,12 +78,52 @@ def test_a_trial_reports_behind_every_share_and_is_done_at_its_end(stage):
     assert [report["done"] for report in stage.reports] == [False, False, True]
 
 
+def test_where_shares_fall_on_one_step_the_last_counts(stage, monkeypatch):
+    monkeypatch.setattr(Pairs, "count", 8)  # 4 steps
+    stage.context.run.config.sweep.__dict__["score_at"] = [0.25, 0.5, 0.9, 1.0]
+    Trial(POINT, stage.context, "00000").run()
+    records = [json.loads(line) for line in (stage.context.folder / "00000" / SCORES).read_text().splitlines()]
+    assert [(record["step"], record["share"]) for record in records] == [(1, 0.25), (2, 0.5), (4, 1.0)]
+    assert [(report["progress"], report["done"]) for report in stage.reports] == [
+        (25.0, False),
+        (50.0, False),
+        (100.0, True),
+    ]
+    assert steps_of(stage.context.run.config.sweep, 1) == {1: 1.0}
+
+
+def test_schedulers_compare_at_what_is_reported():
+    sweep = load(TOY, ["sweep.score_at=[0.07, 1.0]"]).sweep
+    assert 100 * 0.07 > percent(0.07) == 7.0
+    assert _scheduler(sweep)._brackets[0]._rungs[-1][0] == 7.0
+
+
+def test_trackers_tell_a_changed_sweep_of_the_same_name_apart(stage):
+    for number, digest in enumerate(["a" * 64, "b" * 64]):
+        Trial(POINT, replace(stage.context, digest=digest, folder=stage.context.folder / str(number)), "00000").run()
+    assert stage.keys == ["trial_00000_aaaaaaaaaaaa", "trial_00000_bbbbbbbbbbbb"]
+
+
+def test_the_room_of_the_first_start_is_kept_and_less_is_refused(stage, monkeypatch, tmp_path):
+    config, begun = stage.context.run.config, []
+    monkeypatch.setattr(tuner.tune.Tuner, "can_restore", lambda path: bool(begun))
+    with_room = lambda cpus, room: tuner._room_of_start(config, tmp_path, [{"CPU": float(cpus)}], room)  # noqa: E731
+    assert with_room(3, 2) == 2
+    assert with_room(5, 3) == 3  # killed before Ray Tune had noted anything
+    begun.append(True)
+    assert with_room(9, 8) == 3
+    assert with_room(4, 1) == 3  # max_concurrent was lowered
+    with pytest.raises(UserError, match=r"with 3 trials at a time, .*has room for 2: bring nodes back, raise ray.num_"):
+        with_room(3, 2)
+
+
 def test_what_was_finished_is_reported_once_more_and_not_done_again(stage):
     """The driver was killed when the trial had ended and Ray Tune had noted its first score alone: without the last
     report it would keep that one.
     """
     Trial(POINT, stage.context, "00000").run()
-    stage.falls, before = {3: 9.0, 6: 9.0, 12: 9.0}, list(stage.reports)
+    before = list(stage.reports)
+    stage.falls.update({3: 9.0, 6: 9.0, 12: 9.0})
     stage.reports.clear()
     Trial(POINT, stage.context, "00000").run()
     assert stage.fits == 1

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -171,6 +172,24 @@ def test_killed_worker_evaluator_and_driver(finished, referenced, tmp_path):
     again = finish(start(tmp_path, referenced, "4", *SIX), tmp_path)
     assert "trials: reused" in (tmp_path / "output.txt").read_text()
     assert rows(again) == found
+
+
+def test_ctrl_c_leaves_a_sweep_that_the_same_command_goes_on_with(finished, referenced, tmp_path):
+    driver = start(tmp_path, referenced, "4", *SIX)
+    done = wait_for(scored(tmp_path, 2), tmp_path)
+    before = {trial.name: (trial / "training" / "result.json").stat().st_mtime_ns for trial in done}
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(DEADLINE_S) == 130, (tmp_path / "output.txt").read_text()[-5000:]
+    assert not psutil.wait_procs(family, timeout=240)[1]
+    run = tmp_path / "sweep-toy"
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert not (run / "trials").exists()
+    assert finish(start(tmp_path, referenced, "4", *SIX), tmp_path) == run
+    for trial, written in before.items():
+        assert (run / "trials" / trial / "training" / "result.json").stat().st_mtime_ns == written
+    assert [row["scores"] for row in rows(run)] == [row["scores"] for row in rows(finished)]
+    assert {row["status"] for row in rows(run)} == {"finished"}
 
 
 def test_asha_and_the_rule_of_collapse_stop_trials_and_say_so(referenced, tmp_path):

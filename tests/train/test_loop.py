@@ -1,0 +1,110 @@
+"""The loop alone, on one number: what happens where it goes on from a checkpoint."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spo_ray.model.optim import Group
+from spo_ray.run import Artifact
+from spo_ray.train.alarm import STOP
+from spo_ray.train.job import Job
+from spo_ray.train.loop import Hook, optimise
+from spo_ray.train.rank import Rank
+from spo_ray.train.rungs import StoppedError
+from spo_ray.train.snapshots import NoSnapshots
+
+from ..helpers import small_config
+from .processes import log_of
+
+TOTAL = 6
+
+
+class OneSnapshot(NoSnapshots):
+    """Behind step 3, in memory."""
+
+    def __init__(self, extra=None):
+        super().__init__(Rank(0, 1, torch.device("cpu")))
+        self.extra = extra or {}
+
+    def restore(self, model, optimizer):
+        return self.extra
+
+    def due(self, step, total):
+        return step == 3
+
+    def save(self, model, optimizer, extra, record):
+        self.extra = extra | {"job": "own"}
+
+
+class Seen(Hook):
+    """Notes what it is called with; is killed or stopped behind a step, and sets off the alarm at one."""
+
+    def __init__(self, error=None, alarm=None):
+        self.error, self.alarm, self.behinds = error, alarm, []
+
+    def after(self, record, indices):
+        return {STOP: 1.0} if record["step"] == self.alarm else {}
+
+    def behind(self, step, optimizer, extra):
+        self.behinds.append(step)
+        assert "job" not in extra, "a job that takes this state over would take it for its own"
+        if step == 3 and self.error:
+            raise self.error
+
+
+@pytest.fixture
+def loop(in_root, tmp_path):
+    """Trains from a snapshot on, with a hook."""
+    config = small_config(tmp_path)
+    job = Job(config, "model", Artifact(tmp_path, "rows"), str(tmp_path), "own")
+
+    def run(snapshots, hook, key="own"):
+        model = torch.nn.Linear(1, 1)
+        groups = [Group("theta", dict(model.named_parameters()), config.sft)]
+        gradients = lambda step, indices: ({n: torch.ones_like(p) for n, p in model.named_parameters()}, {"loss": 1.0})  # noqa: E731
+        batches = [[i] for i in range(TOTAL)]
+        optimise(replace(job, key=key), model, groups, batches, gradients, snapshots.rank, snapshots, [hook])
+
+    return run
+
+
+def test_what_happens_behind_a_checkpoints_step_happens_when_it_goes_on_from_there(loop):
+    """The worker was killed while the rung was being scored: the trial waits for it to be exported anew."""
+    snapshots = OneSnapshot()
+    with pytest.raises(OSError, match="killed"):
+        loop(snapshots, Seen(error=OSError("killed")))
+    again = Seen()
+    loop(snapshots, again)
+    assert again.behinds == [3, 4, 5, 6]
+
+
+def test_a_training_that_was_stopped_behind_a_step_is_stopped_there_again(loop, tmp_path):
+    snapshots = OneSnapshot()
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            loop(snapshots, Seen(error=StoppedError()))
+        assert log_of(tmp_path)[-1]["step"] == 3
+
+
+def test_a_state_of_another_job_was_made_behind_its_step(loop):
+    snapshots = OneSnapshot()
+    loop(snapshots, Seen())
+    taken = Seen()
+    loop(OneSnapshot({key: value for key, value in snapshots.extra.items() if key != "job"}), taken, key="another")
+    assert taken.behinds == [4, 5, 6]
+
+
+def test_a_training_that_its_alarm_has_ended_makes_no_step_more(loop, tmp_path):
+    snapshots = OneSnapshot()
+    loop(snapshots, Seen(alarm=3))
+    assert log_of(tmp_path)[-1]["step"] == 3
+    again, log = Seen(), log_of(tmp_path)
+    loop(snapshots, again)  # killed before its results were written
+    assert again.behinds == [3]
+    assert log_of(tmp_path) == log
+    own, another = Seen(), Seen()
+    state = {key: value for key, value in snapshots.extra.items() if key != "job"}
+    loop(OneSnapshot(state), own)
+    loop(OneSnapshot(state), another, key="another")
+    assert (own.behinds, another.behinds) == ([], [4, 5, 6])
