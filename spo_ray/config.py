@@ -173,6 +173,10 @@ class Config(Section):
             return self
         if self.sweep.method not in self.methods:
             raise ValueError(f"sweep.method={self.sweep.method} is none of the methods: {', '.join(self.methods)}")
+        if self.preference.alarm.on_alarm == "stop":
+            raise ValueError(
+                "preference.alarm.on_alarm=stop would end trials before they are scored: set sweep.max_fall"
+            )
         suites = self.eval.chosen(self.data)
         wrong = unmeasured(self.sweep, suites)
         if wrong:

@@ -98,7 +98,7 @@ def _room_of_start(config: Config, folder: Path, nodes: list[dict[str, Any]], ro
     if now < held:
         raise UserError(
             f"the sweep was started with {held} trials at a time, which it keeps, and the cluster now has room for "
-            f"{now}: bring nodes back, raise ray.num_cpus on a local cluster, or delete {folder} to begin again"
+            f"{now}: bring nodes back, raise ray.num_cpus on a local cluster, or delete {folder.parent} to begin again"
         )
     return held
 

@@ -117,6 +117,7 @@ def test_a_wrong_key_is_named_with_its_line(tmp_path):
         (["sweep.score_at=[0.5, 0.2, 1.0]"], "must rise and end with 1.0"),
         (["sweep.searcher={type: optuna}", "sweep.seeds=[0, 1]"], "give one seed"),
         (["sweep.scheduler={type: pbt}"], "needs searcher random"),
+        (["preference.alarm.on_alarm=stop"], "set sweep.max_fall"),
         (
             [
                 "sweep.scheduler={type: pbt}",
