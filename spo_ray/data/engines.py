@@ -190,7 +190,6 @@ class TransformersEngine:
     ) -> list[list[Completion]]:
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        # A configuration of its own: the checkpoint's may bring a nucleus or a repetition penalty, which vLLM ignores.
         settings = GenerationConfig(
             max_new_tokens=room,
             num_return_sequences=n,
