@@ -351,8 +351,12 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     local = LocalAnswers("transformers", str(toy_base), engine, None)
     settings = AnnotatorConfig(name="j", model="toy", engine=engine, identifiers=("First", "2"))
     asked = [[{"role": "user", "content": text}] for text in ("How many?", "Ada owns 2 pens.", "pens " * 200)]
-    first, second, third = local_replies(local, asked, settings)
+    unknown = [{"role": "system", "content": "Be brief."}, *asked[0]]
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    local.chat.tokenizer.chat_template = refuse + local.chat.tokenizer.chat_template
+    first, second, third, fourth = local_replies(local, [*asked, unknown], settings)
     assert third == "prompt longer than engine.max_model_len"
+    assert fourth == "the chat template refuses the prompt: System role not supported"
     model, words = load_model(toy_base).eval(), [chat.tokenizer.convert_tokens_to_ids(i) for i in ("First", "2")]
     for reply, turns in zip((first, second), asked, strict=False):
         ids = torch.tensor([chat.prompt_ids(turns)])
@@ -362,6 +366,7 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
         assert reply.tokens == (ids.shape[1], 0)
         assert reply.text == ("2" if reply.logps[1] > reply.logps[0] else "First")
     spoken = settings.model_copy(update={"verdict": "discrete", "max_tokens": 5})
-    reply = local_replies(local, asked[:1], spoken)[0]
+    reply, refused = local_replies(local, [asked[0], unknown], spoken)
+    assert refused == fourth
     assert reply.logps is None
     assert reply.tokens[1] <= 5
