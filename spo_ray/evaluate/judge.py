@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 
 import openai
 
-from spo_ray.data.endpoint import ChatClient, NonsenseError
+from spo_ray.data.endpoint import LOCKED_OUT, ChatClient, NonsenseError
 from spo_ray.errors import UserError
 from spo_ray.eval_config import AnnotatorConfig
 from spo_ray.run import Artifact
 
 FIELDS = ("instruction", "output_1", "output_2")
 TOP_LOGPROBS = 5
-LOCKED_OUT = (openai.AuthenticationError, openai.NotFoundError)
-"""Errors that every other request would meet too."""
 Turns = list[dict[str, str]]
 
 

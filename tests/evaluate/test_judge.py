@@ -256,6 +256,15 @@ def test_requests_flow_at_the_given_rate(in_root, tmp_path):
     assert time.monotonic() - start >= (COUNT - 1) * 0.1
 
 
+def test_repetitions_flow_at_the_given_rate_too(in_root, tmp_path):
+    with Judge() as judge:
+        judge.trouble = {str(i): [500] for i in range(COUNT)}
+        start = time.monotonic()
+        judged(tmp_path, annotator(judge.url, requests_per_minute=600))
+    assert len(judge.requests) == 2 * COUNT
+    assert time.monotonic() - start >= (2 * COUNT - 1) * 0.1
+
+
 def config(**options):
     return AnnotatorConfig(**annotator("http://x/v1", **options))
 
