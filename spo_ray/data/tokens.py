@@ -46,7 +46,7 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
             limit=limit,
         )
         written = Artifact(out, "")
-        require_rows(written.count, f"rows that fit into train.max_length={limit}")
+        require_rows(written.count, f"rows that fit into train.max_length={limit}", ledger)
         differ = sum(written.column("template_differs"))
         ledger.facts["template_differs"] = differ
         if differ > config.max_template_mismatch * written.count:

@@ -46,7 +46,7 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
                 elif seed is None:  # the same in every pass
                     ledger.reject(row["id"], text, row["prompt"])
         ledger.read, ledger.kept = len(drawn), len(drawn) - len(ledger.rejected)
-        require_rows(ledger.kept, f"prompts for health_{name} that fit into engine.max_model_len")
+        require_rows(ledger.kept, f"prompts for health_{name} that the engine can take", ledger)
         kept += _likelihoods(bench, name, checkpoint) if bench.sft else []
         write_rows(out / "part-0.parquet", kept, rows.HealthRow)
 
