@@ -26,7 +26,9 @@ def call(*arguments):
 
 def test_score_gsm8k(tmp_path, capsys):
     file = tmp_path / "answers.jsonl"
-    file.write_text("\n".join([*map(json.dumps, ROWS), "", *BROKEN]))
+    text = "\n".join([*map(json.dumps, ROWS), "", *BROKEN])
+    latin = '{"question": "é", "answer": "1", "response": "1"}'
+    file.write_bytes(text.encode("utf-8-sig") + b"\n" + latin.encode("cp1252"))
     assert call("score", "gsm8k", str(file)) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -48,6 +50,7 @@ def test_score_gsm8k(tmp_path, capsys):
         "no gold answer",
         "'answer' is neither",
         "no text",
+        "not UTF-8",
     ]
     lines = printed.err.splitlines()
     assert len(lines) == len(reasons)

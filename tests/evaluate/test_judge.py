@@ -338,6 +338,17 @@ def test_bad_instruction_files(content, message, tmp_path):
         alpaca.read_instructions(AlpacaConfig(instructions=file, annotators=[annotator("http://x/v1")]))
 
 
+def test_instructions_may_have_any_separator_within_and_a_byte_order_mark(tmp_path):
+    table = [
+        {"instruction": f"i {mark} j", "output": "o", "generator": "g"} for mark in ("\u2028", "\x85", "\x1c", "x")
+    ]
+    file = tmp_path / "instructions.jsonl"
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in table)
+    file.write_text(text, encoding="utf-8-sig", newline="")
+    found = alpaca.read_instructions(AlpacaConfig(instructions=file, annotators=[annotator("http://x/v1")]))
+    assert [row["instruction"] for row in found] == [row["instruction"] for row in table]
+
+
 def test_instructions_with_their_baseline(shared_data):
     file = shared_data / "alpaca_eval" / "eval_set_with_baseline.json"
     table = alpaca.read_instructions(AlpacaConfig(instructions=file, annotators=[annotator("http://x/v1")]))
