@@ -69,7 +69,8 @@ def accuracies(answers: list[Row]) -> dict[str, Any]:
     """``accuracy_greedy`` (Wilson interval), ``accuracy_sampled`` (mean and standard deviation over seeds), and
     ``pass@k`` for k a power of two, and for all seeds together.
 
-    ``strict`` counts only answers in the form that was asked for.
+    Equal values have no interval, unless they are all 0 or all 1. ``strict`` counts only answers in the form that was
+    asked for.
     """
     graded = by_seed(answers)
     greedy = list(graded.pop(None).values())
@@ -91,8 +92,9 @@ def accuracies(answers: list[Row]) -> dict[str, Any]:
     return found
 
 
-def _bounds(values: list[float]) -> dict[str, float]:
-    return dict(zip(("low", "high"), mean_interval(values), strict=True))
+def _bounds(values: list[float]) -> dict[str, Any]:
+    found = mean_interval(values, "questions", shares=True)
+    return {} if found.low is None else {"low": found.low, "high": found.high, "interval": found.method}
 
 
 def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact]) -> list[Estimate]:
@@ -108,7 +110,7 @@ def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact
         Estimate("accuracy_greedy_strict", greedy["strict"], greedy["n"], *interval, "wilson"),
     ]
     for metric, entry in found.items():
-        bounds = (entry["low"], entry["high"], "bootstrap over questions")
+        bounds = (entry.get("low"), entry.get("high"), entry.get("interval"))
         every.append(Estimate(metric, entry["value"], entry["n"], *bounds, entry.get("std"), seeds))
     return every
 

@@ -294,9 +294,9 @@ def estimate(config: EvalConfig, outputs: Artifact, judged: Sequence[Artifact]) 
             ("win_rate", wins),
             ("discrete_win_rate", [float(w > 0.5) + 0.5 * (w == 0.5) for w in wins]),
         ):
-            low, high = (100 * bound for bound in mean_interval(values))
-            interval = "bootstrap over instructions"
-            found.append(Estimate(f"{name}/{key}", rates[key], len(values), low, high, interval))
+            bounds = mean_interval(values, "instructions", shares=True)
+            low, high = (None if bound is None else 100 * bound for bound in (bounds.low, bounds.high))
+            found.append(Estimate(f"{name}/{key}", rates[key], len(values), low, high, bounds.method))
         n = len(wins)
         if rates["length_controlled_win_rate"] is not None:
             found.append(Estimate(f"{name}/{rates['lc_method']}", rates["length_controlled_win_rate"], n))

@@ -258,3 +258,12 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     texts = health.measure(bench, "base", external(toy_base))
     assert texts.manifest["rows"]["dropped"] == dict.fromkeys(reasons, 1)
     assert {row["id"] for row in texts.rows()} == {"1"}
+
+
+def test_texts_of_one_length_have_no_interval_of_their_length():
+    table = [{"ids": [1], "response": "a", "finished": True}] * 20
+    found = {estimate.metric: estimate for estimate in _text("greedy", table)}
+    assert found["greedy/length"][1:] == (1.0, 20, None, None, None, None, ())
+    assert found["greedy/repetition_4"][3:6] == (*wilson(0, 20), "wilson")
+    mixed = {estimate.metric: estimate for estimate in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
+    assert mixed["greedy/length"].interval == "bootstrap over prompts"
