@@ -28,6 +28,10 @@ class Raw(NamedTuple):
     excerpt: str
     """What it begins with, after the file's name and the line (of Parquet: the row), from 1."""
 
+    def name(self, prefix: str) -> str:
+        """What it is called in a run."""
+        return f"{prefix}-{self.number:06d}"
+
 
 def inputs(data: FileData, split: str) -> dict[str, Artifact]:
     """What a split's rows come from, for a stage's identity."""

@@ -19,6 +19,8 @@ from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
 from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
 
 Split = Literal["train", "test"]
+PAIR = "pair"
+"""What pairs' ids begin with."""
 Keep = Callable[[Iterable[Any]], list[Any]]
 """Leaves out rows that come up in the test, before rows are drawn."""
 
@@ -112,7 +114,7 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
 def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Pair]:
     """One split may serve for both: a seeded shuffle holds out the first prompts with ``test_pairs`` pairs."""
     found: list[Any] = []
-    for row_id, row, excerpt in _rows(data, _file_split(data, split), "pair", ledger):
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), PAIR, ledger):
         try:
             pair = preference(row, rejected=data.rejected, seed=f"{seed}:{row_id}")
         except RowRejectedError as error:
@@ -181,7 +183,7 @@ def _held_out_of_train(data: FileData) -> bool:
 def _rows(data: FileData, split: str, prefix: str, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(id, row, excerpt) of every row that can be read; the others go to the ledger."""
     for raw in raw_rows(data, split):
-        row_id = f"{prefix}-{raw.number:06d}"
+        row_id = raw.name(prefix)
         if raw.defect:
             ledger.reject(row_id, raw.defect, raw.excerpt)
         else:
