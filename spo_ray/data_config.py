@@ -75,9 +75,9 @@ class PreferenceData(FileData):
     train_pairs: PositiveInt | None = None
     """Random pairs to train on; None: all that are not held out."""
     test_pairs: PositiveInt = 100
-    """Pairs held out for evaluation."""
+    """Pairs held out for evaluation; out of the training split so many, or as near as whole prompts come."""
     held_out: Literal["from_train", "test_split"] = "from_train"
-    """Where they come from: random rows of the training split, or rows of the test split."""
+    """Where they come from: random prompts of the training split with all their pairs, or rows of the test split."""
     rejected: Literal["worst", "random"] = "worst"
     """Of rows with several scored completions: which one loses against the best."""
 

@@ -209,9 +209,9 @@ class Comparison(TypedDict):
     second: str
     difference: float
     """First minus second."""
-    low: float
-    high: float
-    """95%, paired bootstrap over the items."""
+    low: float | None
+    high: float | None
+    """95%, paired bootstrap over the items; None where all differences are equal."""
     p_value: float
     p_adjusted: float
     """Holm's, over all comparisons of the metric."""

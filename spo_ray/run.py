@@ -36,6 +36,7 @@ REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
 """A training stage's metrics, one JSON line a step."""
 State = Literal["reused", "goes on", "starts"]
+REASONS_TOLD = 3
 HASHED_BYTES = 64 * 2**20
 """Larger files are identified by size and modification time."""
 
@@ -90,6 +91,13 @@ class Ledger:
     def reject(self, row_id: str, reason: str, excerpt: object) -> None:
         """Quarantine one row."""
         self.rejected.append({"id": row_id, "reason": reason, "excerpt": str(excerpt)[:200]})
+
+    def why(self) -> str:
+        """What most quarantined rows lack, each with the first of them; empty where there are none."""
+        firsts = {row["reason"]: row for row in reversed(self.rejected)}
+        counts = sorted(_count(self.rejected).items(), key=lambda item: -item[1])
+        told = [f"{n} {reason} (first: {firsts[reason]['excerpt']})" for reason, n in counts[:REASONS_TOLD]]
+        return f"{len(self.rejected)} dropped: " + "; ".join(told) if told else ""
 
 
 @dataclass
@@ -292,10 +300,11 @@ def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def require_rows(count: int, what: str) -> None:
-    """Raise UserError where a stage has nothing to work on."""
+def require_rows(count: int, what: str, ledger: Ledger | None = None) -> None:
+    """Raise UserError where a stage has nothing to work on, with the reasons if it has dropped all itself."""
     if not count:
-        raise UserError(f"no {what}: see the drop reasons in the manifests of the stages before")
+        why = ledger.why() if ledger else ""
+        raise UserError(f"no {what}: {why or 'see the drop reasons in the manifests of the stages before'}")
 
 
 def versions() -> dict[str, str]:

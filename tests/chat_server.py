@@ -12,6 +12,7 @@ class ChatServer:
 
     def __init__(self, answer):
         self.answer = answer
+        self.retry_after = "0"
         self.requests = []
         """(path, headers, body)."""
         owner = self
@@ -44,7 +45,7 @@ class ChatServer:
         try:
             handler.send_response(status)
             handler.send_header("Content-Type", "application/json")
-            handler.send_header("Retry-After", "0")
+            handler.send_header("Retry-After", self.retry_after)
             handler.send_header("Content-Length", str(len(data)))
             handler.end_headers()
             handler.wfile.write(data)

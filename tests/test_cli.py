@@ -1,10 +1,15 @@
 """Commands on files: grading, and looking at tokens."""
 
 import json
+import re
 
 import pytest
 
 from spo_ray import cli
+from spo_ray.config import load
+from spo_ray.data.sources import load_data
+from spo_ray.data_config import PreferenceData
+from spo_ray.run import Run
 
 ROWS = [
     {"question": "q", "answer": "So 18.\n#### 18", "response": "The answer is $18.00.", "more": [1]},
@@ -26,7 +31,9 @@ def call(*arguments):
 
 def test_score_gsm8k(tmp_path, capsys):
     file = tmp_path / "answers.jsonl"
-    file.write_text("\n".join([*map(json.dumps, ROWS), "", *BROKEN]))
+    text = "\n".join([*map(json.dumps, ROWS), "", *BROKEN])
+    latin = '{"question": "é", "answer": "1", "response": "1"}'
+    file.write_bytes(text.encode("utf-8-sig") + b"\n" + latin.encode("cp1252"))
     assert call("score", "gsm8k", str(file)) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
@@ -48,6 +55,7 @@ def test_score_gsm8k(tmp_path, capsys):
         "no gold answer",
         "'answer' is neither",
         "no text",
+        "not UTF-8",
     ]
     lines = printed.err.splitlines()
     assert len(lines) == len(reasons)
@@ -83,6 +91,35 @@ def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, c
     assert "dropped: 1 (longer than train.max_length=100 tokens)" in text
     assert "dropped: 1 ('chosen' is empty)" in text
     assert "5 rows" in text
+
+
+def test_inspect_shows_the_rejected_response_that_training_would_see(in_root, tmp_path, capsys):
+    completions = [{"response": f"answer {score}", "overall_score": score} for score in range(9)]
+    rows = [{"instruction": f"How many {i}?", "completions": completions} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = "data={type: preference, path: elsewhere, rejected: random, test_pairs: 2}"
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--rows", "5", config]
+    assert call("inspect", *arguments) == 0
+    shown = re.findall(r"answer (\d)<", capsys.readouterr().out)[1::2]
+    data = PreferenceData(path=tmp_path / "rows.jsonl", rejected="random", test_pairs=2)
+    run = Run(load("configs/quickstart.yaml", [f"output={tmp_path}"]).model_copy(update={"data": data}))
+    pairs = sorted((row for split in ("train", "test") for row in load_data(run, split).rows()), key=lambda r: r["id"])
+    assert shown == [row["rejected"].removeprefix("answer ") for row in pairs]
+    assert set(shown) != {"0"}
+
+
+def test_inspect_keeps_the_configured_subset_and_revision(in_root, monkeypatch, capsys):
+    """A stand-in for the hub, which tests can't reach."""
+    asked = []
+
+    def load_dataset(*arguments, **named):
+        asked.append((arguments, named))
+        return iter([{"prompt": "p", "chosen": "5", "rejected": "6"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    own = "data={type: preference, path: elsewhere/data, subset: main, revision: abc, train_split: train_prefs}"
+    assert call("inspect", "--data", "organisation/data", own) == 0
+    assert asked == [(("organisation/data", "main"), {"split": "train_prefs", "revision": "abc"})]
 
 
 def test_inspect_without_usable_data(in_root, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 
 from spo_ray import rows
 from spo_ray.errors import UserError
-from spo_ray.run import Run, external, write_json, write_rows
+from spo_ray.run import Ledger, Run, external, write_json, write_rows
 from spo_ray.status import STATUS, recorded
 
 from .helpers import small_config
@@ -146,6 +146,12 @@ def test_no_rows_is_an_error_that_points_at_the_manifests():
 
     with pytest.raises(UserError, match=r"no pairs: see the drop reasons"):
         require_rows([], "pairs")
+    ledger = Ledger()
+    for i, reason in enumerate(["a", "b", "b", "c", "d"]):
+        ledger.reject(str(i), reason, f"row {i}")
+    told = r"no pairs: 5 dropped: 2 b \(first: row 1\); 1 a \(first: row 0\); 1 c \(first: row 3\)$"
+    with pytest.raises(UserError, match=told):
+        require_rows(0, "pairs", ledger)
 
 
 def test_threads_write_the_same_file_one_after_the_other(tmp_path):

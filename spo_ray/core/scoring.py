@@ -5,6 +5,9 @@ models write that were not trained on it: ``\\boxed{N}``, "the answer is N", "A:
 """
 
 import re
+import sys
+from bisect import bisect_left
+from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 
@@ -12,14 +15,24 @@ LONGEST = 25
 """Characters of a number; what is longer is babble, and no float."""
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _SIGN = r"(?:(?<![\w.])(?:-|−\s?))?"  # a hyphen before a space is a dash, or a bullet
-_NUMBER = rf"{_SIGN}(?:\\?\$\s?-?)?(?<!\^)(?:{_INTEGER}(?:\.\d+|/\d+)?|\.\d+)"
+_BEFORE = rf"{_SIGN}(?:\\?\$\s?-?)?(?<!\^)"
+_NUMBER = rf"{_BEFORE}(?:{_INTEGER}(?:\.\d+|/\d+)?|\.\d+)"
 _FIND = re.compile(_NUMBER)
 _WRITTEN = r"[-−]?(?:\\?\$\s?)?-?\d[\d,]*(?:\.\d+|/\d+)?"
-_MARKED = re.compile(rf"####[ \t*]*({_WRITTEN})(?!\d|,\d|\.\d)(?![.)][ \t]+\S)")  # "#### 1. Cost" is a heading
+_MARKED = re.compile(rf"####[ \t*]*({_WRITTEN})(?!\d|,\d|\.\d)(?=([.)][ \t]+\S)|)")  # "#### 1. Cost": may be a heading
 _BARE = re.compile(rf"\s*({_WRITTEN})\s*")
-_SAID = re.compile(rf"(?:(?i:\banswer\b)\s*(?i:is|are|:|=)|^\s*A:)[^\n\d]{{0,40}}?(?={_NUMBER})", re.MULTILINE)
-_SUM = re.compile(rf"{_NUMBER}(?:\s*[-+*/×÷x]\s*{_NUMBER})+\s*=\s*({_NUMBER})")
-_FRACTION = re.compile(r"(\d+)?\s*\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
+_ANSWER_IS = r"(?i:\banswer\b)\s*(?i:is|are|:|=)"
+_LETTERED = r"^[^\S\n]*{}:"  # A: is an answer, unless it stands among B: and others
+_UNTIL = rf"[^\n\d]{{0,40}}?(?={_NUMBER})"
+_SAID = re.compile(rf"(?:{_ANSWER_IS}|{_LETTERED.format('A')}){_UNTIL}", re.MULTILINE)
+_SAID_IN_WORDS = re.compile(rf"{_ANSWER_IS}{_UNTIL}")
+_OTHER_LETTER = re.compile(_LETTERED.format("B"), re.MULTILINE)
+# Here 3/4 is a division: were it a number too, there would be two ways to read each of a thousand.
+_OPERAND = rf"{_BEFORE}(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
+_MORE = rf"\s*[-+*/×÷x]\s*{_OPERAND}"
+_SUM = re.compile(rf"{_OPERAND}(?:{_MORE})+(?:\s*=\s*{_OPERAND}(?:{_MORE})*)*\s*=\s*({_NUMBER})")
+_FRACTION = re.compile(r"(?:(?<!\d)(\d+)\s{0,9})?\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
+_BRACE = re.compile(r"(\\boxed\s*)?\{|\}")
 
 
 def extract(text: str) -> str | None:
@@ -27,8 +40,10 @@ def extract(text: str) -> str | None:
 
     Returns None where there is none. Fractions stay fractions, in lowest terms.
     """
-    found = _MARKED.findall(text)
-    return _normalise(found[-1]) if found else None
+    found = list(_MARKED.finditer(text))
+    if len(found) > 1:
+        found = [match for match in found if not match.group(2)]
+    return _normalise(found[-1].group(1)) if found else None
 
 
 def extract_flexible(text: str) -> str | None:
@@ -37,13 +52,14 @@ def extract_flexible(text: str) -> str | None:
     if marked is not None:
         return marked
     text = _FRACTION.sub(_plain, text.replace("{,}", ",").replace("\\,", "").replace("\\!", ""))
-    for candidates in (_boxed(text), [_first(text, match.end()) for match in _SAID.finditer(text)]):
-        if candidates:
-            return _normalise(candidates[-1])
-    last = None
-    for match in _FIND.finditer(text):
-        last = match.group()
-    return None if last is None else _normalise(last)
+    numbers = list(_FIND.finditer(text))
+    boxed = _boxed(text, [match.start() for match in numbers])
+    if boxed is not None:
+        return _normalise(boxed)
+    said = list((_SAID_IN_WORDS if _OTHER_LETTER.search(text) else _SAID).finditer(text))
+    if said:
+        return _normalise(_first(text, said[-1].end()))
+    return _normalise(numbers[-1].group()) if numbers else None
 
 
 def gold_answer(text: str) -> str | None:
@@ -61,24 +77,32 @@ def is_correct(extracted: str | None, gold: str) -> bool:
     return extracted is not None and answer is not None and Fraction(extracted) == Fraction(answer)
 
 
-def _boxed(text: str) -> list[str]:
-    """The numbers in every ``\\boxed{...}``, also in one that was cut off."""
-    found = []
-    for start in (match.end() for match in re.finditer(r"\\boxed\s*\{", text)):
-        depth, end = 1, start
-        while depth and end < len(text):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        content = text[start : end - (depth == 0)]
-        found += [_first(content, match.start()) for match in _FIND.finditer(content)][:1]
-    return found
+def _boxed(text: str, numbers: Sequence[int]) -> str | None:
+    """The number in the last ``\\boxed{...}`` that has one, also in one that was cut off.
+
+    ``numbers`` is where the text's numbers begin.
+    """
+    boxes: list[tuple[int, int]] = []
+    opened: list[tuple[int, bool]] = []
+    for brace in _BRACE.finditer(text):
+        if brace.group() != "}":
+            opened.append((brace.end(), brace.group(1) is not None))
+        elif opened:
+            start, is_box = opened.pop()
+            boxes += [(start, brace.start())] if is_box else []
+    boxes += [(start, len(text)) for start, is_box in opened if is_box]
+    for start, end in sorted(boxes, reverse=True):
+        i = bisect_left(numbers, start)
+        if i < len(numbers) and numbers[i] < end:
+            return _first(text, numbers[i], end)
+    return None
 
 
-def _first(text: str, start: int) -> str:
+def _first(text: str, start: int, end: int = sys.maxsize) -> str:
     """The number at a place, or what the calculation there comes to."""
-    calculation = _SUM.match(text, start)
+    calculation = _SUM.match(text, start, end)
     number = calculation.group(1) if calculation else None
-    found = _FIND.match(text, start)
+    found = _FIND.match(text, start, end)
     return number or (found.group() if found else "")
 
 

@@ -35,7 +35,7 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
                     kept.append(row)
             write_rows(out / Path(part).name, kept, rows.Pair)
             ledger.kept += len(kept)
-        require_rows(ledger.kept, "pairs left by pairs.dedup and pairs.max_length_ratio")
+        require_rows(ledger.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", ledger)
 
     settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
     return run.stage(name, build, config=settings, inputs={"candidates": candidates})

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 TOO_LONG = "prompt longer than engine.max_model_len"
 """Why a question has no answer."""
+TEMPLATE_REFUSES = "the chat template refuses the prompt"
+"""The same, before what the template says."""
 
 
 class Completion(NamedTuple):

@@ -1,8 +1,12 @@
 """Servers with OpenAI's chat completions, and samples from them."""
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import openai
@@ -13,6 +17,13 @@ from spo_ray.data_config import EndpointConfig
 
 REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """Errors of one request alone: a prompt that is too long, for instance."""
+LOCKED_OUT = (openai.AuthenticationError, openai.NotFoundError)
+"""Errors that every other request would meet too."""
+PASSING = (408, 409, 429)
+"""Answers after which a repetition may help, as after all from 500 on."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+LONGEST_WISH_S = 120.0
+"""A server that asks for more patience than this is asked again nevertheless."""
 
 
 class NonsenseError(openai.OpenAIError):
@@ -22,6 +33,8 @@ class NonsenseError(openai.OpenAIError):
 class ChatClient:
     """Requests to one server, so many at a time and a minute, repeated after growing pauses where they fail.
 
+    A repetition is a request like any other, and waits for its turn.
+
     Use it as an asynchronous context, inside one event loop.
     """
 
@@ -29,11 +42,12 @@ class ChatClient:
         self.limit = asyncio.Semaphore(config.concurrency)
         self.pause = 60.0 / per_minute if per_minute else 0.0
         self.next = 0.0
+        self.retries = config.retries
         self.client = openai.AsyncOpenAI(
             base_url=config.url,
             api_key=key or "none",  # servers without keys take any
             timeout=config.timeout_s,
-            max_retries=config.retries,
+            max_retries=0,  # its own repetitions would jump the queue,
         )
         self.logprobs: bool | None = None
         """Whether the server gives log-probabilities; None: unknown."""
@@ -65,6 +79,16 @@ class ChatClient:
             return answer
 
     async def _send(self, request: dict[str, Any]) -> Any:
+        for tried in range(self.retries):
+            try:
+                return await self._send_once(request)
+            except (openai.APIConnectionError, openai.APIStatusError) as error:
+                if not _may_pass(error):
+                    raise
+                await asyncio.sleep(_pause(error, tried))
+        return await self._send_once(request)
+
+    async def _send_once(self, request: dict[str, Any]) -> Any:
         await self._turn()
         try:
             answer: Any = await self.client.chat.completions.create(**request)
@@ -82,11 +106,35 @@ class ChatClient:
             await asyncio.sleep(self.next - self.pause - now)
 
 
+def _may_pass(error: openai.APIConnectionError | openai.APIStatusError) -> bool:
+    if isinstance(error, openai.APIConnectionError):
+        return True
+    said = error.response.headers.get("x-should-retry")
+    return said == "true" if said in ("true", "false") else error.status_code in PASSING or error.status_code >= 500
+
+
+def _pause(error: openai.APIConnectionError | openai.APIStatusError, tried: int) -> float:
+    """Seconds until the next try: what the server wishes, else twice as many each time, somewhat by chance."""
+    wish = _wish(error.response.headers.get("retry-after", "")) if isinstance(error, openai.APIStatusError) else 0.0
+    if wish > 0:
+        return min(wish, LONGEST_WISH_S)
+    return min(FIRST_PAUSE_S * 2**tried, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+
+
+def _wish(header: str) -> float:
+    """The seconds in a Retry-After, which may be a date; 0 where there is none."""
+    with suppress(ValueError):
+        return float(header)
+    with suppress(ValueError, TypeError):  # the latter: a date without a time zone
+        return (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+    return 0.0
+
+
 class EndpointAnswers:
-    """Answers of a teacher.
+    """Answers of a teacher; a question that gets none has the reason.
 
     Raises:
-        RuntimeError: the server can't be reached, or lets nobody in, after all retries.
+        RuntimeError: the server can't be reached after all retries, lets nobody in, or does not know the model.
     """
 
     def __init__(self, key: str | None, source: Source) -> None:
@@ -116,15 +164,30 @@ class EndpointAnswers:
                 max_tokens=self.sampling.max_tokens,
                 seed=seed,
             )
-        except REFUSED as error:
-            return f"the endpoint refused the request ({error.status_code}: {str(error)[:200]})"
+            return Answers([], [_completion(choice) for choice in response.choices])
+        except NonsenseError as error:
+            return f"the endpoint gave {str(error)[:200]}"
+        except openai.APIStatusError as error:
+            if isinstance(error, LOCKED_OUT):
+                raise RuntimeError(f"{self.config.url}: {type(error).__name__}: {error}") from error
+            how = "refused" if error.status_code < 500 else "failed at"
+            return f"the endpoint {how} the request ({error.status_code}: {str(error)[:200]})"
         except openai.OpenAIError as error:
             raise RuntimeError(f"{self.config.url}: {type(error).__name__}: {error}") from error
-        return Answers([], [_completion(choice) for choice in response.choices])
 
 
 def _completion(choice: Any) -> Completion:
-    """Log-probabilities and token counts where the server tells them."""
-    content = choice.logprobs.content if choice.logprobs else None
-    logp = sum(token.logprob for token in content) if content else None
-    return Completion(choice.message.content or "", logp, len(content or ()), choice.finish_reason == "stop")
+    """Log-probabilities and token counts where the server tells them.
+
+    Raises:
+        NonsenseError: it is no answer.
+    """
+    try:
+        content = choice.logprobs.content if choice.logprobs else None
+        logp = sum(float(token.logprob) for token in content) if content else None
+        text = choice.message.content or ""
+        if not isinstance(text, str):
+            raise TypeError("its content is no text")
+        return Completion(text, logp, len(content or ()), choice.finish_reason == "stop")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise NonsenseError(f"an answer that is no chat completion ({error})") from error

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from spo_ray.core.logps import IGNORE, completion_logps
-from spo_ray.data.completion import TOO_LONG, Answers, Completion, Likelihood
+from spo_ray.data.completion import TEMPLATE_REFUSES, TOO_LONG, Answers, Completion, Likelihood
 from spo_ray.data.sample import fits
 from spo_ray.data_config import EngineConfig
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
@@ -73,21 +74,29 @@ class LocalAnswers:
         self, asked: Sequence[tuple[Any, int]], *, n: int, temperature: float, max_tokens: int
     ) -> list[Answers | str]:
         """``n`` answers to every (prompt, seed), or why there are none."""
-        prompts = [self.chat.prompt_ids(prompt) for prompt, _ in asked]
-        able = [i for i, ids in enumerate(prompts) if fits(ids, self.config)]
-        found: list[Answers | str] = [TOO_LONG] * len(asked)
+        prompts = [self.prompt_ids(prompt) for prompt, _ in asked]
+        able = {i: ids for i, ids in enumerate(prompts) if not isinstance(ids, str)}
+        found: list[Any] = list(prompts)
         if not able:
             return found
         answers = self.engine.generate(
-            [prompts[i] for i in able],
+            list(able.values()),
             n=n,
             temperature=temperature,
             max_tokens=max_tokens,
             seeds=[asked[i][1] for i in able],
         )
-        for i, completions in zip(able, answers, strict=True):
-            found[i] = Answers(prompts[i], completions)
+        for (i, ids), completions in zip(able.items(), answers, strict=True):
+            found[i] = Answers(ids, completions)
         return found
+
+    def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | str:
+        """The tokens of a prompt that leaves room for an answer of so many tokens, or why there are none."""
+        try:
+            ids = self.chat.prompt_ids(prompt)
+        except TemplateError as error:  # a system turn that the model does not know, for instance
+            return f"{TEMPLATE_REFUSES}: {error}"
+        return ids if fits(ids, self.config, answer) else TOO_LONG
 
 
 class VllmEngine:
@@ -190,7 +199,6 @@ class TransformersEngine:
     ) -> list[list[Completion]]:
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        # A configuration of its own: the checkpoint's may bring a nucleus or a repetition penalty, which vLLM ignores.
         settings = GenerationConfig(
             max_new_tokens=room,
             num_return_sequences=n,

@@ -12,8 +12,9 @@ from rich.text import Text
 from spo_ray.config import Config
 from spo_ray.data.formats import preference
 from spo_ray.data.read import raw_rows
+from spo_ray.data.sources import PAIR
 from spo_ray.data.tokens import tokenise_row
-from spo_ray.data_config import FileData, PreferenceData
+from spo_ray.data_config import PreferenceData
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.tokenise import ChatTokenizer
 
@@ -34,8 +35,8 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
     """
     section = config.data if isinstance(config.data, PreferenceData) else None
     if data is not None:
-        section = PreferenceData(path=data, train_split=section.train_split if section else "train")
-    if not isinstance(section, FileData):
+        section = (section or PreferenceData(path=data)).model_copy(update={"path": data})
+    if section is None:
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
     chat, limit = ChatTokenizer.load(config.model.path, config.model.chat_template), config.train.max_length
     reasons: Counter[str] = Counter()
@@ -44,7 +45,8 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
         try:
             if raw.defect:
                 raise RowRejectedError(raw.defect)
-            row = preference(raw.row)._asdict() | {"id": str(raw.number)}
+            pair = preference(raw.row, rejected=section.rejected, seed=f"{config.seed}:{raw.name(PAIR)}")
+            row = pair._asdict() | {"id": str(raw.number)}
             found = tokenise_row(chat, row, SIDES, limit)
         except RowRejectedError as error:
             reasons[str(error)] += 1

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +14,7 @@ from spo_ray.run import Artifact, external
 
 ROWS_PER_BATCH = 1000
 READERS = (".jsonl", ".parquet")
+NOT_UTF8 = "not UTF-8, which JSON is written in"
 
 
 class Raw(NamedTuple):
@@ -26,6 +27,10 @@ class Raw(NamedTuple):
     """Why there is no row."""
     excerpt: str
     """What it begins with, after the file's name and the line (of Parquet: the row), from 1."""
+
+    def name(self, prefix: str) -> str:
+        """What it is called in a run."""
+        return f"{prefix}-{self.number:06d}"
 
 
 def inputs(data: FileData, split: str) -> dict[str, Artifact]:
@@ -77,10 +82,28 @@ def _files(path: Path, split: str) -> list[Path]:
     )
 
 
+def open_lines(file: Path) -> TextIO:
+    """A text file, without its byte order mark; lines that are no UTF-8 are :func:`misread`."""
+    return file.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def misread(line: str) -> bool:
+    """Whether a line is in another encoding, so that its letters are unknown."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _jsonl(file: Path) -> Iterator[Raw]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with open_lines(file) as lines:
         for number, line in enumerate(lines):
             if not line.strip():
+                continue
+            if misread(line):
+                shown = line.encode(errors="surrogateescape").decode(errors="replace")
+                yield Raw(number, {}, NOT_UTF8, shown[:200].strip())
                 continue
             try:
                 row = json.loads(line)

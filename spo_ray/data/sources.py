@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
 from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
 
 Split = Literal["train", "test"]
+PAIR = "pair"
+"""What pairs' ids begin with."""
 Keep = Callable[[Iterable[Any]], list[Any]]
 """Leaves out rows that come up in the test, before rows are drawn."""
 
@@ -46,7 +49,7 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
         ledger.kept = len(kept)
         ledger.read = len(kept) + len(ledger.rejected)
         ledger.facts["source"] = str(data.path) if isinstance(data, FileData) else "generated"
-        require_rows(len(kept), f"usable {split} rows in the {data.type} data")
+        require_rows(len(kept), f"usable {split} rows in the {data.type} data", ledger)
         write_rows(out / "part-0.parquet", kept, kind)
 
     exclude = {"path", "contamination_words"}
@@ -77,7 +80,10 @@ def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, ke
         if isinstance(answer, int | float):
             answer = str(answer)
         defect = _defect(row, data, question, answer)
-        if defect:
+        if answer is None:
+            bare.append(row_id)
+            ledger.reject(row_id, defect or "no gold answer", excerpt)
+        elif defect:
             ledger.reject(row_id, defect, excerpt)
         elif verifier.accepts(str(answer)):
             prompt = data.prompt.replace("{question}", str(question))
@@ -88,7 +94,8 @@ def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, ke
     if bare and not data.skip_missing_gold:
         raise UserError(
             f"{data.path}: {len(bare)} questions without a gold answer ('#### N' or a number for GSM8K), first "
-            f"{bare[0]}: add them, or set data.skip_missing_gold=true to leave these rows out"
+            f"{bare[0]}: add them, name their column in data.answer_column, or set data.skip_missing_gold=true to "
+            "leave these rows out"
         )
     clean, count = keep(found), data.train_questions if split == "train" else data.test_questions
     drawn = clean if count is None or count >= len(clean) else random.Random(seed).sample(clean, count)
@@ -100,13 +107,14 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
     missing = [column for column in (data.question_column, data.answer_column) if column not in row]
     if missing:
         return f"no column {missing[0]!r}"
-    return text_defect(question, data.question_column) or text_defect(answer, data.answer_column, may_be_empty=True)
+    reason = text_defect(question, data.question_column)
+    return reason if reason or answer is None else text_defect(answer, data.answer_column, may_be_empty=True)
 
 
 def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Pair]:
-    """One split may serve for both: a seeded shuffle holds out the first ``test_pairs``."""
+    """One split may serve for both: a seeded shuffle holds out the first prompts with ``test_pairs`` pairs."""
     found: list[Any] = []
-    for row_id, row, excerpt in _rows(data, _file_split(data, split), "pair", ledger):
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), PAIR, ledger):
         try:
             pair = preference(row, rejected=data.rejected, seed=f"{seed}:{row_id}")
         except RowRejectedError as error:
@@ -117,29 +125,42 @@ def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, k
     random.Random(seed).shuffle(found)
     if _held_out_of_train(data):
         if len(found) <= data.test_pairs:
-            raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out")
-        held_out = found[: data.test_pairs]
-        found = held_out if split == "test" else _without_copies(found[data.test_pairs :], held_out, ledger)
+            why = ledger.why()
+            raise UserError(
+                f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out"
+                + (f"; {why}" if why else "")
+            )
+        held_out = _held_out_prompts(found, data)
+        found = [pair for pair in found if (_prompt(pair) in held_out) == (split == "test")]
     clean = keep(found)
-    drawn = clean[: data.test_pairs if split == "test" else data.train_pairs]
+    most = data.train_pairs if split == "train" else None if _held_out_of_train(data) else data.test_pairs
+    drawn = clean[:most]
     ledger.facts["not_drawn"] = len(clean) - len(drawn)
     return iter(drawn)
 
 
-def _without_copies(table: list[Any], held_out: list[Any], ledger: Ledger) -> list[Any]:
-    """Pairs that are not held out; exact copies of those that are go to the ledger."""
-    known, kept = {_content(pair): pair["id"] for pair in held_out}, []
-    for pair in table:
-        other = known.get(_content(pair))
-        if other is None:
-            kept.append(pair)
-        else:
-            ledger.reject(pair["id"], "a copy of a held-out pair", f"{other}: {pair}")
-    return kept
+def _held_out_prompts(pairs: Sequence[Any], data: PreferenceData) -> set[str]:
+    """The first prompts that have ``test_pairs`` pairs together, or as many as whole prompts can have.
+
+    A prompt that stood on both sides would be known from training.
+    """
+    sizes = Counter(map(_prompt, pairs))  # in the order of the pairs
+    if len(sizes) == 1:
+        raise UserError(f"{data.path}: all {len(pairs)} pairs have the same prompt, so that none can be held out")
+    left, held_out = data.test_pairs, set()
+    for prompt, size in sizes.items():
+        if size <= left:
+            held_out.add(prompt)
+            left -= size
+    others = [prompt for prompt in sizes if prompt not in held_out]
+    smallest = min(others, key=lambda prompt: sizes[prompt])
+    if not held_out or (len(others) > 1 and sizes[smallest] - left < left):  # a few more are nearer
+        held_out.add(smallest)
+    return held_out
 
 
-def _content(pair: Any) -> str:
-    return json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]])
+def _prompt(pair: Any) -> str:
+    return json.dumps(pair["prompt"])
 
 
 READERS: dict[str, tuple[Callable[..., Iterator[Any]], Any]] = {
@@ -162,7 +183,7 @@ def _held_out_of_train(data: FileData) -> bool:
 def _rows(data: FileData, split: str, prefix: str, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(id, row, excerpt) of every row that can be read; the others go to the ledger."""
     for raw in raw_rows(data, split):
-        row_id = f"{prefix}-{raw.number:06d}"
+        row_id = raw.name(prefix)
         if raw.defect:
             ledger.reject(row_id, raw.defect, raw.excerpt)
         else:

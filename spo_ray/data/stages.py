@@ -88,7 +88,7 @@ def pair_samples(run: Run, name: str, scored: Artifact) -> Artifact:
     def build(out: Path, ledger: Ledger) -> None:
         pairer = partial(_pairer, config, seed, stage)
         map_shards(name, scored, out, ledger, mapper=pairer, kind=rows.Pair, batch_size=ROWS_PER_SHARD)
-        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample")
+        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", ledger)
 
     settings = config.model_dump(include={"per_question", "select"})
     return run.stage(name, build, config=settings, inputs={"scored": scored}, resumable=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from spo_ray import rows
+from spo_ray.data.completion import TEMPLATE_REFUSES
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.run import Artifact, Ledger, Run, external, require_rows
 from spo_ray.shards import Mapped, Mapper, Row, each_row, map_shards
@@ -45,7 +46,7 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
             limit=limit,
         )
         written = Artifact(out, "")
-        require_rows(written.count, f"rows that fit into train.max_length={limit}")
+        require_rows(written.count, f"rows that fit into train.max_length={limit}", ledger)
         differ = sum(written.column("template_differs"))
         ledger.facts["template_differs"] = differ
         if differ > config.max_template_mismatch * written.count:
@@ -110,7 +111,7 @@ def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limi
     try:
         prompt = chat.prompt_ids(row["prompt"])
     except TemplateError as error:
-        raise RowRejectedError(f"the chat template refuses the prompt: {error}") from error
+        raise RowRejectedError(f"{TEMPLATE_REFUSES}: {error}") from error
     found: Row = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
     turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
     if any(chat.has_markup(text + " ") for text in turns):

@@ -5,17 +5,16 @@ from typing import Any
 
 from spo_ray import rows
 from spo_ray.core.stats import mean_std, pass_at_k, wilson
-from spo_ray.data.completion import TOO_LONG
 from spo_ray.eval_config import EvalConfig
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.compare import mean_interval
 from spo_ray.evaluate.suite import Bench, Estimate, Suite
 from spo_ray.run import Artifact, Ledger, write_rows
 from spo_ray.shards import Row
-from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
+from spo_ray.verifiers import Grade, load_verifier, verifier_identity, verifier_of
 
-NO_ANSWER = f"[{TOO_LONG}]"
-"""Stands for the answer to a question that the engine cannot take; counted as wrong."""
+WRONG = Grade(None, correct=False, strict=False)
+"""What a question that the engine cannot take counts as."""
 
 
 def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
@@ -35,11 +34,14 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
         answers: list[Row] = []
         for (seed, _), texts in zip(passes, found, strict=True):
             for row, text in zip(table, texts, strict=True):
-                response = NO_ANSWER if isinstance(text, str) else text.completions[0].text
+                lacks = isinstance(text, str)
+                response = f"[{text}]" if lacks else text.completions[0].text
+                graded = WRONG if lacks else grade(response, row["gold"])
                 key = {"id": row["id"], "method": name, "seed": seed, "response": response}
-                answers.append(key | grade(response, row["gold"])._asdict())
+                answers.append(key | graded._asdict())
         ledger.read, ledger.kept = len(table), len(answers)
-        ledger.facts["too_long_counted_wrong"] = sum(row["response"] == NO_ANSWER for row in answers)
+        reasons = [text for texts in found for text in texts if isinstance(text, str)]
+        ledger.facts["unanswered_counted_wrong"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         write_rows(out / "part-0.parquet", answers, rows.EvalRow)
 
     identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
@@ -67,7 +69,8 @@ def accuracies(answers: list[Row]) -> dict[str, Any]:
     """``accuracy_greedy`` (Wilson interval), ``accuracy_sampled`` (mean and standard deviation over seeds), and
     ``pass@k`` for k a power of two, and for all seeds together.
 
-    ``strict`` counts only answers in the form that was asked for.
+    Equal values have no interval, unless they are all 0 or all 1. ``strict`` counts only answers in the form that was
+    asked for.
     """
     graded = by_seed(answers)
     greedy = list(graded.pop(None).values())
@@ -89,8 +92,9 @@ def accuracies(answers: list[Row]) -> dict[str, Any]:
     return found
 
 
-def _bounds(values: list[float]) -> dict[str, float]:
-    return dict(zip(("low", "high"), mean_interval(values), strict=True))
+def _bounds(values: list[float]) -> dict[str, Any]:
+    found = mean_interval(values, "questions", shares=True)
+    return {} if found.low is None else {"low": found.low, "high": found.high, "interval": found.method}
 
 
 def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact]) -> list[Estimate]:
@@ -106,7 +110,7 @@ def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact
         Estimate("accuracy_greedy_strict", greedy["strict"], greedy["n"], *interval, "wilson"),
     ]
     for metric, entry in found.items():
-        bounds = (entry["low"], entry["high"], "bootstrap over questions")
+        bounds = (entry.get("low"), entry.get("high"), entry.get("interval"))
         every.append(Estimate(metric, entry["value"], entry["n"], *bounds, entry.get("std"), seeds))
     return every
 

@@ -50,7 +50,7 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
                 (text,) = answer.completions
                 kept.append(row | {"checkpoint": name, "output": text.text.strip(), "finished": text.finished})
         ledger.read, ledger.kept = len(table), len(kept)
-        require_rows(len(kept), f"instructions for alpaca_{name} that fit into engine.max_model_len")
+        require_rows(len(kept), f"instructions for alpaca_{name} that the engine can take", ledger)
         write_rows(out / "part-0.parquet", kept, rows.Output)
 
     inputs = {"model": checkpoint, "instructions": external(config.instructions)}
@@ -241,9 +241,9 @@ def read_instructions(config: AlpacaConfig) -> list[Row]:
     """
     path = _from_hub(config.instructions) if on_hub(config.instructions) else config.instructions
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         table = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [json.loads(line) for line in text.split("\n") if line.strip()]
             if path.suffix == ".jsonl"
             else json.loads(text)
         )
@@ -294,9 +294,9 @@ def estimate(config: EvalConfig, outputs: Artifact, judged: Sequence[Artifact]) 
             ("win_rate", wins),
             ("discrete_win_rate", [float(w > 0.5) + 0.5 * (w == 0.5) for w in wins]),
         ):
-            low, high = (100 * bound for bound in mean_interval(values))
-            interval = "bootstrap over instructions"
-            found.append(Estimate(f"{name}/{key}", rates[key], len(values), low, high, interval))
+            bounds = mean_interval(values, "instructions", shares=True)
+            low, high = (None if bound is None else 100 * bound for bound in (bounds.low, bounds.high))
+            found.append(Estimate(f"{name}/{key}", rates[key], len(values), low, high, bounds.method))
         n = len(wins)
         if rates["length_controlled_win_rate"] is not None:
             found.append(Estimate(f"{name}/{rates['lc_method']}", rates["length_controlled_win_rate"], n))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -13,8 +13,18 @@ from spo_ray.shards import Row
 RESAMPLES = 9999
 LEVEL = 0.05
 """A larger adjusted p-value is called noise."""
+ROUNDING = 1e-9
+"""Relative differences below this are none."""
 CHUNK = 2**22
 """Numbers that a bootstrap holds at once."""
+
+
+class Interval(NamedTuple):
+    """95% bounds and how they were made; three times None where nothing is known of the spread."""
+
+    low: float | None = None
+    high: float | None = None
+    method: str | None = None
 
 
 def mcnemar(wins: int, losses: int) -> float:
@@ -25,11 +35,14 @@ def mcnemar(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def paired_bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of per-item differences."""
+def paired_bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float] | tuple[None, None]:
+    """95% percentile interval of the mean of per-item differences; none where all are equal.
+
+    Resampling knows nothing of values that did not come up.
+    """
     values = np.asarray(differences, dtype=float)
-    if np.ptp(values) == 0:  # nothing to draw from
-        return float(values.mean()), float(values.mean())
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
+        return None, None
     found = stats.bootstrap(
         (values,),
         np.mean,
@@ -41,14 +54,19 @@ def paired_bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of independent values: bootstrap; Wilson's where all are 0, or all are 1.
+def mean_interval(values: Sequence[float], over: str, *, shares: bool = False) -> Interval:
+    """95% interval of the mean of independent values, by bootstrap.
 
-    Resampling knows nothing of values that did not come up: a hundred times 0 is not certainly 0.
+    Args:
+        values: one for each item; of equal ones nothing can be told by resampling.
+        over: what the items are, for the interval's name.
+        shares: values are between 0 and 1 by their nature. Where all are 0, or all are 1, the interval is Wilson's: a
+            hundred times 0 is not certainly 0.
     """
-    if set(values) <= {0, 1} and len(set(values)) == 1:
-        return wilson(int(sum(values)), len(values))
-    return paired_bootstrap(values)
+    if shares and set(values) in ({0}, {1}):
+        return Interval(*wilson(int(sum(values)), len(values)), "wilson")
+    low, high = paired_bootstrap(values)
+    return Interval(low, high, None if low is None else f"bootstrap over {over}")
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:

@@ -46,7 +46,7 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
                 elif seed is None:  # the same in every pass
                     ledger.reject(row["id"], text, row["prompt"])
         ledger.read, ledger.kept = len(drawn), len(drawn) - len(ledger.rejected)
-        require_rows(ledger.kept, f"prompts for health_{name} that fit into engine.max_model_len")
+        require_rows(ledger.kept, f"prompts for health_{name} that the engine can take", ledger)
         kept += _likelihoods(bench, name, checkpoint) if bench.sft else []
         write_rows(out / "part-0.parquet", kept, rows.HealthRow)
 
@@ -115,17 +115,15 @@ def _text(name: str, table: Sequence[Row]) -> list[Estimate]:
     return [
         _mean(f"{name}/length", [len(row["ids"]) for row in table]),
         Estimate(f"{name}/unfinished", 1 - finished / n, n, *wilson(n - finished, n), "wilson"),
-        _mean(f"{name}/repetition_4", [repetition(text, 4) for text in texts]),
+        _mean(f"{name}/repetition_4", [repetition(text, 4) for text in texts], shares=True),
         _mean(f"{name}/longest_run", [longest_run(text) for text in texts]),
         Estimate(f"{name}/distinct_1", distinct(texts, 1), n),
         Estimate(f"{name}/distinct_2", distinct(texts, 2), n),
     ]
 
 
-def _mean(metric: str, values: Sequence[float]) -> Estimate:
-    if len(values) < 2:
-        return Estimate(metric, fmean(values), len(values))
-    return Estimate(metric, fmean(values), len(values), *mean_interval(values), "bootstrap over prompts")
+def _mean(metric: str, values: Sequence[float], *, shares: bool = False) -> Estimate:
+    return Estimate(metric, fmean(values), len(values), *mean_interval(values, "prompts", shares=shares))
 
 
 SUITE = Suite(measure, estimate, conclude)

@@ -13,17 +13,13 @@ from typing import Any, NamedTuple
 
 import openai
 
-from spo_ray.data.completion import TOO_LONG
-from spo_ray.data.endpoint import ChatClient, NonsenseError
-from spo_ray.data.sample import fits
+from spo_ray.data.endpoint import LOCKED_OUT, ChatClient, NonsenseError
 from spo_ray.errors import UserError
 from spo_ray.eval_config import AnnotatorConfig
 from spo_ray.run import Artifact
 
 FIELDS = ("instruction", "output_1", "output_2")
 TOP_LOGPROBS = 5
-LOCKED_OUT = (openai.AuthenticationError, openai.NotFoundError)
-"""Errors that every other request would meet too."""
 Turns = list[dict[str, str]]
 
 
@@ -173,14 +169,14 @@ def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorCon
         found = local(asked, n=1, temperature=annotator.temperature, max_tokens=annotator.max_tokens)
         return [a if isinstance(a, str) else _written(a) for a in found]
     names = [local.chat.tokenizer(name, add_special_tokens=False)["input_ids"] for name in annotator.identifiers]
-    prompts = [local.chat.prompt_ids(turns) for turns in requests]
     answer = max(map(len, names))
-    able = [ids for ids in prompts if fits(ids, local.config, answer)]
+    prompts = [local.prompt_ids(turns, answer) for turns in requests]
+    able = [ids for ids in prompts if not isinstance(ids, str)]
     scores = iter(local.engine.score([(ids, name) for ids in able for name in names]))
     replies: list[Reply | str] = []
     for ids in prompts:
-        if not fits(ids, local.config, answer):
-            replies.append(TOO_LONG)
+        if isinstance(ids, str):
+            replies.append(ids)
             continue
         logps = (next(scores).logp, next(scores).logp)
         replies.append(Reply(annotator.identifiers[logps[1] > logps[0]], logps, (len(ids), 0)))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spo_ray.core.scoring import gold_answer
+from spo_ray.data.read import NOT_UTF8, misread, open_lines
 from spo_ray.errors import UserError
 from spo_ray.verifiers import load_verifier
 
@@ -25,7 +26,7 @@ def score_gsm8k(file: Path) -> tuple[dict[str, Any], list[str]]:
     n = correct = strict = 0
     target = file.with_suffix(".scored.jsonl")
     try:
-        source = file.open(encoding="utf-8", errors="replace")
+        source = open_lines(file)
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from error
     temporary = target.with_name(f".{target.name}")
@@ -33,7 +34,7 @@ def score_gsm8k(file: Path) -> tuple[dict[str, Any], list[str]]:
         for number, line in enumerate(source, 1):
             if not line.strip():
                 continue
-            row = _row(line)
+            row = NOT_UTF8 if misread(line) else _row(line)
             if isinstance(row, str):
                 defects.append(f"line {number}: {row}")
                 continue

@@ -72,17 +72,17 @@ def _cells(entry: Mapping[str, Any], p_value: str | None) -> dict[str, str]:
     reward = entry.get("held_out", {}).get("reward_accuracy")
     spread = "" if sampled is None or sampled["std"] is None else f" ± {sampled['std']:.1%}"
     cells = (
-        greedy and f"{greedy['value']:.1%} {_interval(greedy)}",
-        sampled and f"{sampled['value']:.1%}{spread} {_interval(sampled)}",
+        greedy and f"{greedy['value']:.1%}{_interval(greedy)}",
+        sampled and f"{sampled['value']:.1%}{spread}{_interval(sampled)}",
         p_value,
         *changes,
-        reward and f"{reward['value']:.1%} {_interval(reward)}",
+        reward and f"{reward['value']:.1%}{_interval(reward)}",
     )
     return {name: cell for name, cell in zip(COLUMNS, cells, strict=True) if cell}
 
 
 def _interval(entry: Mapping[str, float]) -> str:
-    return f"({100 * entry['low']:.1f} – {100 * entry['high']:.1f})"
+    return "" if "low" not in entry else f" ({100 * entry['low']:.1f} – {100 * entry['high']:.1f})"
 
 
 def grid(lines: Sequence[Mapping[str, str]], first: Sequence[str] = ("method",)) -> tuple[list[str], list[list[str]]]:
@@ -119,10 +119,10 @@ def comparisons(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for metric in dict.fromkeys(row["metric"] for row in compared):
         table, test = [], ""
         for row in (row for row in compared if row["metric"] == metric):
-            numbers = [f"{row[key]:+.3g}" for key in ("difference", "low", "high")]
+            interval = "" if row["low"] is None else f"{row['low']:+.3g} – {row['high']:+.3g}"
             p_values = [f"{row[key]:.2g}" for key in ("p_value", "p_adjusted")]
             pair, counts, test = f"{row['first']} − {row['second']}", f"{row['wins']} : {row['losses']}", row["test"]
-            table.append([pair, numbers[0], f"{numbers[1]} – {numbers[2]}", counts, *p_values, in_words(row)])
+            table.append([pair, f"{row['difference']:+.3g}", interval, counts, *p_values, in_words(row)])
         yield html.details(f"{metric}: {len(table)} pairs, {test}", html.table(columns, table, words=len(columns) - 1))
 
 

@@ -1,4 +1,5 @@
 import json
+import signal
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,9 @@ from spo_ray.verifiers import load_verifier
         ("#### 5\n#### 6", "6"),
         ("####12 apples", "12"),
         ("#### 100", "100"),
+        ("#### 18. Therefore she earns 18 dollars over 3 days", "18"),
+        ("#### 1. Cost\n#### 2. Total", None),
+        ("#### 1. Cost\n#### 12", "12"),
         ("no answer 29", None),
         ("#### none", None),
         ("", None),
@@ -95,10 +99,53 @@ def test_every_real_gold_answer_extracts(shared_data):
         ("The area is 12 m^2", "12"),
         ("#### 5, which is all", "5"),
         ("#### 18.", "18"),
+        ("#### 18. Therefore she earns 18 dollars over 3 days", "18"),
+        ("Let\nA: 5\nB: 3\nTogether they have 8.", "8"),
+        ("A: 5\nB: 3\nThe answer is 8, of 9", "8"),
+        ("The answer is 2*3 = 6 + 1 = 7.", "7"),
+        ("The answer is 3/4 + 1/4 = 1.", "1"),
+        ("The answer is 6/4 = 3/2 litres of 2", "3/2"),
+        (r"\boxed{5 * 2 = 10 = 8 + 2 = 10} of 3", "10"),
+        (r"\boxed{\text{a \boxed{3}}}", "3"),
+        (r"It is 2 \frac{1}{2}", "5/2"),
     ],
 )
 def test_flexible_extraction(text, answer):
     assert extract_flexible(text) == answer
+
+
+BABBLE = {
+    "divisions": r"\boxed{" + "1/" * 4000 + "1}",
+    "fractions": "The answer is " + "12/5/" * 4000 + "1",
+    "sums": "The answer is " + "2+" * 4000,
+    "equations": "The answer is 2+2 = 4" + " + 2 = 6" * 4000,
+    "blanks": " " * 20_000,
+    "lines": "\n" * 20_000,
+    "blanks in a fraction": "1" + " " * 20_000 + r"\frac",
+    "digits": "1" * 10_000,
+    "said digits": "The answer is " + "1" * 10_000,
+    "boxed digits": r"\boxed{" + "1" * 10_000 + "}",
+    "boxes": r"\boxed{" * 4000 + "1",
+    "boxed again": r"\boxed{1" * 4000,
+    "marks": "#### 1. a\n" * 4000,
+}
+
+
+@pytest.mark.parametrize("name", BABBLE)
+def test_babble_does_not_hang_the_extraction(name):
+    """A decayed model writes such things; seconds would be minutes over a data set."""
+
+    def stop(signum, frame):
+        raise AssertionError(f"{name}: still at it after 5 s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    try:
+        for read in (extract, extract_flexible, gold_answer):
+            read(3 * BABBLE[name])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_fractions_and_decimals_are_equal_as_numbers():

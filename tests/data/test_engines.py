@@ -96,6 +96,24 @@ def test_samples_repeat_with_their_seeds(kind, checkpoints, chat):
 
 
 @pytest.mark.parametrize("kind", ENGINES)
+def test_a_checkpoints_own_generation_settings_count_for_nothing(kind, checkpoints, chat, tmp_path):
+    """Instruction-tuned models ship a nucleus and a repetition penalty."""
+    biased = tmp_path / "biased"
+    shutil.copytree(checkpoints[1], biased)
+    file = biased / "generation_config.json"
+    own = {"do_sample": True, "repetition_penalty": 9.0, "top_p": 0.5, "top_k": 2}  # the toy model is sure of itself
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    prompts, seen = [chat.prompt_ids(q) for q in QUESTIONS], []
+    for path in (checkpoints[1], biased):
+        engine = open_engine(kind, str(path), CONFIG, chat)
+        for temperature in (0.0, 2.0):
+            found = engine.generate(prompts, n=1, temperature=temperature, max_tokens=48, seeds=[5, 6])
+            seen.append([completion.ids for (completion,) in found])
+        engine.close()
+    assert seen[:2] == seen[2:]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_a_long_prompt_leaves_the_others_their_room_and_full_texts_can_be_scored(kind, checkpoints, chat):
     engine = open_engine(kind, str(checkpoints[1]), CONFIG, chat)
     prompts = [chat.prompt_ids(QUESTIONS[0]), chat.prompt_ids("pens " * 400)[:250]]

@@ -49,6 +49,21 @@ def test_excerpts_name_file_and_line(tmp_path):
     assert excerpts == [f"train.jsonl:{line}: {lines[line - 1]}" for line in (1, 3, 4)]
 
 
+def test_a_byte_order_mark_costs_no_row(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
+    assert read(tmp_path) == list(enumerate(ROWS))
+
+
+def test_lines_in_another_encoding_are_quarantined(tmp_path):
+    lines = [json.dumps(row | {"chosen": chosen}, ensure_ascii=False) for row, chosen in zip(ROWS, "aéb", strict=False)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="cp1252")
+    found = list(raw_rows(PreferenceData(path=tmp_path), "train"))
+    assert [raw.defect for raw in found] == [None, "not UTF-8, which JSON is written in", None]
+    assert found[1].excerpt == f"train.jsonl:2: {lines[1]}".replace("é", "\ufffd")
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert [raw.defect for raw in raw_rows(PreferenceData(path=tmp_path), "train")] == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [("train.parquet", b"no parquet", "can't be read as Parquet"), ("rows.csv", b"a,b", "is no data file")],

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import psutil
 import pytest
 
 from spo_ray import rows
-from spo_ray.data.endpoint import EndpointAnswers
+from spo_ray.data.endpoint import EndpointAnswers, _wish
 from spo_ray.data.recipe import teacher_groups
 from spo_ray.data.sample import Source, _Sampler, sample
 from spo_ray.data_config import EndpointConfig, SamplingConfig, TeacherModel
@@ -148,11 +150,44 @@ def test_an_endpoint_that_keeps_refusing_ends_the_stage(teacher, endpoint):
     teacher.script = [401]
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*AuthenticationError"):
         EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
-    teacher.script = [500] * 9
-    with pytest.raises(RuntimeError, match="InternalServerError"):
-        EndpointAnswers(None, served(endpoint, retries=1))([("2 + 2?", 7)])
+    teacher.script = [404]
+    with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*NotFoundError"):
+        EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
     with pytest.raises(RuntimeError, match="APIConnectionError"):
         EndpointAnswers(None, served("http://127.0.0.1:9/v1", retries=0))([("2 + 2?", 7)])
+
+
+NO_TEXT = b'{"choices": [{"message": {"content": ["a"]}, "finish_reason": "stop"}]}'
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (b'{"choices": null}', "the endpoint gave an answer without choices"),
+        (b'{"choices": [{"message": null}]}', "the endpoint gave an answer without choices"),
+        (b"<html>", "the endpoint gave an answer that is no chat completion"),
+        (NO_TEXT, "the endpoint gave an answer that is no chat completion (its content is no text)"),
+        (403, "the endpoint refused the request (403: "),
+        (500, "the endpoint failed at the request (500: "),
+        (429, "the endpoint refused the request (429: "),
+    ],
+)
+def test_a_bad_answer_costs_one_question(teacher, endpoint, trouble, reason):
+    teacher.script = [trouble] * (2 if trouble in (500, 429) else 1)
+    config = served(endpoint, concurrency=1, retries=1)
+    bad, good = EndpointAnswers(None, config)([("2 + 2?", 7), ("3 + 3?", 8)])
+    assert bad.startswith(reason)
+    assert [c.text for c in good.completions] == ["3 + 3? 8 0", "3 + 3? 8 1"]
+
+
+def test_a_server_is_left_alone_as_long_as_it_wishes(teacher, endpoint):
+    teacher.script, teacher.retry_after = [429], "1.5"
+    before = time.monotonic()
+    EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
+    assert time.monotonic() - before >= 1.5
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    assert _wish(format_datetime(tomorrow, usegmt=True)) == pytest.approx(86400, abs=5)
+    assert [_wish(header) for header in ("", "soon", "0")] == [0.0, 0.0, 0.0]
 
 
 def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, teacher, endpoint, monkeypatch):

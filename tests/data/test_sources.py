@@ -1,4 +1,5 @@
 import json
+import random
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ def test_malformed_rows_are_quarantined_with_their_reasons(in_root, tmp_path):
         json.dumps(GOOD),
         "{not json",
         "[1]",
-        json.dumps({"question": "no answer?"}),
+        json.dumps({"answer": "#### 1"}),
         json.dumps({"question": 5, "answer": "#### 1"}),
         "",
         json.dumps({"question": "  ", "answer": "#### 1"}),
@@ -44,7 +45,7 @@ def test_malformed_rows_are_quarantined_with_their_reasons(in_root, tmp_path):
     assert reasons == {
         "train-000001": "not JSON",
         "train-000002": "not a JSON object",
-        "train-000003": "no column 'answer'",
+        "train-000003": "no column 'question'",
         "train-000004": "'question' is no text",
         "train-000006": "'question' is empty",
         "train-000007": "'question' is not valid Unicode",
@@ -61,7 +62,32 @@ def test_questions_without_gold_are_refused_or_quarantined(in_root, tmp_path):
     assert artifact.manifest["rows"]["dropped"] == {"no gold answer": 1}
 
 
-@pytest.mark.parametrize(("lines", "message"), [([], "no usable train rows"), (["{"], "no usable train rows")])
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "why?", "answer": None}, "no gold answer"),
+        ({"question": "why?", "answer": ""}, "no gold answer"),
+        ({"question": "why?"}, "no column 'answer'"),
+    ],
+)
+def test_no_answer_is_an_empty_answer(in_root, tmp_path, row, reason):
+    lines = [json.dumps(GOOD), json.dumps(row)]
+    with pytest.raises(UserError, match=r"1 questions without a gold answer.*train-000001.*skip_missing_gold"):
+        load_data(gsm8k(tmp_path, lines), "train")
+    artifact = load_data(gsm8k(tmp_path, lines, skip_missing_gold=True), "train")
+    assert artifact.manifest["rows"]["dropped"] == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no usable train rows in the gsm8k data: see the drop reasons"),
+        (
+            ["{", "[1]", "{x"],
+            r"rows.*: 3 dropped: 2 not JSON \(first: train\.jsonl:1: \{\); 1 not a JSON object \(first: train\.jsonl:2",
+        ),
+    ],
+)
 def test_empty_data_is_refused(in_root, tmp_path, lines, message):
     with pytest.raises(UserError, match=message):
         load_data(gsm8k(tmp_path, lines), "train")
@@ -93,27 +119,51 @@ def test_pairs_are_held_out_of_training(in_root, tmp_path):
     assert (len(train), len(test)) == (15, 10)
     assert not train & test
     small = PreferenceData(path=tmp_path, test_pairs=30)
-    with pytest.raises(UserError, match=r"30 pairs, of which data\.test_pairs=30 are held out"):
+    with pytest.raises(UserError, match=r"30 pairs, of which data\.test_pairs=30 are held out$"):
+        load_data(Run(run.config.model_copy(update={"data": small})), "train")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "p"}\nno json')
+    with pytest.raises(
+        UserError, match=r"0 pairs, .* held out; 2 dropped: 1 no column 'chosen' \(first: train\.jsonl:1: "
+    ):
         load_data(Run(run.config.model_copy(update={"data": small})), "train")
 
 
-def test_copies_of_held_out_pairs_are_not_trained_on(in_root, tmp_path):
-    rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
-    rows += [*rows, {"prompt": "p0", "chosen": "better", "rejected": "bad"}]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = PreferenceData(path=tmp_path, test_pairs=10)
-    run = Run(small_config(tmp_path / "out").model_copy(update={"data": data}))
-    test, train = load_data(run, "test"), load_data(run, "train")
-    content = [
-        {(str(row["prompt"]), row["chosen"], row["rejected"]) for row in artifact.rows()} for artifact in (test, train)
+def held_out(tmp_path, sizes, test_pairs):
+    """How many pairs each prompt has in training and in the test, of prompts with so many pairs each."""
+    rows = [
+        {"prompt": f"p{i}", "chosen": f"good {j}", "rejected": "bad"}
+        for i, size in enumerate(sizes)
+        for j in range(size)
     ]
-    assert not content[0] & content[1]
-    counts = train.manifest["rows"]
-    twice = sum(rows.count(row) > 1 and row in rows for row in rows)
-    assert twice == 40
-    assert counts["kept"] + sum(counts["dropped"].values()) == 31
-    assert counts["dropped"].keys() == {"a copy of a held-out pair"}
-    assert counts["dropped"]["a copy of a held-out pair"] > 0
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(path=tmp_path, test_pairs=test_pairs)
+    run = Run(small_config(tmp_path / "out").model_copy(update={"data": data}))
+    found = [Counter(r["prompt"][0]["content"] for r in load_data(run, split).rows()) for split in ("train", "test")]
+    assert sum(found, Counter()) == Counter(row["prompt"] for row in rows)
+    assert not found[0] & found[1]
+    return found
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side(in_root, tmp_path):
+    for sizes, test_pairs, expected in (
+        ([2] * 10, 6, 6),
+        ([2] * 10, 7, 6),
+        ([1, 1, 1] + [2] * 9, 7, 7),
+        ([5] * 4, 1, 5),  # at least one prompt
+        ([5] * 4, 9, 10),  # a little more is nearer
+        ([5] * 2, 9, 5),  # one must be left
+    ):
+        _, test = held_out(tmp_path, sizes, test_pairs)
+        assert test.total() == expected, (sizes, test_pairs)
+    with pytest.raises(UserError, match="all 5 pairs have the same prompt"):
+        held_out(tmp_path, [5], 2)
+
+
+def test_prompts_that_occur_once_are_held_out_as_they_were_shuffled(in_root, tmp_path):
+    _, test = held_out(tmp_path, [1] * 30, 5)
+    order = list(range(30))
+    random.Random(small_config(tmp_path).seed).shuffle(order)
+    assert test.keys() == {f"p{i}" for i in order[:5]}
 
 
 JSON = st.recursive(

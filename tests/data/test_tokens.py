@@ -110,6 +110,11 @@ def test_a_template_that_changes_answers_is_counted_and_refused(local_ray, in_ro
 
     with pytest.raises(UserError, match=r"in 2 of 4 rows the chat template.*max_template_mismatch"):
         tokenise(0.3)
+    short = config.model_copy(update={"train": config.train.model_copy(update={"max_length": 2})})
+    with pytest.raises(
+        UserError, match=r"no rows that fit into train.max_length=2: 4 dropped: 4 longer than train.max_l"
+    ):
+        tokenise_pairs(Run(short), "pair_tokens", Artifact(tmp_path / "in", "in"))
     artifact = tokenise(0.5)
     assert artifact.manifest["facts"]["template_differs"] == 2
     assert [row["template_differs"] for row in artifact.rows()] == [False, True, True, False]

@@ -22,7 +22,11 @@ def test_wilson_intervals_cover_the_truth(p, n):
     assert 0.925 < covered < 0.985
 
 
-@pytest.mark.parametrize("interval", [mean_interval, paired_bootstrap])
+def interval_of_shares(values):
+    return mean_interval(values, "items", shares=True)[:2]
+
+
+@pytest.mark.parametrize("interval", [interval_of_shares, paired_bootstrap])
 def test_intervals_of_means_cover_the_truth_in_simulations(interval):
     """Differences of right and wrong answers, with the mean -0.1."""
     rng, hits, runs = np.random.default_rng(0), 0, 400
@@ -33,9 +37,12 @@ def test_intervals_of_means_cover_the_truth_in_simulations(interval):
 
 
 def test_means_of_equal_values_are_not_certain():
-    assert mean_interval([0.0] * 20) == pytest.approx(wilson(0, 20))
-    assert mean_interval([1.0] * 20) == pytest.approx(wilson(20, 20))
-    assert mean_interval([0.5] * 20) == (0.5, 0.5)
+    for value in (0.0, 1.0):
+        assert mean_interval([value] * 20, "items", shares=True) == (*wilson(int(20 * value), 20), "wilson")
+        assert mean_interval([value] * 20, "items") == (None, None, None)  # lengths, for instance
+    assert mean_interval([0.5] * 20, "items", shares=True) == (None, None, None)
+    assert mean_interval([0.5], "items") == (None, None, None)
+    assert mean_interval([0.0, 1.0] * 9, "items").method == "bootstrap over items"
     assert sign_flip([0.3]) == 1.0
 
 
@@ -89,4 +96,5 @@ def test_graded_values_are_compared_by_permutation_and_adjusted_together():
     assert {row["test"] for row in rows} == {"sign-flip permutation"}
     assert rows[0]["p_value"] == pytest.approx(2 / 2**12)
     assert rows[0]["p_adjusted"] == pytest.approx(3 * 2 / 2**12)
-    assert (rows[2]["p_value"], rows[2]["low"], rows[2]["high"]) == (1.0, 0.0, 0.0)
+    assert (rows[2]["p_value"], rows[2]["low"], rows[2]["high"]) == (1.0, None, None)
+    assert (rows[0]["difference"], rows[0]["low"]) == (pytest.approx(-1 / 40), None)  # each item differs by the same

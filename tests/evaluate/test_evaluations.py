@@ -5,21 +5,26 @@ import shutil
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from spo_ray import rows
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.stats import wilson
 from spo_ray.data.sources import load_data
+from spo_ray.evaluate import accuracy, health
 from spo_ray.evaluate.accuracy import accuracies
+from spo_ray.evaluate.actors import Evaluator
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
+from spo_ray.evaluate.suite import Bench
 from spo_ray.model.collate import collate
 from spo_ray.model.export import is_adapter, merge_adapter
 from spo_ray.model.load import load_model
-from spo_ray.run import Artifact, Run, external
+from spo_ray.run import Artifact, Run, external, write_rows
 
 from ..helpers import small_config
 
@@ -225,3 +230,40 @@ def test_checkpoints_by_themselves_from_the_command_line(
     assert app([*command, "--checkpoint=nowhere"], result_action="return_value") == 2
     assert app([*command, f"--checkpoint=x={tmp_path}"], result_action="return_value") == 2
     assert "neither config.json nor adapter_config.json" in capsys.readouterr().err
+
+
+def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(in_root, toy_base, tmp_path):
+    """The reason has the right number in it, and must not count as the answer."""
+    config = small_config(tmp_path, "engine.type=transformers", "eval.max_tokens=8")
+    refuse = "{% if 'boxes' in messages[-1]['content'] %}{{ raise_exception('no 18 boxes') }}{% endif %}"
+    template = refuse + (toy_base / "chat_template.jinja").read_text()
+    evaluator = Evaluator("transformers", config.engine, template)
+    (tmp_path / "in").mkdir()
+    asked = {"0": "How many boxes?", "1": "How many?", "2": "pens " * 2000}
+    table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
+    write_rows(tmp_path / "in" / "part-0.parquet", table, rows.Prompt)
+    actors = SimpleNamespace(kind="transformers")
+    bench = Bench(
+        Run(config), Artifact(tmp_path / "in", "in"), actors, lambda method, *more: getattr(evaluator, method)(*more)
+    )
+    reasons = {
+        "the chat template refuses the prompt: no 18 boxes": 2,
+        "prompt longer than engine.max_model_len": 2,
+    }
+    graded = accuracy.measure(bench, "base", external(toy_base))
+    assert graded.manifest["facts"]["unanswered_counted_wrong"] == reasons
+    assert [(r["response"][1:-1], r["correct"]) for r in graded.rows() if r["id"] != "1"] == [
+        (reason, False) for reason in reasons for _ in range(2)
+    ]
+    texts = health.measure(bench, "base", external(toy_base))
+    assert texts.manifest["rows"]["dropped"] == dict.fromkeys(reasons, 1)
+    assert {row["id"] for row in texts.rows()} == {"1"}
+
+
+def test_texts_of_one_length_have_no_interval_of_their_length():
+    table = [{"ids": [1], "response": "a", "finished": True}] * 20
+    found = {estimate.metric: estimate for estimate in _text("greedy", table)}
+    assert found["greedy/length"][1:] == (1.0, 20, None, None, None, None, ())
+    assert found["greedy/repetition_4"][3:6] == (*wilson(0, 20), "wilson")
+    mixed = {estimate.metric: estimate for estimate in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
+    assert mixed["greedy/length"].interval == "bootstrap over prompts"

@@ -256,6 +256,15 @@ def test_requests_flow_at_the_given_rate(in_root, tmp_path):
     assert time.monotonic() - start >= (COUNT - 1) * 0.1
 
 
+def test_repetitions_flow_at_the_given_rate_too(in_root, tmp_path):
+    with Judge() as judge:
+        judge.trouble = {str(i): [500] for i in range(COUNT)}
+        start = time.monotonic()
+        judged(tmp_path, annotator(judge.url, requests_per_minute=600))
+    assert len(judge.requests) == 2 * COUNT
+    assert time.monotonic() - start >= (2 * COUNT - 1) * 0.1
+
+
 def config(**options):
     return AnnotatorConfig(**annotator("http://x/v1", **options))
 
@@ -329,6 +338,17 @@ def test_bad_instruction_files(content, message, tmp_path):
         alpaca.read_instructions(AlpacaConfig(instructions=file, annotators=[annotator("http://x/v1")]))
 
 
+def test_instructions_may_have_any_separator_within_and_a_byte_order_mark(tmp_path):
+    table = [
+        {"instruction": f"i {mark} j", "output": "o", "generator": "g"} for mark in ("\u2028", "\x85", "\x1c", "x")
+    ]
+    file = tmp_path / "instructions.jsonl"
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in table)
+    file.write_text(text, encoding="utf-8-sig", newline="")
+    found = alpaca.read_instructions(AlpacaConfig(instructions=file, annotators=[annotator("http://x/v1")]))
+    assert [row["instruction"] for row in found] == [row["instruction"] for row in table]
+
+
 def test_instructions_with_their_baseline(shared_data):
     file = shared_data / "alpaca_eval" / "eval_set_with_baseline.json"
     table = alpaca.read_instructions(AlpacaConfig(instructions=file, annotators=[annotator("http://x/v1")]))
@@ -351,8 +371,12 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     local = LocalAnswers("transformers", str(toy_base), engine, None)
     settings = AnnotatorConfig(name="j", model="toy", engine=engine, identifiers=("First", "2"))
     asked = [[{"role": "user", "content": text}] for text in ("How many?", "Ada owns 2 pens.", "pens " * 200)]
-    first, second, third = local_replies(local, asked, settings)
+    unknown = [{"role": "system", "content": "Be brief."}, *asked[0]]
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    local.chat.tokenizer.chat_template = refuse + local.chat.tokenizer.chat_template
+    first, second, third, fourth = local_replies(local, [*asked, unknown], settings)
     assert third == "prompt longer than engine.max_model_len"
+    assert fourth == "the chat template refuses the prompt: System role not supported"
     model, words = load_model(toy_base).eval(), [chat.tokenizer.convert_tokens_to_ids(i) for i in ("First", "2")]
     for reply, turns in zip((first, second), asked, strict=False):
         ids = torch.tensor([chat.prompt_ids(turns)])
@@ -362,6 +386,7 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
         assert reply.tokens == (ids.shape[1], 0)
         assert reply.text == ("2" if reply.logps[1] > reply.logps[0] else "First")
     spoken = settings.model_copy(update={"verdict": "discrete", "max_tokens": 5})
-    reply = local_replies(local, asked[:1], spoken)[0]
+    reply, refused = local_replies(local, [asked[0], unknown], spoken)
+    assert refused == fourth
     assert reply.logps is None
     assert reply.tokens[1] <= 5

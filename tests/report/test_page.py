@@ -10,7 +10,7 @@ from spo_ray import rows
 from spo_ray.report.finished import read
 from spo_ray.report.page import _alarms, _answers, _samples
 from spo_ray.report.probes import finished_probes, probe_sections
-from spo_ray.report.scores import other_scores, results
+from spo_ray.report.scores import comparisons, other_scores, results
 from spo_ray.report.summary import versions_of
 from spo_ray.run import Artifact, write_json, write_rows
 
@@ -131,3 +131,13 @@ def test_versions_are_those_of_the_stages(run):
         file = run.root / name / "manifest.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"versions": {"torch": version}}))
     assert set(versions_of(run)["torch"].split(", ")) >= {"1.0", "2.0"}
+
+
+def test_figures_without_an_interval_are_shown_by_themselves():
+    greedy, sampled = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.5, "std": 0.0}
+    changes = dict.fromkeys(("delta_logp_chosen", "delta_logp_rejected"))
+    (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [])
+    assert line == {"method": "dpo", "greedy, 95%": "50.0% (40.0 – 60.0)", "sampled ± sd, 95%": "50.0% ± 0.0%"}
+    row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
+    row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
+    assert "<td>+1</td><td></td><td>3 : 0</td>" in "".join(comparisons([row]))

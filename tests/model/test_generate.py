@@ -1,0 +1,31 @@
+"""Answers while training, which the checkpoint's own generation settings must not change."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from spo_ray.model.load import load_model
+from spo_ray.train.rank import Rank
+from spo_ray.train.watch import _Entropy, _generate
+
+RANK = Rank(0, 1, torch.device("cpu"))
+
+
+def answers(model, chat):
+    prompts = [chat.prompt_ids("Ada owns 3 toys and finds 4 more."), chat.prompt_ids("How many?")]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [_generate(model, chat, prompts, 48, RANK, entropy) for entropy in (None, _Entropy())]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_checkpoints_own_settings_change_no_answer_and_are_kept_for_the_export(adapted, toy_base, chat):
+    model = load_model(toy_base).eval()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    base = model.get_base_model() if adapted else model
+    expected = answers(model, chat)
+    own = {"repetition_penalty": 1.3, "top_p": 0.5, "top_k": 2, "do_sample": True}
+    base.generation_config.update(**own)
+    assert answers(model, chat) == expected
+    assert base.generation_config.to_dict().items() >= own.items()
