@@ -47,7 +47,7 @@ class ChatClient:
             base_url=config.url,
             api_key=key or "none",  # servers without keys take any
             timeout=config.timeout_s,
-            max_retries=0,  # its own repetitions would jump the queue,
+            max_retries=0,  # its own repetitions would jump the queue
         )
         self.logprobs: bool | None = None
         """Whether the server gives log-probabilities; None: unknown."""
