@@ -118,7 +118,7 @@ def _pause(error: openai.APIConnectionError | openai.APIStatusError, tried: int)
     wish = _wish(error.response.headers.get("retry-after", "")) if isinstance(error, openai.APIStatusError) else 0.0
     if wish > 0:
         return min(wish, LONGEST_WISH_S)
-    return min(FIRST_PAUSE_S * 2**tried, LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+    return min(FIRST_PAUSE_S * 2 ** min(tried, 99), LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
 
 
 def _wish(header: str) -> float:
