@@ -84,27 +84,25 @@ def prepare(run: Run) -> Shared:
 
 
 def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tuple[Artifact, Artifact]:
-    """(rows to train on, validation rows): a random part, drawn from the seed, with all pairs of a question together.
+    """(rows to train on, validation rows): a random part, drawn from the seed, with all rows of a prompt together.
 
     Raises:
         UserError: nothing would be left to train on.
     """
     table = source.rows()
-    groups = sorted({_group(row) for row in table})
-    if count >= len(groups):
-        raise UserError(f"sweep.validation.{what}={count} leaves none of {len(groups)} to train on: lower it")
-    drawn = set(random.Random(f"validation-{run.config.seed}").sample(groups, count))
+    names: dict[str, str] = {}
+    groups = [names.setdefault(json.dumps(row["prompt"]), row.get("source_id") or row["id"]) for row in table]
+    different = sorted(set(groups))
+    if count >= len(different):
+        raise UserError(f"sweep.validation.{what}={count} leaves none of {len(different)} to train on: lower it")
+    drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
 
     def part(name: str, inside: bool) -> Artifact:
         def build(out: Path, ledger: Ledger) -> None:
-            kept = [row for row in table if (_group(row) in drawn) == inside]
+            kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
             ledger.read, ledger.kept = len(table), len(kept)
             write_rows(out / "part-0.parquet", kept, kind)
 
         return run.stage(f"{name}_{what}", build, config={"count": count}, inputs={"source": source})
 
     return part("train", False), part("validation", True)
-
-
-def _group(row: Mapping[str, Any]) -> str:
-    return row.get("source_id") or row["id"]
