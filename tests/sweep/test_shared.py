@@ -25,6 +25,7 @@ def test_all_pairs_of_a_prompt_are_on_the_same_side(in_root, tmp_path):
         }
         for number, text in PAIRS
     ]
+    (tmp_path / "source").mkdir()
     write_rows(tmp_path / "source" / "part-0.parquet", table, rows.Pair)
     source, seen = Artifact(tmp_path / "source", "source"), set()
     for seed in range(8):
