@@ -1,13 +1,15 @@
 """The sampling stage against vLLM by itself: generated tokens per second on the same prompts, once warm.
 
-    python -m benchmarks.sampling [--questions N] [--batch-size B] [--repeats R]
+    python -m benchmarks.sampling [--questions N] [--batch-size B] [--cpus C] [--repeats R]
 
 Raw: one process gives vLLM all prompts at once. Stage: Ray Data and one engine actor, in batches that are written as
-they finish. Either is timed from the end of the first batch on, with sampling settings and engine arguments alike.
+they finish. Either is timed from the end of the first batch on, with sampling settings and engine arguments alike, and
+with as many threads: Ray gives an actor ``engine.cpus`` of them, a process by itself would take all there are.
 """
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -66,21 +68,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sizes = [f"data.train_questions={options.questions}", f"sampling.batch_size={options.batch_size}"]
-        config = load(ROOT / "configs" / "quickstart.yaml", [f"output={folder}", "engine.type=vllm", *sizes])
+        engine = ["engine.type=vllm", f"engine.cpus={options.cpus}"]
+        config = load(ROOT / "configs" / "quickstart.yaml", [f"output={folder}", *engine, *sizes])
         prompts = [row["prompt"] for row in load_data(Run(config), "train").rows()]
         context = multiprocessing.get_context("spawn")
         speeds: dict[str, list[float]] = {"raw": [], "stage": []}
         for repeat in range(options.repeats):
             results = context.Queue()
             process = context.Process(target=raw, args=(config, prompts, results))
+            os.environ["OMP_NUM_THREADS"] = str(options.cpus)
             process.start()
+            del os.environ["OMP_NUM_THREADS"]
             speeds["raw"].append(results.get())
             process.join()
-            ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+            ray.init(address="local", num_cpus=options.cpus + 1, include_dashboard=False, log_to_driver=False)
             ray.data.DataContext.get_current().enable_progress_bars = False
             speeds["stage"].append(staged(config, f"repeat{repeat}"))
             ray.shutdown()
