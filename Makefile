@@ -10,7 +10,7 @@ setup: .venv/installed ## Create .venv with the pinned packages
 .venv/installed: requirements/cpu.txt requirements/gpu.txt requirements/uv-version pyproject.toml scripts/setup.sh
 	@scripts/setup.sh
 
-quickstart: setup ## Run the whole job on the embedded task; six to eight minutes on two cores
+quickstart: setup ## Run the whole job on the embedded task; five to six minutes on two cores
 	@$(PY) pipelines/full.py --config configs/quickstart.yaml
 
 test: setup ## Run the tests
