@@ -231,6 +231,7 @@ def test_population_based_training_takes_over_states(referenced, tmp_path):
         "sweep.searcher={type: random}",
         "sweep.scheduler={type: pbt, quantile: 0.5}",
         "sweep.samples=3",
+        "sweep.score_at=[0.25, 0.5, 0.75, 1.0]",  # whether one has a state to go on from when another falls is chance
         "sweep.objectives=[delta_logp_rejected]",
     ]
     run = finish(start(tmp_path, referenced, "4", *overrides), tmp_path)
