@@ -52,13 +52,13 @@ class Held:
         self.before = self._resident()
 
     def now(self) -> int:
-        """Bytes; models are in reference cycles, and let go of before."""
-        gc.collect()
-        torch.cuda.empty_cache()
+        """Bytes."""
         return max(0, self._resident() - self.before)
 
     @staticmethod
     def _resident() -> int:
+        gc.collect()  # models are in reference cycles
+        torch.cuda.empty_cache()
         return psutil.Process().memory_info().rss
 
 
