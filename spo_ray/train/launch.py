@@ -124,7 +124,7 @@ def _train(
         jobs.append(Job(run.config, str(start.model.path), start.rows, str(stage.scratch), key, method, held_out))
     closed = {}
     try:
-        if all(job.finished for job in jobs):
+        if all(job.finished for job in jobs):  # an earlier driver ended before it could
             _forget(run, group)
         else:
             fit(run, jobs, [stage.name for stage in stages], group)
@@ -139,7 +139,7 @@ def _train(
 
 
 def _forget(run: Run, group: str) -> None:
-    """Delete what Ray Train has kept of a group that is finished: its driver ended before it could."""
+    """Delete what Ray Train has kept of a group that is finished, if it is still there."""
     filesystem, folder = FileSystem.from_uri(_storage(run))
     if filesystem.get_file_info(f"{folder}/{group}").type == FileType.Directory:
         filesystem.delete_dir(f"{folder}/{group}")
@@ -186,10 +186,10 @@ def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: 
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs, "from_files": from_files}, **options)
     try:
         with Follower(jobs, names, Trackers(run)):
-            result = trainer.fit()
+            trainer.fit()
     except TrainingFailedError as error:
         raise _explain(error, run.config) from error
-    result.filesystem.delete_dir(result.path)
+    _forget(run, group)
 
 
 def _say_plan(jobs: list[Job], names: list[str], device: Device) -> None:

@@ -55,8 +55,8 @@ def test_sft_has_no_best_checkpoint(in_root, referenced, tmp_path):
 
 
 def test_what_an_earlier_job_took_is_there_for_the_next():
-    held, size = Held(), 2**28
+    held, size = Held(), 2**29
     taken = torch.ones(size // 4)
-    assert held.now() >= 0.7 * size  # other memory of this process may be given back meanwhile
+    assert held.now() >= 0.9 * size
     del taken
-    assert held.now() < 0.3 * size
+    assert held.now() < 0.1 * size
