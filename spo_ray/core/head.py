@@ -77,10 +77,14 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
+def base_of(model: Any) -> Any:
+    """The Hugging Face model in PEFT's wrapper, or the model itself where there is none."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
 def call(model: nn.Module, **inputs: Any) -> Any:
     """Call a model with those of the inputs that it takes."""
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    base = unwrap() if callable(unwrap) else model
-    names = inspect.signature(base.forward).parameters
+    names = inspect.signature(base_of(model).forward).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in names.values())
     return model(**{key: value for key, value in inputs.items() if free or key in names})

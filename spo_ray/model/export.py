@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import AutoTokenizer
 
+from spo_ray.core.head import base_of
 from spo_ray.errors import UserError
 from spo_ray.model.load import PHI, THETA, load_model
 from spo_ray.model.tokenise import ChatTokenizer
@@ -58,7 +59,7 @@ def export(
         ValueError: there is no phi to save apart.
     """
     whole: Any = model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    base = base_of(whole)
     adapters = list(getattr(whole, "peft_config", {}))
     if backbone_and_adapter and PHI not in adapters:
         raise ValueError("the model has no adapter phi to save apart from its backbone")

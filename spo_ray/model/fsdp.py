@@ -24,6 +24,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from spo_ray.core.head import base_of
+
 
 def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, cpu_offload: bool = False) -> None:
     """Shard a Hugging Face model, with or without adapters, in place.
@@ -60,7 +62,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ValueError: the model has no decoder with ``layers``.
     """
     whole: Any = model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    base = base_of(whole)
     layers = getattr(base.get_decoder(), "layers", None) if hasattr(base, "get_decoder") else None
     if layers is None:
         raise ValueError(f"{type(base).__name__} has no decoder layers to shard: set train.sharding=none")

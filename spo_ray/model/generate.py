@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from spo_ray.core.head import base_of
 from spo_ray.model.tokenise import ChatTokenizer
 
 
@@ -35,7 +36,7 @@ def _own_settings_alone(model: Any) -> Generator[None]:
 
     They are back afterwards, for the export.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     settings, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield

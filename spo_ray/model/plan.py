@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from spo_ray.config import Config, ModelConfig, SecondAdapter, WholeBackbone
+from spo_ray.core.head import base_of
 from spo_ray.core.logps import LOGITS_PER_CHUNK
 from spo_ray.core.passes import tokens_per_backward
 from spo_ray.errors import UserError
@@ -160,7 +161,7 @@ def _shape(architecture: str, model: str, with_phi: bool) -> _Shape:
     layers = [_count(block) for block in blocks]
     norms = sum("Norm" in type(module).__name__ for module in blocks[0].modules()) or 2
     root = [size - sum(inside) for size, inside in zip(whole, zip(*layers, strict=True), strict=True)]
-    head = (policy.get_base_model() if hasattr(policy, "get_base_model") else policy).get_output_embeddings().weight
+    head = base_of(policy).get_output_embeddings().weight
     linear = [module.weight for module in policy.modules() if isinstance(module, nn.Linear)]
     matrices = sum(weight.numel() for weight in linear if weight.requires_grad and weight is not head)
     tensors = [(len(p), prod(p.shape[1:])) for p in named.values() if p.requires_grad]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from spo_ray.core.gradients import Sink, pull
+from spo_ray.core.head import base_of
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
 from spo_ray.core.passes import tokens_per_backward
@@ -228,9 +229,7 @@ def load_policy(job: Job, rank: Rank, *, with_phi: bool) -> nn.Module:
 def recompute(model: nn.Module, config: TrainConfig) -> None:
     """Switch on gradient checkpointing where it is configured."""
     if config.gradient_checkpointing:
-        unwrap = getattr(model, "get_base_model", None)  # PEFT's
-        base: Any = unwrap() if callable(unwrap) else model
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
