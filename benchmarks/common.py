@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from spo_ray import rows as schemas
 from spo_ray.model.collate import collate_pairs
-from spo_ray.run import write_rows
+from spo_ray.runtime import schema as schemas
+from spo_ray.runtime.artifact import write_rows
 
 DATA = Path(os.environ.get("SPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PROMPT = "Question: {question}\nAnswer:\n"
@@ -112,7 +112,7 @@ def random_inputs(folder: Path, count: int) -> None:
 
     Chosen completions are the longer ones, so that their gradient is, and the hinge is active.
     """
-    from spo_ray.train.scorer import Scorer  # and with it Ray
+    from spo_ray.train.reference import Scorer
 
     torch.manual_seed(0)
     base = Path(__file__).parents[1] / "assets" / "toy_base"

@@ -17,10 +17,12 @@ import psutil
 import ray
 import ray.data
 
-from spo_ray import rows
-from spo_ray.config import load
-from spo_ray.data.stages import ROWS_PER_SHARD, pair_samples, score
-from spo_ray.run import Artifact, Run, write_rows
+from spo_ray.config.load import load
+from spo_ray.data.grade import ROWS_PER_SHARD, score
+from spo_ray.data.pairs import pair_samples
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, write_rows
+from spo_ray.runtime.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES, SENTENCE = 8, "She adds {} and {} with great care and finds that it is some number. "
@@ -46,7 +48,7 @@ def synthetic(folder: Path, count: int) -> Artifact:
                 | {"responses": [gold], "response_sources": ["gold"], "samples": texts}
                 | {"sample_logps": [-1.0] * SAMPLES, "sample_tokens": [60] * SAMPLES, "finished": [True] * SAMPLES}
             )
-        write_rows(folder / f"part-{start:07d}.parquet", table, rows.Samples)
+        write_rows(folder / f"part-{start:07d}.parquet", table, schema.Samples)
     return Artifact(folder, f"synthetic {count}")
 
 

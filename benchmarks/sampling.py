@@ -20,18 +20,20 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from spo_ray.config import Config, load
+from spo_ray.config.load import load
+from spo_ray.config.schema import Config
 from spo_ray.data.sample import Source, row_seed, sample
 from spo_ray.data.sources import load_data
-from spo_ray.run import Run, external
+from spo_ray.runtime.artifact import external
+from spo_ray.runtime.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def raw(config: Config, prompts: list[str], results: Any) -> None:
     """Tokens per second of one call for all prompts but the first batch, which warms up."""
-    from spo_ray.data.engines import VllmEngine
-    from spo_ray.model.tokenise import ChatTokenizer
+    from spo_ray.model.engines import VllmEngine
+    from spo_ray.model.tokenizer import ChatTokenizer
 
     chat = ChatTokenizer.load(config.model.path)
     engine = VllmEngine(config.model.path, config.engine, chat)

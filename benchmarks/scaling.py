@@ -30,17 +30,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.common import random_inputs, rate_of_all
-from spo_ray.cluster import connect
-from spo_ray.config import load
+from spo_ray.config.load import load
 from spo_ray.model.fsdp import decoder_layers
 from spo_ray.model.load import build_policy
-from spo_ray.run import Run, external
+from spo_ray.runtime.artifact import external
+from spo_ray.runtime.cluster import connect
+from spo_ray.runtime.run import Run
 from spo_ray.train import launch, worker
-from spo_ray.train.feed import Table
-from spo_ray.train.job import Job, train_loop
+from spo_ray.train.checkpointer import NoSnapshots, Snapshots
+from spo_ray.train.data_loader import Table
+from spo_ray.train.distributed import Rank
+from spo_ray.train.entry import train_loop
 from spo_ray.train.loop import StepLog
-from spo_ray.train.rank import Rank
-from spo_ray.train.snapshots import NoSnapshots, Snapshots
+from spo_ray.train.spec import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, EPOCH = 8, 5

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from benchmarks import common
+from spo_ray.config.train import GroupConfig
 from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
-from spo_ray.model.optim import Group, make_optimizer
-from spo_ray.train_config import GroupConfig
+from spo_ray.model.optimizer import Group, make_optimizer
 
 os.environ["TQDM_DISABLE"] = "1"
 warnings.filterwarnings("ignore")

@@ -18,16 +18,16 @@ import torch
 
 from benchmarks import common
 from benchmarks.step_cost import BETA, ETA, PAIRS, make_policy
+from spo_ray.config.train import PreferenceConfig, TrainConfig
 from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
-from spo_ray.model.optim import Group, make_optimizer
-from spo_ray.model.tokenise import ChatTokenizer
-from spo_ray.train.feed import Table
+from spo_ray.model.optimizer import Group, make_optimizer
+from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.train.callbacks import StepWatch, text_health
+from spo_ray.train.data_loader import Table
+from spo_ray.train.distributed import Rank
+from spo_ray.train.logp_eval import Measure
 from spo_ray.train.loop import StepLog, clip, take_step
-from spo_ray.train.measure import Measure
-from spo_ray.train.rank import Rank
-from spo_ray.train.watch import StepWatch, text_health
-from spo_ray.train_config import PreferenceConfig, TrainConfig
 
 KINDS: dict[str, dict[str, Any]] = {
     "DPO": {"lambda_sft": 0.0, "gamma": 0.0, "inner_steps": 0},

@@ -13,7 +13,7 @@ The module is imported on every node: run from the repository's root, or put its
 
 import re
 
-from spo_ray.verifiers import Grade
+from spo_ray.data.verifiers import Grade
 
 SAID = re.compile(r"answer\s*(?:is|:)\s*\(?([A-E])\b", re.IGNORECASE)
 ALONE = re.compile(r"\b([A-E])\b")

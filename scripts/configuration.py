@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from spo_ray.config import Config
-from spo_ray.section import Section
+from spo_ray.config.base import Section
+from spo_ray.config.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Every field of the configuration

@@ -66,3 +66,10 @@ def choice(text, logprobs=None, index=0, finish="stop"):
     message = {"role": "assistant", "content": text}
     content = None if logprobs is None else {"content": logprobs}
     return {"index": index, "finish_reason": finish, "message": message, "logprobs": content}
+
+
+def answers_of(source, key=None):
+    """Answers of the endpoint that a source names."""
+    from spo_ray.model.endpoint import EndpointAnswers
+
+    return EndpointAnswers(key, str(source.model.path), source.engine, source.sampling)

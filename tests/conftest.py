@@ -18,7 +18,7 @@ def toy_base() -> Path:
 
 @pytest.fixture(scope="session")
 def chat(toy_base):
-    from spo_ray.model.tokenise import ChatTokenizer
+    from spo_ray.model.tokenizer import ChatTokenizer
 
     return ChatTokenizer.load(toy_base)
 

@@ -1,6 +1,6 @@
 """Small configurations for tests that run the real thing."""
 
-from spo_ray.config import load
+from spo_ray.config.load import load
 
 SMALL = [
     "data.train_questions=48",

@@ -16,8 +16,8 @@ import ray.autoscaler
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from spo_ray.cluster import check_plan
-from spo_ray.config import load
+from spo_ray.config.load import load
+from spo_ray.runtime.cluster import check_plan
 
 from .conftest import ROOT
 
@@ -137,7 +137,7 @@ def test_kuberay_takes_the_job():
 
 
 def test_the_jobs_command_is_one_that_runs_and_fits_its_cluster(in_root):
-    from spo_ray.cluster import check_plan
+    from spo_ray.runtime.cluster import check_plan
 
     program, command, option, path, *overrides = read("deploy/rayjob.yaml")["spec"]["entrypoint"].split()
     assert (program, command, option) == ("spo-ray", "run", "--config")

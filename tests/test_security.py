@@ -8,8 +8,8 @@ import pytest
 
 from spo_ray.errors import UserError
 from spo_ray.model.load import load_model
-from spo_ray.model.tokenise import ChatTokenizer
-from spo_ray.preflight import preflight
+from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.pipeline.checks import preflight
 
 from .conftest import ROOT
 from .helpers import small_config
@@ -85,7 +85,7 @@ def test_no_name_leads_out_of_the_runs_folder(in_root, tmp_path, override):
 
 def test_a_manifest_leads_nowhere(in_root, tmp_path):
     """Stages are found by their names: paths in a manifest are not followed, another digest is not trusted."""
-    from spo_ray.run import Run
+    from spo_ray.runtime.run import Run
 
     run = Run(small_config(tmp_path / "runs"))
     outside = tmp_path / "outside"

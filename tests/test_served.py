@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from spo_ray.data.endpoint import EndpointAnswers
+from spo_ray.config.data import EndpointConfig, SamplingConfig
 from spo_ray.data.sample import Source
-from spo_ray.data_config import EndpointConfig, SamplingConfig
 from spo_ray.model.load import load_model
-from spo_ray.run import Artifact
+from spo_ray.runtime.artifact import Artifact
 
-from .data.test_engines import trainer_logps
+from .chat_server import answers_of
 from .evaluate.test_judge import annotator, judged
+from .model.test_engines import trainer_logps
 
 pytestmark = [
     pytest.mark.slow,
@@ -64,7 +64,7 @@ def test_a_served_teachers_samples_have_the_models_log_probabilities(server, cha
         EndpointConfig(type="endpoint", url=server),
         SamplingConfig(samples=4, temperature=0.7, max_tokens=64),
     )
-    (found,), (again,) = (EndpointAnswers(None, source)([(QUESTION, 7)]) for _ in range(2))
+    (found,), (again,) = (answers_of(source)([(QUESTION, 7)]) for _ in range(2))
     assert [c.text for c in found.completions] == [c.text for c in again.completions]
     done = [c for c in found.completions if c.finished]
     assert done

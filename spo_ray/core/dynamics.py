@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_ray.core.running import AllReduce, alone
+from spo_ray.core.running_statistics import AllReduce, alone
 from spo_ray.core.sharded import local, total
 
 MAX_SEQUENCES = 100_000

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from spo_ray.core.head import Head, call, find_head
+from spo_ray.core.lm_head import Head, call, find_head
 from spo_ray.core.sharded import inside
 
 IGNORE = -100
@@ -27,7 +27,7 @@ def token_logps(
     """Log-probability of every completion token under a causal language model.
 
     Logits are computed at completion tokens only, ``chunk_tokens`` at a time, from the decoder's hidden states and the
-    output embedding; for models that can't be taken apart (:func:`spo_ray.core.head.find_head`) through
+    output embedding; for models that can't be taken apart (:func:`spo_ray.core.lm_head.find_head`) through
     ``logits_to_keep``, or ``logits``.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_ray.core.running import AllReduce, RunningStatistics, alone
+from spo_ray.core.running_statistics import AllReduce, RunningStatistics, alone
 
 Metrics = dict[str, float]
 Loss = Callable[..., tuple[Tensor, Metrics]]
@@ -131,8 +131,8 @@ def alpha_dpo(
     ``z0 = beta * (u_w / n_w - u_l / n_l)`` and g the same without beta, less the reference's; Wu et al., arXiv
     2410.10148. The public trainer has alpha inside beta: alpha here is beta * alpha there. The z-score is over
     ``statistics``, which take in every step's g before they are used (None: over this batch alone).
-    With :class:`spo_ray.core.running.ReferenceStatistics` it is the public trainer's loss, and NaN where policy equals
-    reference.
+    With :class:`spo_ray.core.running_statistics.ReferenceStatistics` it is the public trainer's loss, and NaN where
+    policy equals reference.
     """
     rewards_w, rewards_l = beta * chosen_logps / chosen_lengths, beta * rejected_logps / rejected_lengths
     with torch.no_grad():
@@ -214,7 +214,6 @@ LOSSES: dict[str, Loss] = {
     loss.__name__: loss for loss in (dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, nll, dpo_nll)
 }
 """Losses by name. A new loss is a new function and its name here."""
-
 BATCHWISE = frozenset({alpha_dpo})
 """Losses that are no means of losses of single pairs: they need the log-probabilities of a whole batch at once."""
 

@@ -8,7 +8,7 @@ that dense gradients (of the embedding above all) are formed once. Of use where 
 import torch
 from torch import Tensor, nn
 
-from spo_ray.core.head import Head, call
+from spo_ray.core.lm_head import Head, call
 from spo_ray.core.logps import IGNORE, chunked_logps
 
 Rows = tuple[Tensor, Tensor]

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spo_ray.core.batch_gradients import Passes, Side, Sums, Tally
 from spo_ray.core.dynamics import GradientTerms
 from spo_ray.core.gradients import Gradients, add, deterministic, full_precision, moved, norm
 from spo_ray.core.losses import Metrics, SftReduction, bind
-from spo_ray.core.passes import Passes, Side, Sums, Tally
-from spo_ray.core.running import AllReduce, alone
+from spo_ray.core.running_statistics import AllReduce, alone
 
 INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 5e-5}
 CENTRAL_INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-4, torch.float16: 1e-4}

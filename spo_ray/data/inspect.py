@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from spo_ray.config import Config
-from spo_ray.data.formats import preference
+from spo_ray.config.data import PreferenceData
+from spo_ray.config.schema import Config
+from spo_ray.data.preference_formats import preference
 from spo_ray.data.read import raw_rows
 from spo_ray.data.sources import PAIR
-from spo_ray.data.tokens import tokenise_row
-from spo_ray.data_config import PreferenceData
+from spo_ray.data.tokenize import tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
-from spo_ray.model.tokenise import ChatTokenizer
+from spo_ray.model.tokenizer import ChatTokenizer
 
 SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
 COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}

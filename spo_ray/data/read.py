@@ -8,12 +8,11 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo_ray.data_config import FileData
+from spo_ray.config.data import FileData
 from spo_ray.errors import UserError
-from spo_ray.run import Artifact, external
+from spo_ray.runtime.artifact import READERS, Artifact, external, on_hub
 
 ROWS_PER_BATCH = 1000
-READERS = (".jsonl", ".parquet")
 NOT_UTF8 = "not UTF-8, which JSON is written in"
 
 
@@ -57,13 +56,6 @@ def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
         for raw in _jsonl(file) if file.suffix == ".jsonl" else _parquet(file):
             after = start + raw.number + 1
             yield raw._replace(number=start + raw.number, excerpt=f"{file.name}:{raw.number + 1}: {raw.excerpt}")
-
-
-def on_hub(path: Path) -> bool:
-    """Whether ``organisation/name`` can be meant: nothing of that name is here, and it is no data file's."""
-    if path.suffix in READERS or path.is_absolute():
-        return False
-    return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
 
 
 def _files(path: Path, split: str) -> list[Path]:

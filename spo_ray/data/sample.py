@@ -1,21 +1,21 @@
 """Sampling models: Ray Data over a pool of engines, or over requests to an endpoint."""
 
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo_ray import rows
-from spo_ray.cluster import engine_gpus
-from spo_ray.config import Config
-from spo_ray.data.completion import Answers
-from spo_ray.data_config import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
+from spo_ray.config.data import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
+from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.run import Artifact, Ledger, Run, external, require_rows
-from spo_ray.shards import Mapped, Mapper, Pool, Row, map_shards
+from spo_ray.model.completion import Answers, choose
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, external, require_rows
+from spo_ray.runtime.cluster import engine_gpus
+from spo_ray.runtime.map_rows import Mapped, Mapper, Pool, Row, map_shards
+from spo_ray.runtime.run import Run
 
 Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Answers | str]]
 """(prompt, seed) of some questions to their answers, or to the reason why there are none."""
@@ -57,10 +57,10 @@ class Source(NamedTuple):
 
 
 def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact:
-    """Sample ``sampling.samples`` responses to every question (:class:`rows.Samples`).
+    """Sample ``sampling.samples`` responses to every question (:class:`schema.Samples`).
 
-    ``questions`` holds :class:`rows.Prompt` or :class:`rows.SftQuestion`. Each question has a seed of its own, made of
-    the run's seed, the stage and the question's id, so a retried batch gives the same samples.
+    ``questions`` holds :class:`schema.Prompt` or :class:`schema.SftQuestion`. Each question has a seed of its own, made
+    of the run's seed, the stage and the question's id, so a retried batch gives the same samples.
     """
     kind = source.identity["engine"]
 
@@ -75,7 +75,7 @@ def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact
             out,
             ledger,
             mapper=mapper,
-            kind=rows.Samples,
+            kind=schema.Samples,
             batch_size=source.sampling.batch_size,
             pool=pool,
         )
@@ -97,28 +97,9 @@ def _count_refusals(name: str, out: Path, ledger: Ledger) -> None:
         raise UserError(f"{name}: the teacher answered none of {asked} questions: {reasons[0]}")
 
 
-def choose(config: EngineConfig) -> tuple[str, str]:
-    """(engine, why).
-
-    Raises:
-        UserError: vLLM is asked for and not installed.
-    """
-    installed = importlib.util.find_spec("vllm") is not None
-    if config.type == "vllm" and not installed:
-        raise UserError("engine.type=vllm, but vLLM is not installed: make setup, or engine.type=transformers")
-    if config.type != "auto":
-        return config.type, "as configured"
-    return ("vllm", "installed") if installed else ("transformers", "vLLM is not installed; expect it to be slow")
-
-
 def row_seed(*parts: object) -> int:
     """A 31-bit seed from anything printable."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
-
-
-def fits(prompt_ids: list[int], config: EngineConfig, answer: int = 1) -> bool:
-    """Whether an engine can take a prompt with an answer of so many tokens, and score both."""
-    return len(prompt_ids) + answer < config.max_model_len
 
 
 def _answering(source: Source, seed: str) -> tuple[Any, Pool]:
@@ -130,7 +111,7 @@ def _answering(source: Source, seed: str) -> tuple[Any, Pool]:
 
 
 def _open(kind: str, source: Source, seed: str) -> Mapper:
-    from spo_ray.data.engines import LocalAnswers  # heavy: engines are imported where they run
+    from spo_ray.model.engines import LocalAnswers
 
     engine: Any = source.engine
     answers = LocalAnswers(kind, str(source.model.path), engine, source.chat_template)
@@ -140,9 +121,11 @@ def _open(kind: str, source: Source, seed: str) -> Mapper:
 
 
 def _connect(key: str | None, source: Source, seed: str) -> Mapper:
-    from spo_ray.data.endpoint import EndpointAnswers
+    from spo_ray.model.endpoint import EndpointAnswers
 
-    return _Sampler(EndpointAnswers(key, source), source, seed)
+    config: Any = source.engine
+    answers = EndpointAnswers(key, str(source.model.path), config, source.sampling)
+    return _Sampler(answers, source, seed)
 
 
 class _Sampler:
@@ -161,7 +144,7 @@ class _Sampler:
         asked = [(row["prompt"], seed) for row, seed in zip(carried, seeds, strict=True) if seed is not None]
         answers = iter(self.answer(asked) if asked else [])
         kept: list[Row] = []
-        rejected: list[rows.Rejected] = []
+        rejected: list[schema.Rejected] = []
         for row, seed in zip(carried, seeds, strict=True):
             found = next(answers) if seed is not None else Answers([], [])
             refused = found if isinstance(found, str) and enough is not None else None

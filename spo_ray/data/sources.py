@@ -8,15 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from spo_ray import rows
-from spo_ray.data.clean import Contamination
-from spo_ray.data.formats import preference, text_defect
+from spo_ray.config.data import FileData, PreferenceData, QuestionFields, ToyData
+from spo_ray.data.filter import Contamination
+from spo_ray.data.preference_formats import preference, text_defect
 from spo_ray.data.read import inputs, raw_rows
 from spo_ray.data.toy import problems
-from spo_ray.data_config import FileData, PreferenceData, QuestionFields, ToyData
+from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.errors import RowRejectedError, UserError
-from spo_ray.run import Artifact, Ledger, Run, require_rows, write_rows
-from spo_ray.verifiers import load_verifier, verifier_identity, verifier_of
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, require_rows, write_rows
+from spo_ray.runtime.run import Run
 
 Split = Literal["train", "test"]
 PAIR = "pair"
@@ -26,7 +27,7 @@ Keep = Callable[[Iterable[Any]], list[Any]]
 
 
 def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifact:
-    """The questions (:class:`rows.Prompt`) or pairs (:class:`rows.Pair`) of one split.
+    """The questions (:class:`schema.Prompt`) or pairs (:class:`schema.Pair`) of one split.
 
     With ``data.contamination_words``, rows whose prompts come up in ``against`` are quarantined.
 
@@ -64,16 +65,16 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     return run.stage(f"data_{split}", build, config=settings, inputs=sources)
 
 
-def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Prompt]:
+def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[schema.Prompt]:
     """Training problems change with the seed; the held-out ones never do, so that runs can be compared."""
     count = data.train_questions if split == "train" else data.test_questions
     for i, problem in enumerate(islice(problems(split, seed if split == "train" else 0), count)):
         yield {"id": f"{split}-{i:06d}", "prompt": problem.question, "gold": problem.solution}
 
 
-def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Prompt]:
+def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[schema.Prompt]:
     verifier = load_verifier(verifier_of(data))
-    found: list[rows.Prompt] = []
+    found: list[schema.Prompt] = []
     bare: list[str] = []
     for row_id, row, excerpt in _rows(data, _file_split(data, split), split, ledger):
         question, answer = row.get(data.question_column), row.get(data.answer_column)
@@ -111,7 +112,7 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
     return reason if reason or answer is None else text_defect(answer, data.answer_column, may_be_empty=True)
 
 
-def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[rows.Pair]:
+def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[schema.Pair]:
     """One split may serve for both: a seeded shuffle holds out the first prompts with ``test_pairs`` pairs."""
     found: list[Any] = []
     for row_id, row, excerpt in _rows(data, _file_split(data, split), PAIR, ledger):
@@ -164,10 +165,10 @@ def _prompt(pair: Any) -> str:
 
 
 READERS: dict[str, tuple[Callable[..., Iterator[Any]], Any]] = {
-    "toy": (_toy, rows.Prompt),
-    "gsm8k": (_questions, rows.Prompt),
-    "questions": (_questions, rows.Prompt),
-    "preference": (_preference, rows.Pair),
+    "toy": (_toy, schema.Prompt),
+    "gsm8k": (_questions, schema.Prompt),
+    "questions": (_questions, schema.Prompt),
+    "preference": (_preference, schema.Pair),
 }
 
 

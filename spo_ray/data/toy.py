@@ -16,13 +16,10 @@ from typing import Literal
 
 Split = Literal["train", "test"]
 HELD_OUT_SHARE = 0.2
-
 PREVIOUS = -1
 """Operand that stands for the result of the step before."""
-
 Step = tuple[str, int, int]
 """(operator, left operand, right operand)."""
-
 NAMES = ("Ada", "Bo", "Cal", "Dee", "Eli", "Fay", "Gus", "Ida", "Jon", "Kim", "Lou", "Mae", "Ned", "Pam", "Ray", "Sue")
 ITEMS = ("apples", "beads", "cards", "disks", "forks", "kites", "lamps", "pens", "rings", "toys")
 CONTAINERS = ("bags", "boxes", "crates", "jars", "trays")

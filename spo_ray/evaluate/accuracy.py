@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from spo_ray import rows
-from spo_ray.core.stats import mean_std, pass_at_k, wilson
-from spo_ray.eval_config import EvalConfig
+from spo_ray.config.evaluate import EvalConfig
+from spo_ray.data.grade import pass_at_k
+from spo_ray.data.verifiers import Grade, load_verifier, verifier_identity, verifier_of
 from spo_ray.evaluate.actors import Pass
-from spo_ray.evaluate.compare import mean_interval
+from spo_ray.evaluate.statistics import mean_interval, mean_std, wilson
 from spo_ray.evaluate.suite import Bench, Estimate, Suite
-from spo_ray.run import Artifact, Ledger, write_rows
-from spo_ray.shards import Row
-from spo_ray.verifiers import Grade, load_verifier, verifier_identity, verifier_of
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.map_rows import Row
 
 WRONG = Grade(None, correct=False, strict=False)
 """What a question that the engine cannot take counts as."""
 
 
 def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
-    """Answer every question greedily and once per seed, and grade the answers (:class:`rows.EvalRow`)."""
+    """Answer every question greedily and once per seed, and grade the answers (:class:`schema.EvalRow`)."""
     config = bench.run.config
     settings = config.eval.model_dump(include={"seeds", "temperature", "max_tokens", "batch_size"})
     verifier = verifier_of(config.data)
@@ -42,7 +42,7 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
         ledger.read, ledger.kept = len(table), len(answers)
         reasons = [text for texts in found for text in texts if isinstance(text, str)]
         ledger.facts["unanswered_counted_wrong"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-        write_rows(out / "part-0.parquet", answers, rows.EvalRow)
+        write_rows(out / "part-0.parquet", answers, schema.EvalRow)
 
     identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
     inputs = {"model": checkpoint, "questions": bench.data}

@@ -12,13 +12,13 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from spo_ray.cluster import engine_gpus
-from spo_ray.data.completion import Answers, Likelihood
-from spo_ray.data.sample import choose, row_seed
-from spo_ray.data_config import EngineConfig
+from spo_ray.config.data import EngineConfig
+from spo_ray.config.evaluate import AnnotatorConfig
+from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
-from spo_ray.eval_config import AnnotatorConfig
-from spo_ray.run import versions
+from spo_ray.model.completion import Answers, Likelihood, choose
+from spo_ray.runtime.artifact import versions
+from spo_ray.runtime.cluster import engine_gpus
 
 RESTARTS = 3
 """Of a process that died; its call is made again."""
@@ -64,7 +64,7 @@ class Evaluator:
         return [likelihood for part in parts for likelihood in engine.score(part)]
 
     def describe(self, path: str) -> dict[str, str]:
-        """Tokenizer, chat template and engine, for :class:`spo_ray.rows.Provenance`."""
+        """Tokenizer, chat template and engine, for :class:`spo_ray.runtime.schema.Provenance`."""
         tokenizer = self._open(path).chat.tokenizer
         vocabulary = repr(sorted(tokenizer.get_vocab().items()))
         packages = versions()
@@ -76,8 +76,8 @@ class Evaluator:
         }
 
     def harness(self, path: str, task: str, settings: Any, seed: int) -> dict[str, Any]:
-        """A task of lm-evaluation-harness; see :mod:`spo_ray.evaluate.harness`."""
-        from spo_ray.evaluate.harness import run_task
+        """A task of lm-evaluation-harness; see :mod:`spo_ray.evaluate.lm_eval`."""
+        from spo_ray.evaluate.lm_eval_model import run_task
 
         return run_task(self._open(path), task, settings, seed)
 
@@ -88,7 +88,7 @@ class Evaluator:
         return local_replies(self._open(path), requests, annotator)
 
     def _open(self, path: str) -> Any:
-        from spo_ray.data.engines import LocalAnswers  # heavy: engines are imported where they run
+        from spo_ray.model.engines import LocalAnswers
         from spo_ray.model.export import is_adapter, merge_adapter
 
         if self.path != path:

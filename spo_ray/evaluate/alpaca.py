@@ -8,19 +8,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from spo_ray import rows
-from spo_ray.data.read import on_hub
+from spo_ray.config.data import EngineConfig
+from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig, EvalConfig
 from spo_ray.data.sample import row_seed
-from spo_ray.data_config import EngineConfig
 from spo_ray.errors import UserError
-from spo_ray.eval_config import AlpacaConfig, AnnotatorConfig, EvalConfig
 from spo_ray.evaluate.actors import Actors, Pass
-from spo_ray.evaluate.compare import mean_interval
 from spo_ray.evaluate.judge import Cache, Reply, Turns, ask_endpoint, fill, identity, read_reply, read_template
+from spo_ray.evaluate.statistics import mean_interval
 from spo_ray.evaluate.suite import Bench, Estimate, Results, Suite
 from spo_ray.evaluate.win_rates import win_rates
-from spo_ray.run import Artifact, Ledger, Run, external, require_rows, say, write_json, write_rows
-from spo_ray.shards import Row
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, external, on_hub, require_rows, write_json, write_rows
+from spo_ray.runtime.map_rows import Row
+from spo_ray.runtime.run import Run, say
 
 ANNOTATIONS = "annotations.json"
 HUB_FILE = "alpaca_eval_gpt4_baseline.json"
@@ -30,7 +30,7 @@ JUDGED_AT_ONCE = 64
 
 
 def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
-    """Answer the instructions (:class:`rows.Output`)."""
+    """Answer the instructions (:class:`schema.Output`)."""
     config = _config(bench)
     settings = config.model_dump(include={"limit", "temperature", "max_tokens"})
     settings["batch_size"] = bench.run.config.eval.batch_size
@@ -51,14 +51,14 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
                 kept.append(row | {"checkpoint": name, "output": text.text.strip(), "finished": text.finished})
         ledger.read, ledger.kept = len(table), len(kept)
         require_rows(len(kept), f"instructions for alpaca_{name} that the engine can take", ledger)
-        write_rows(out / "part-0.parquet", kept, rows.Output)
+        write_rows(out / "part-0.parquet", kept, schema.Output)
 
     inputs = {"model": checkpoint, "instructions": external(config.instructions)}
     return bench.run.stage(f"alpaca_{name}", build, config={**bench.identity, **settings}, inputs=inputs)
 
 
 def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
-    """Every annotator's view of every checkpoint (:class:`rows.Judgement`, and AlpacaEval's annotations.json)."""
+    """Every annotator's view of every checkpoint (:class:`schema.Judgement`, and AlpacaEval's annotations.json)."""
     config = _config(bench)
     found: dict[str, list[Artifact]] = {name: [] for name in measured}
     failed: list[str] = []
@@ -153,7 +153,7 @@ def _judge(
     if len(unjudged) / len(judged) > _config(bench).max_unjudged:
         raise _too_many(bench.run, annotator, table[0]["checkpoint"], unjudged, len(judged))
     ledger.read, ledger.kept = len(judged), len(judged) - len(unjudged)
-    write_rows(out / "part-0.parquet", judged, rows.Judgement)
+    write_rows(out / "part-0.parquet", judged, schema.Judgement)
     write_json(out / ANNOTATIONS, [_record(row, j) for row, j in zip(table, judged, strict=True)])
 
 

@@ -1,30 +1,25 @@
 """Checkpoints through the configured suites: side by side, and beside training where there is room."""
 
-import hashlib
 import json
-import re
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spo_ray import rows
-from spo_ray.cluster import connect, room_beside
-from spo_ray.config import Config
-from spo_ray.data.read import on_hub
-from spo_ray.errors import UserError
-from spo_ray.eval_config import LM_EVAL
-from spo_ray.evaluate import accuracy, alpaca, harness, health
+from spo_ray.config.evaluate import LM_EVAL
+from spo_ray.evaluate import accuracy, alpaca, health, lm_eval
 from spo_ray.evaluate.accuracy import by_item
 from spo_ray.evaluate.actors import Actors
-from spo_ray.evaluate.compare import compare, in_words
+from spo_ray.evaluate.statistics import compare
 from spo_ray.evaluate.suite import Bench, Suite
 from spo_ray.evaluate.win_rates import effective
-from spo_ray.parallel import run_parallel
-from spo_ray.preflight import check_evaluation
-from spo_ray.run import Artifact, Ledger, Run, external, say, write_json, write_rows
-from spo_ray.shards import Row
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.cluster import room_beside
+from spo_ray.runtime.map_rows import Row
+from spo_ray.runtime.parallel import run_parallel
+from spo_ray.runtime.run import Run, say
 
 SUITES = {"accuracy": accuracy.SUITE, "health": health.SUITE, "alpaca_eval": alpaca.SUITE}
 
@@ -33,11 +28,11 @@ class Evaluation(NamedTuple):
     """What was measured."""
 
     scores: Artifact
-    """:class:`rows.Score`."""
+    """:class:`schema.Score`."""
     comparisons: Artifact
-    """:class:`rows.Comparison`."""
+    """:class:`schema.Comparison`."""
     answers: dict[str, Artifact]
-    """:class:`rows.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
+    """:class:`schema.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
 
 
 class Evaluations:
@@ -119,12 +114,12 @@ class Evaluations:
                 for suite in self.names:
                     table += self._scores(suite, name, concluded.get((suite, name), []))
             ledger.read = ledger.kept = len(table)
-            write_rows(out / "part-0.parquet", table, rows.Score)
+            write_rows(out / "part-0.parquet", table, schema.Score)
 
         def contrast(out: Path, ledger: Ledger) -> None:
             table = [row for metric, items in self._items(names, concluded).items() for row in compare(metric, items)]
             ledger.read = ledger.kept = len(table)
-            write_rows(out / "part-0.parquet", table, rows.Comparison)
+            write_rows(out / "part-0.parquet", table, schema.Comparison)
 
         scores = self.run.stage("scores", score, config=settings, inputs=inputs)
         comparisons = self.run.stage("comparisons", contrast, config={}, inputs=inputs)
@@ -158,45 +153,4 @@ class Evaluations:
 
 def suite_of(name: str) -> Suite:
     """A suite by its name in ``eval.suites``."""
-    return harness.suite(name.removeprefix(LM_EVAL)) if name.startswith(LM_EVAL) else SUITES[name]
-
-
-def evaluate_apart(config: Config, checkpoints: Mapping[str, str]) -> None:
-    """Measure checkpoints that were trained elsewhere, in a run of its own, and print their figures.
-
-    Args:
-        config: of the data, the engine and the suites.
-        checkpoints: folders or hub ids by name; a folder may hold a PEFT adapter. One named ``sft`` is what the others'
-            probabilities are compared with.
-
-    Raises:
-        UserError: a folder holds neither a model nor an adapter, or the data or the cluster can't be used.
-    """
-    from spo_ray.data.sources import load_data
-    from spo_ray.model.export import adapted, is_adapter
-
-    run = Run(config.model_copy(update={"name": f"{config.name}-evaluation"}))
-    artifacts = {}
-    for name, path in checkpoints.items():
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-            raise UserError(f"a checkpoint can't be called {name!r}: letters, digits, '.', '_' and '-' alone")
-        if not on_hub(Path(path)) and not is_adapter(path) and not (Path(path) / "config.json").is_file():
-            raise UserError(f"no model in {path} (neither config.json nor adapter_config.json there)")
-        artifacts[name] = external(path)
-        if is_adapter(path):
-            below = external(adapted(Path(path)))
-            digest = hashlib.sha256(f"{artifacts[name].digest} {below.digest}".encode()).hexdigest()
-            artifacts[name] = Artifact(artifacts[name].path, digest)
-    check_evaluation(config)
-    with run.locked():
-        data = load_data(run, "test")
-        connect(config, training=False)
-        with Evaluations(run, data) as evaluations:
-            found = evaluations.finish(artifacts)
-        table = found.scores.rows()
-        write_json(run.root / "scores.json", {"scores": table, "comparisons": found.comparisons.rows()})
-    for row in table:
-        interval = "" if row["low"] is None else f"  ({row['low']:.4g} to {row['high']:.4g})"
-        print(f"{row['checkpoint']:<12} {row['suite']}/{row['metric']:<28} {row['value']:.4g}{interval}")
-    for row in found.comparisons.rows():
-        print(f"{row['metric']}: {in_words(row)} (p {row['p_adjusted']:.2g})")
+    return lm_eval.suite(name.removeprefix(LM_EVAL)) if name.startswith(LM_EVAL) else SUITES[name]

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from spo_ray import rows
-from spo_ray.core.stats import wilson
-from spo_ray.core.text_health import distinct, longest_run, repetition, words
-from spo_ray.eval_config import EvalConfig
+from spo_ray.config.evaluate import EvalConfig
+from spo_ray.core.text_metrics import distinct, longest_run, repetition, words
 from spo_ray.evaluate.actors import Pass
-from spo_ray.evaluate.compare import mean_interval
+from spo_ray.evaluate.statistics import mean_interval, wilson
 from spo_ray.evaluate.suite import Bench, Estimate, Results, Suite
-from spo_ray.run import Artifact, Ledger, require_rows, write_rows
-from spo_ray.shards import Row
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, require_rows, write_rows
+from spo_ray.runtime.map_rows import Row
 
 SAMPLED = 0
 """Seed of the samples at temperature 1."""
@@ -23,7 +22,7 @@ UNCOMPARED = ("base", SFT)
 
 
 def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
-    """Answer prompts greedily and at temperature 1, and score the SFT model's own samples (:class:`rows.HealthRow`)."""
+    """Answer prompts greedily and at temperature 1, and score the SFT model's samples (:class:`schema.HealthRow`)."""
     config = bench.run.config
     settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | config.eval.health.model_dump()
 
@@ -48,7 +47,7 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
         ledger.read, ledger.kept = len(drawn), len(drawn) - len(ledger.rejected)
         require_rows(ledger.kept, f"prompts for health_{name} that the engine can take", ledger)
         kept += _likelihoods(bench, name, checkpoint) if bench.sft else []
-        write_rows(out / "part-0.parquet", kept, rows.HealthRow)
+        write_rows(out / "part-0.parquet", kept, schema.HealthRow)
 
     inputs = {"model": checkpoint, "questions": bench.data} | ({"sft": bench.sft} if bench.sft else {})
     return bench.run.stage(f"health_{name}", build, config={**bench.identity, **settings}, inputs=inputs)
@@ -63,7 +62,7 @@ def _likelihoods(bench: Bench, name: str, checkpoint: Artifact) -> list[Row]:
 
 
 def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
-    """What the SFT model says of the other checkpoints' samples (:class:`rows.ShiftRow`)."""
+    """What the SFT model says of the other checkpoints' samples (:class:`schema.ShiftRow`)."""
     judge = checkpoints.get(SFT)
     found: dict[str, list[Artifact]] = {}
     for name in checkpoints:
@@ -78,7 +77,7 @@ def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str,
                 for row, score in zip(own, scores, strict=True)
             ]
             ledger.read = ledger.kept = len(table)
-            write_rows(out / "part-0.parquet", table, rows.ShiftRow)
+            write_rows(out / "part-0.parquet", table, schema.ShiftRow)
 
         inputs = {"health": measured[name], "sft": judge}
         found[name] = [bench.run.stage(f"shift_{name}", build, config=bench.identity, inputs=inputs)]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import openai
 
-from spo_ray.data.endpoint import LOCKED_OUT, ChatClient, NonsenseError
+from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.errors import UserError
-from spo_ray.eval_config import AnnotatorConfig
-from spo_ray.run import Artifact
+from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, NonsenseError
+from spo_ray.runtime.artifact import Artifact
 
 FIELDS = ("instruction", "output_1", "output_2")
 TOP_LOGPROBS = 5
@@ -163,7 +163,7 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
 
 
 def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorConfig) -> list[Reply | str]:
-    """Replies of the model of an engine in this process (:class:`spo_ray.data.engines.LocalAnswers`), or reasons."""
+    """Replies of the model of an engine in this process (:class:`spo_ray.model.engines.LocalAnswers`), or reasons."""
     if annotator.verdict == "discrete" or annotator.max_tokens > 1:
         asked = [(turns, 0) for turns in requests]
         found = local(asked, n=1, temperature=annotator.temperature, max_tokens=annotator.max_tokens)

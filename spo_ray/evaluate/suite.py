@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from spo_ray.eval_config import EvalConfig
+from spo_ray.config.evaluate import EvalConfig
 from spo_ray.evaluate.actors import Actors, Call
-from spo_ray.run import Artifact, Run
+from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.run import Run
 
 
 class Estimate(NamedTuple):
-    """One figure, with its 95% interval where it has one; see :class:`spo_ray.rows.Score`."""
+    """One figure, with its 95% interval where it has one; see :class:`spo_ray.runtime.schema.Score`."""
 
     metric: str
     value: float
@@ -28,7 +29,7 @@ class Bench:
 
     run: Run
     data: Artifact
-    """Held-out questions (:class:`spo_ray.rows.Prompt`) or pairs (:class:`spo_ray.rows.Pair`)."""
+    """Held-out questions (:class:`spo_ray.runtime.schema.Prompt`) or pairs (:class:`spo_ray.runtime.schema.Pair`)."""
     actors: Actors
     call: Call
     sft: Artifact | None = None
@@ -42,7 +43,7 @@ class Bench:
         return {"engine": self.actors.kind, "chat_template": config.model.chat_template, **engine}
 
     def provenance(self, checkpoint: Artifact, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """For the manifest; :class:`spo_ray.rows.Provenance`."""
+        """For the manifest; :class:`spo_ray.runtime.schema.Provenance`."""
         described = self.call("describe", str(checkpoint.path))
         return {"provenance": {"model": checkpoint.digest, "sampling": dict(sampling), **described}}
 

@@ -34,7 +34,7 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
 
 
 def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Tokenised pair rows (:class:`spo_ray.rows.TokenisedPair`) to the batch that ``spo_gradients`` takes.
+    """Tokenised pair rows (:class:`spo_ray.runtime.schema.TokenisedPair`) to the batch that ``spo_gradients`` takes.
 
     Chosen and rejected are padded apart; reference log-probabilities are float64 [B], absent where the rows have none.
     """

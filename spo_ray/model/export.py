@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 from transformers import AutoTokenizer
 
-from spo_ray.core.head import base_of
+from spo_ray.core.lm_head import base_of
 from spo_ray.errors import UserError
 from spo_ray.model.load import PHI, THETA, load_model
-from spo_ray.model.tokenise import ChatTokenizer
+from spo_ray.model.tokenizer import ChatTokenizer
 
 PROBE = "spo_probe.json"
 BACKBONE, ADAPTER = "backbone", "adapter"

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from spo_ray.core.head import base_of
+from spo_ray.core.lm_head import base_of
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, cpu_offload: bool = False) -> None:

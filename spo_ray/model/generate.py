@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from spo_ray.core.head import base_of
-from spo_ray.model.tokenise import ChatTokenizer
+from spo_ray.core.lm_head import base_of
+from spo_ray.model.tokenizer import ChatTokenizer
 
 
 def generate(

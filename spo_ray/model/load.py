@@ -16,11 +16,12 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
-from spo_ray.config import LastLayers, ModelConfig, SecondAdapter, WholeBackbone
+from spo_ray.config.model import LastLayers, ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.errors import UserError
 from spo_ray.model.fsdp import decoder_layers
 
 logging.disable_progress_bar()
+
 
 PHI, THETA = "default", "theta"
 """PEFT's names of the adapters; theta's exists where theta is an adapter."""
@@ -34,7 +35,7 @@ def load_model(
     Args:
         path: the checkpoint.
         dtype: of the parameters.
-        attention: ``auto``, or an implementation of transformers, see :class:`spo_ray.config.ModelConfig`.
+        attention: ``auto``, or an implementation of transformers, see :class:`spo_ray.config.model.ModelConfig`.
         compute: type that passes compute in, where it is not ``dtype``.
 
     Raises:

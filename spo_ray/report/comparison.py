@@ -11,18 +11,18 @@ from urllib.parse import quote
 from spo_ray import __version__
 from spo_ray.errors import UserError
 from spo_ray.evaluate.accuracy import by_item
-from spo_ray.evaluate.compare import compare, holm
-from spo_ray.progress import place, say
+from spo_ray.evaluate.statistics import compare, holm
 from spo_ray.report import html
 from spo_ray.report.figures import overlaid_figure, spec
 from spo_ray.report.finished import Finished, labels, read, rewrite
 from spo_ray.report.scores import CHOSEN_CHANGE, comparisons, grid, linked, results, verdicts
 from spo_ray.report.summary import summarise, versions_of
-from spo_ray.reuse import NOTHING, leaves, shown
-from spo_ray.run import write_text
-from spo_ray.shards import Row
-from spo_ray.sweep.report import sensitivity_figures, values_in_words
-from spo_ray.sweep.sensitivity import importances
+from spo_ray.report.sweep import sensitivity_figures, values_in_words
+from spo_ray.report.sweep_figures import importances
+from spo_ray.runtime.artifact import write_text
+from spo_ray.runtime.console import place, say
+from spo_ray.runtime.map_rows import Row
+from spo_ray.runtime.run import NOTHING, leaves, shown
 from spo_ray.sweep.space import sweep_of, trial_config
 
 MEASURING = ("eval.seeds", "eval.temperature", "eval.max_tokens", "engine.", "data.verifier")

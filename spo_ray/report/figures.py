@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from spo_ray.run import STEP_LOG
+from spo_ray.runtime.artifact import STEP_LOG
 
 CHOSEN, REJECTED, OWN = "#1b9e57", "#d6449a", "#7a8ca5"
 EMA = 0.9
@@ -72,17 +72,6 @@ def health_figure(checkpoints: Mapping[str, Path]) -> Spec | None:
     found = _series(checkpoints, {sign: f"health/{sign}" for sign in signs})
     records = [record | {"method": record["series"], "series": record["method"]} for record in found]
     return _lines(records, signs, "", None, apart=True) if records else None
-
-
-def probe_figure(series: Mapping[str, Mapping[str, Any]], curves: Sequence[str], title: str) -> Spec:
-    """Curves of a probe, which measures at every step; one panel a method."""
-    records = [
-        {"method": method, "step": step, "series": name, "value": value}
-        for method, found in series.items()
-        for name in curves
-        for step, value in found[name]
-    ]
-    return _lines(records, list(series), title, dict(zip(curves, (CHOSEN, REJECTED, OWN), strict=False)))
 
 
 def overlaid_figure(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> Spec:

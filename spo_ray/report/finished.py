@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from spo_ray.config import Config
+from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation
-from spo_ray.report.page import write_report
-from spo_ray.run import MANIFEST, Artifact, Run
-from spo_ray.sweep.report import write_sweep_report
+from spo_ray.report.run_page import write_report
+from spo_ray.report.sweep import write_sweep_report
+from spo_ray.runtime.artifact import MANIFEST, Artifact
+from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import ROW, Ranked, Row, rank, rows_of
-from spo_ray.sweep.shared import run_for
+from spo_ray.sweep.space import run_for
 from spo_ray.sweep.trial import TRAINING
 
 CONFIG = "config.json"

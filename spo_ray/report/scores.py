@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from spo_ray.eval_config import LM_EVAL
-from spo_ray.evaluate.compare import LEVEL, in_words
-from spo_ray.evaluate.harness import RESULTS
+from spo_ray.config.evaluate import LM_EVAL
+from spo_ray.evaluate.lm_eval import RESULTS
+from spo_ray.evaluate.statistics import LEVEL, in_words
 from spo_ray.report import html
-from spo_ray.train.job import RESULT
+from spo_ray.train.spec import RESULT
 
 CHOSEN_CHANGE = "Δ log π chosen"
 REFERENCE = "sft"

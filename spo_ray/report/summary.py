@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spo_ray.core.stats import share
 from spo_ray.evaluate.accuracy import accuracies
 from spo_ray.evaluate.evaluations import Evaluation
-from spo_ray.run import MANIFEST, Artifact, Run
-from spo_ray.train.job import RESULT
+from spo_ray.evaluate.statistics import share
+from spo_ray.runtime.artifact import MANIFEST, Artifact
+from spo_ray.runtime.run import Run
+from spo_ray.train.spec import RESULT
 
 NO_CHANGE = {"delta_logp_chosen": None, "delta_logp_rejected": None}
 

@@ -1,6 +1,7 @@
 """What came of the trials: one row for each, the ranking, and which checkpoints stay."""
 
 import csv
+import io
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,15 +10,16 @@ from typing import Any, NamedTuple
 
 from ray.tune import Callback, ResultGrid
 from ray.tune.experiment import Trial
+from ruamel.yaml import YAML
 
+from spo_ray.config.sweep import SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
-from spo_ray.progress import say
-from spo_ray.run import STEP_LOG, Artifact, OpenStage, Run, write_json
-from spo_ray.sweep.space import Point, point_key, short_names, short_text, sweep_of, trial_count
+from spo_ray.runtime.artifact import STEP_LOG, Artifact, write_json
+from spo_ray.runtime.console import say
+from spo_ray.runtime.run import OpenStage, Run
+from spo_ray.sweep.space import Point, point_key, short_names, short_text, sweep_of, trial_config, trial_count
 from spo_ray.sweep.trial import FAILED, TRAINING, TRIAL, folder_name, scores
-from spo_ray.sweep_config import SweepConfig, mode_of, names_of
-from spo_ray.train.failures import FAILURES, failures_of
-from spo_ray.train.job import RESULT
+from spo_ray.train.spec import FAILURES, RESULT, failures_of
 
 ROW = "row.json"
 LOGS = (STEP_LOG, RESULT, FAILURES)
@@ -226,3 +228,24 @@ def write_csv(path: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
             found = [row["scores"].get(name, {}).get(part, "") for name, part in parts]
             values = [row["values"].get(key, "") for key in keys]
             writer.writerow([row["trial"], *values, *(row[key] for key in plain[1:]), *found])
+
+
+BEST = "best.yaml"
+
+
+def winner(run: Run, trials: Artifact) -> Ranked:
+    """The best point; see :func:`spo_ray.sweep.results.rank`."""
+    return rank(rows_of(trials), sweep_of(run.config))[0]
+
+
+def write_best(run: Run, best: Ranked) -> Path:
+    """Write ``best.yaml``: the run without the sweep, with the winner's values."""
+    config = trial_config(run.config, best.values, run.config.seed)
+    tree = config.model_copy(update={"name": f"{config.name}-best"}).model_dump(mode="json", exclude={"sweep"})
+    sweep = sweep_of(run.config)
+    means = ", ".join(f"{name} {value:.4g}" for name, value in zip(sweep.objectives, best.means, strict=True))
+    text = io.StringIO()
+    YAML(typ="safe", pure=True).dump(tree, text)
+    path = run.root / BEST
+    path.write_text(f"# The best of the sweep {config.name} on its validation rows: {means}\n{text.getvalue()}")
+    return path

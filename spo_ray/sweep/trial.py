@@ -10,23 +10,28 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
+from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
-from spo_ray.run import Artifact, Run, read_lines, write_json
-from spo_ray.sweep.score import Record, score_log, score_texts, values_of
-from spo_ray.sweep.shared import Shared, prepare, run_for, shared_values
-from spo_ray.sweep.space import Point, sweep_of, trial_config
-from spo_ray.sweep_config import SweepConfig, names_of
-from spo_ray.train.job import RESULT, Job
-from spo_ray.train.rungs import TRAINING_STATE, decide, decision, rung_folder
+from spo_ray.evaluate.evaluations import suite_of
+from spo_ray.evaluate.statistics import share
+from spo_ray.evaluate.suite import Bench
+from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
+from spo_ray.runtime.run import Run
+from spo_ray.sweep.space import Point, Shared, run_for, shared_values, sweep_of, trial_config
+from spo_ray.train.score_gate import TRAINING_STATE, decide, decision, rung_folder
+from spo_ray.train.spec import RESULT, Job
 
 TRIAL, SCORES, FAILED, TRAINING = "trial.json", "scores.jsonl", "failed.json", "training"
+Record = dict[str, Any]
+"""Scores behind a step by their names, each with ``value``, and ``low`` and ``high`` where it has an interval."""
 PROGRESS = "progress"
 """Percent of the steps, what schedulers call time."""
 POLL_S = 0.1
@@ -39,6 +44,8 @@ class Context:
     """What all trials are given."""
 
     run: Run
+    prepare: Callable[[Run], Shared]
+    """Makes a trial's start where it is not known yet."""
     folder: Path
     """Of all trials."""
     digest: str
@@ -132,7 +139,7 @@ class Trial:
         if key not in self.context.known:
             run = run_for(self.context.run, self.point["values"])
             with run.locked(wait=True):
-                self.context.known[key] = prepare(run)
+                self.context.known[key] = self.context.prepare(run)
         return self.context.known[key]
 
     def _forget_later_than(self, after: int) -> None:
@@ -244,3 +251,58 @@ def _write_scores(folder: Path, records: list[Record]) -> None:
     temporary = folder / f".{SCORES}"
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     temporary.replace(folder / SCORES)
+
+
+AGAINST_OTHERS = "alpaca_eval"
+"""The suite that gets its figures from other models' judgements."""
+
+
+@dataclass(frozen=True)
+class OneActor:
+    """The part of :class:`spo_ray.evaluate.actors.Actors` that suites need, for an actor that trials share."""
+
+    kind: str
+
+    def close(self) -> None:
+        """Nothing: others use it too."""
+
+
+def score_texts(
+    run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact, scratch: Path
+) -> Record:
+    """What the suites of ``eval`` measure of a checkpoint, through one evaluation actor; ``scratch`` is deleted."""
+    own = copy.copy(run)
+    own.root = scratch
+
+    def call(method: str, *arguments: Any) -> Any:
+        return ray.get(getattr(actor, method).remote(*arguments))
+
+    actors: Any = OneActor(kind)
+    bench, record = Bench(own, data, actors, call), {}
+    for suite_name in own.config.eval.chosen(own.config.data):
+        suite = suite_of(suite_name)
+        found = suite.measure(bench, name, checkpoint)
+        others = []
+        if suite.conclude and suite_name == AGAINST_OTHERS:
+            others = suite.conclude(bench, {name: checkpoint}, {name: found})[name]
+        prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
+        for e in suite.estimate(own.config.eval, found, others):
+            entry = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
+            record[f"{prefix}{e.metric}"] = {key: value for key, value in entry.items() if value is not None}
+    shutil.rmtree(scratch)
+    return record
+
+
+def score_log(out: Path, step: int) -> Record:
+    """Log-probability measures behind a step, from the step log: of the probe pairs, and of the held-out ones."""
+    line = read_lines(out / STEP_LOG)[step]
+    found: Record = {key: {"value": line[f"probe/{key}"]} for key in ("delta_logp_chosen", "delta_logp_rejected")}
+    for name, pairs in (("reward_accuracy", "probe"), ("held_out_reward_accuracy", "held_out")):
+        if f"{pairs}/n" in line:
+            found[name] = share(line[f"{pairs}/accuracy"], round(line[f"{pairs}/n"]))
+    return found
+
+
+def values_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The scores alone, for schedulers and searchers."""
+    return {key: entry["value"] for key, entry in record.items() if isinstance(entry, dict) and "value" in entry}

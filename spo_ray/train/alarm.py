@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from spo_ray.config.train import AlarmConfig
 from spo_ray.core.losses import Metrics
-from spo_ray.train_config import AlarmConfig
 
 PREFIX = "alarm/"
 STOP = "alarm/stop"

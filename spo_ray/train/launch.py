@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,18 +19,20 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoConfig
 
-from spo_ray.cluster import uses_gpu
-from spo_ray.config import Config
+from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.plan import Device, memory_plan
-from spo_ray.parallel import run_parallel
-from spo_ray.progress import say
-from spo_ray.run import Artifact, OpenStage, Run
-from spo_ray.track import Trackers
-from spo_ray.train.failures import RecordFailures, cause_of, failures_of
-from spo_ray.train.feed import dataset
-from spo_ray.train.follow import Follower
-from spo_ray.train.job import RESULT, Job, train_loop
+from spo_ray.model.memory import Device, memory_plan
+from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.cluster import uses_gpu
+from spo_ray.runtime.console import say
+from spo_ray.runtime.failure import cause_of
+from spo_ray.runtime.parallel import run_parallel
+from spo_ray.runtime.run import OpenStage, Run
+from spo_ray.runtime.tracking import Trackers
+from spo_ray.train.data_loader import dataset
+from spo_ray.train.entry import RecordFailures, train_loop
+from spo_ray.train.log_follower import Follower
+from spo_ray.train.spec import RESULT, Job, Start, failures_of
 
 MATTER = {"precision", "optimizer", "max_length"}
 """Training settings that change results; with all others they are the same but for rounding."""
@@ -51,14 +52,6 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
     call = partial(_train, run, [stage], _name([stage]), {"sft": (None, Start(model, rows))})
     return run_parallel({"sft": call}, 1)["sft"]["sft"]
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a training starts from."""
-
-    model: Artifact
-    rows: Artifact
 
 
 def train_methods(

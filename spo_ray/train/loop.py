@@ -14,12 +14,12 @@ from spo_ray.core.gradients import norm
 from spo_ray.core.losses import Metrics
 from spo_ray.core.sharded import local
 from spo_ray.errors import TrainingError
-from spo_ray.model.optim import Group, learning_rates, make_optimizer
-from spo_ray.run import STEP_LOG
+from spo_ray.model.optimizer import Group, learning_rates, make_optimizer
+from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.train.alarm import STOP
-from spo_ray.train.job import Job
-from spo_ray.train.rank import Rank
-from spo_ray.train.snapshots import Extra, Snapshots
+from spo_ray.train.checkpointer import Extra, Snapshots
+from spo_ray.train.distributed import Rank
+from spo_ray.train.spec import Job
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Gradients by parameter name and metrics of a step (from 1) on a global batch of row numbers."""

@@ -1,16 +1,22 @@
 """Reference log-probabilities: computed once from the SFT model, stored with the pairs."""
 
 from pathlib import Path
-from typing import Any
 
-from spo_ray import rows
-from spo_ray.cluster import uses_gpu
-from spo_ray.run import Artifact, Ledger, Run
-from spo_ray.shards import Mapper, Pool, map_shards
+import torch
+
+from spo_ray.core.logps import completion_logps
+from spo_ray.model.collate import collate, rows_at_once
+from spo_ray.model.load import load_model
+from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger
+from spo_ray.runtime.cluster import uses_gpu
+from spo_ray.runtime.map_rows import Mapped, Pool, Row, map_shards
+from spo_ray.runtime.run import Run
 
 
 def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Artifact:
-    """Add the reference model's log-probabilities to tokenised pairs (:class:`rows.ReferencedPair`).
+    """Add the reference model's log-probabilities to tokenised pairs (:class:`schema.ReferencedPair`).
 
     They stay valid for this model, tokenizer, template, data and length limit: all are in the stage's identity.
     """
@@ -22,8 +28,8 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             pairs,
             out,
             ledger,
-            mapper=_scorer,
-            kind=rows.ReferencedPair,
+            mapper=Scorer,
+            kind=schema.ReferencedPair,
             batch_size=1024,
             pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(uses_gpu(config))),
             model=str(model.path),
@@ -35,7 +41,30 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
     return run.stage(name, build, config=settings, inputs={"model": model, "pairs": pairs}, resumable=True)
 
 
-def _scorer(**arguments: Any) -> Mapper:
-    from spo_ray.train.scorer import Scorer  # heavy: imported where it runs
+class Scorer:
+    """A mapper that holds the reference model."""
 
-    return Scorer(**arguments)
+    def __init__(self, model: str, precision: str, max_length: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pad_id = ChatTokenizer.load(model).pad_id
+        self.precision, self.size = precision, rows_at_once(max_length)
+        self.model = load_model(model).to(self.device).eval()
+
+    def __call__(self, table: list[Row]) -> Mapped:
+        columns = {f"ref_{side}_logps": self.score(table, f"{side}_ids") for side in ("chosen", "rejected")}
+        return [row | {key: values[i] for key, values in columns.items()} for i, row in enumerate(table)], []
+
+    @torch.inference_mode()
+    def score(self, table: list[Row], side: str) -> list[float]:
+        """Log-probabilities in the table's order; batches are made of rows of similar length."""
+        order = sorted(range(len(table)), key=lambda i: len(table[i]["prompt_ids"]) + len(table[i][side]))
+        values = [0.0] * len(table)
+        for start in range(0, len(order), self.size):
+            indices = order[start : start + self.size]
+            batch = collate([(table[i]["prompt_ids"], table[i][side]) for i in indices], self.pad_id)
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+                logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+            for i, value in zip(indices, logps.tolist(), strict=True):
+                values[i] = value
+        return values

@@ -16,32 +16,32 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from spo_ray.config.train import TrainConfig
+from spo_ray.core.batch_gradients import tokens_per_backward
 from spo_ray.core.gradients import Sink, pull
-from spo_ray.core.head import base_of
+from spo_ray.core.lm_head import base_of
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
-from spo_ray.core.passes import tokens_per_backward
 from spo_ray.core.sharded import is_sharded
 from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import TokenRow, collate, collate_pairs
 from spo_ray.model.export import Probe, export
 from spo_ray.model.fsdp import load_shards, whole_state
 from spo_ray.model.load import build_policy, parameter_groups
-from spo_ray.model.optim import Group
-from spo_ray.model.plan import Device, check_memory, memory_plan
-from spo_ray.model.tokenise import ChatTokenizer
-from spo_ray.run import Artifact, write_json
+from spo_ray.model.memory import Device, check_memory, memory_plan
+from spo_ray.model.optimizer import Group
+from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.train.alarm import Alarm
-from spo_ray.train.feed import Table, epoch_batches
-from spo_ray.train.job import RESULT, Job
+from spo_ray.train.callbacks import AlarmBell, Probes, StepWatch, TextHealth
+from spo_ray.train.checkpointer import Extra, Snapshots, collect, write_state
+from spo_ray.train.data_loader import Table, epoch_batches
+from spo_ray.train.distributed import Rank
+from spo_ray.train.logp_eval import Measure, compute_type
 from spo_ray.train.loop import Hook, optimise
-from spo_ray.train.measure import Measure, compute_type
-from spo_ray.train.methods import Method
-from spo_ray.train.rank import Rank
-from spo_ray.train.rungs import TRAINING_STATE, pass_rung
-from spo_ray.train.snapshots import Extra, Snapshots, collect, write_state
-from spo_ray.train.watch import AlarmBell, Probes, StepWatch, TextHealth
-from spo_ray.train_config import TrainConfig
+from spo_ray.train.method_state import Method
+from spo_ray.train.score_gate import TRAINING_STATE, pass_rung
+from spo_ray.train.spec import RESULT, Job
 
 TableOf = Callable[[Artifact], Table]
 
@@ -185,7 +185,7 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
 
 
 class Rungs(Hook):
-    """Checkpoints that are scored on the way, see :mod:`spo_ray.train.rungs`."""
+    """Checkpoints that are scored on the way, see :mod:`spo_ray.train.score_gate`."""
 
     def __init__(self, job: Job, measure: Measure, text: TokenRow) -> None:
         self.job, self.measure, self.text = job, measure, text

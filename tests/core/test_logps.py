@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Qwen2Config
 
-from spo_ray.core.head import Head, find_head
+from spo_ray.core.lm_head import Head, find_head
 from spo_ray.core.logps import chunked_logps, completion_logps, token_logps
 
 from .tiny import relative_error, tiny_batch, tiny_model

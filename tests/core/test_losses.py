@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spo_ray.core.losses import LOSSES, bind, dpo, dpo_nll, nll, pairwise, sft_loss, simpo
-from spo_ray.core.running import ReferenceStatistics
+from spo_ray.core.running_statistics import ReferenceStatistics
 
 W, L = torch.tensor([-3.0, -8.0]).double(), torch.tensor([-4.0, -5.0]).double()
 RW, RL = torch.tensor([-3.5, -7.0]).double(), torch.tensor([-4.5, -6.0]).double()

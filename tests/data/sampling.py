@@ -11,7 +11,8 @@ def main(output, questions):
 
     from spo_ray.data.sample import Source, sample
     from spo_ray.data.sources import load_data
-    from spo_ray.run import Run, external
+    from spo_ray.runtime.artifact import external
+    from spo_ray.runtime.run import Run
 
     from ..helpers import small_config
 

@@ -6,11 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spo_ray.data.read import inputs, on_hub, raw_rows
+from spo_ray.config.data import PreferenceData, QuestionData
+from spo_ray.data.read import inputs, raw_rows
 from spo_ray.data.sources import load_data
-from spo_ray.data_config import PreferenceData, QuestionData
 from spo_ray.errors import UserError
-from spo_ray.run import Run
+from spo_ray.runtime.artifact import on_hub
+from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
 

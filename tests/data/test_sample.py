@@ -12,15 +12,16 @@ from email.utils import format_datetime
 import psutil
 import pytest
 
-from spo_ray import rows
-from spo_ray.data.endpoint import EndpointAnswers, _wish
-from spo_ray.data.recipe import teacher_groups
+from spo_ray.config.data import EndpointConfig, SamplingConfig, TeacherModel
 from spo_ray.data.sample import Source, _Sampler, sample
-from spo_ray.data_config import EndpointConfig, SamplingConfig, TeacherModel
+from spo_ray.data.sft_set import teacher_groups
 from spo_ray.errors import UserError
-from spo_ray.run import Artifact, Run, write_rows
+from spo_ray.model.endpoint import _wish
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, write_rows
+from spo_ray.runtime.run import Run
 
-from ..chat_server import ChatServer, choice
+from ..chat_server import ChatServer, answers_of, choice
 from ..conftest import ROOT
 from ..helpers import small_config
 
@@ -120,7 +121,7 @@ def served(url, **options):
 
 def test_an_endpoint_answers_after_refusals(teacher, endpoint):
     teacher.script = [429, 500, "close"]
-    answers = EndpointAnswers("secret", served(endpoint, concurrency=1))([("2 + 2?", 7), ("too long", 8)])
+    answers = answers_of(served(endpoint, concurrency=1), "secret")([("2 + 2?", 7), ("too long", 8)])
     assert answers[1].startswith("the endpoint refused the request (400")
     assert answers[0].prompt_ids == []
     assert [c.text for c in answers[0].completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
@@ -139,7 +140,7 @@ def test_an_endpoint_answers_after_refusals(teacher, endpoint):
 
 def test_an_endpoint_without_log_probabilities(teacher, endpoint):
     teacher.script = [400]
-    answer = EndpointAnswers(None, served(endpoint))
+    answer = answers_of(served(endpoint))
     (found,) = answer([("2 + 2?", 7)])
     assert [c.text for c in found.completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
     answer([("3 + 3?", 7)])
@@ -149,12 +150,12 @@ def test_an_endpoint_without_log_probabilities(teacher, endpoint):
 def test_an_endpoint_that_keeps_refusing_ends_the_stage(teacher, endpoint):
     teacher.script = [401]
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*AuthenticationError"):
-        EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
+        answers_of(served(endpoint))([("2 + 2?", 7)])
     teacher.script = [404]
     with pytest.raises(RuntimeError, match=r"127\.0\.0\.1.*NotFoundError"):
-        EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
+        answers_of(served(endpoint))([("2 + 2?", 7)])
     with pytest.raises(RuntimeError, match="APIConnectionError"):
-        EndpointAnswers(None, served("http://127.0.0.1:9/v1", retries=0))([("2 + 2?", 7)])
+        answers_of(served("http://127.0.0.1:9/v1", retries=0))([("2 + 2?", 7)])
 
 
 NO_TEXT = b'{"choices": [{"message": {"content": ["a"]}, "finish_reason": "stop"}]}'
@@ -175,7 +176,7 @@ NO_TEXT = b'{"choices": [{"message": {"content": ["a"]}, "finish_reason": "stop"
 def test_a_bad_answer_costs_one_question(teacher, endpoint, trouble, reason):
     teacher.script = [trouble] * (2 if trouble in (500, 429) else 1)
     config = served(endpoint, concurrency=1, retries=1)
-    bad, good = EndpointAnswers(None, config)([("2 + 2?", 7), ("3 + 3?", 8)])
+    bad, good = answers_of(config)([("2 + 2?", 7), ("3 + 3?", 8)])
     assert bad.startswith(reason)
     assert [c.text for c in good.completions] == ["3 + 3? 8 0", "3 + 3? 8 1"]
 
@@ -183,7 +184,7 @@ def test_a_bad_answer_costs_one_question(teacher, endpoint, trouble, reason):
 def test_a_server_is_left_alone_as_long_as_it_wishes(teacher, endpoint):
     teacher.script, teacher.retry_after = [429], "1.5"
     before = time.monotonic()
-    EndpointAnswers(None, served(endpoint))([("2 + 2?", 7)])
+    answers_of(served(endpoint))([("2 + 2?", 7)])
     assert time.monotonic() - before >= 1.5
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     assert _wish(format_datetime(tomorrow, usegmt=True)) == pytest.approx(86400, abs=5)
@@ -197,7 +198,7 @@ def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, t
         {"id": str(i), "prompt": prompt, "gold": "#### 1", "responses": ["r"] * i, "response_sources": ["gold"] * i}
         for i, prompt in enumerate(["none", "one", "two"])
     ]
-    write_rows(tmp_path / "in" / "part-0.parquet", table, rows.SftQuestion)
+    write_rows(tmp_path / "in" / "part-0.parquet", table, schema.SftQuestion)
     engine = EndpointConfig(type="endpoint", url=endpoint, api_key_env="TEACHER_KEY")
     model = TeacherModel(model="r1", engine=engine, sampling=SamplingConfig(samples=2))
     run = Run(small_config(tmp_path, "sft_data.responses_per_question=2"))
@@ -220,7 +221,7 @@ def test_a_teachers_refusals_are_counted_and_all_of_them_are_an_error(local_ray,
         folder = tmp_path / f"in{len(prompts)}"
         folder.mkdir()
         table = [{"id": p, "prompt": p, "gold": "#### 1", "responses": [], "response_sources": []} for p in prompts]
-        write_rows(folder / "part-0.parquet", table, rows.SftQuestion)
+        write_rows(folder / "part-0.parquet", table, schema.SftQuestion)
         run = Run(small_config(tmp_path))
         return sample(run, "teacher1_samples", Source.teacher(run.config, teacher), Artifact(folder, folder.name))
 

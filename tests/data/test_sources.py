@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from spo_ray.config.data import Gsm8kData, PreferenceData
 from spo_ray.data.sources import load_data
-from spo_ray.data_config import Gsm8kData, PreferenceData
 from spo_ray.errors import UserError
-from spo_ray.run import Run
+from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
 

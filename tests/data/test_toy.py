@@ -1,6 +1,6 @@
 from itertools import islice
 
-from spo_ray.core.scoring import extract
+from spo_ray.data.gsm8k import extract
 from spo_ray.data.toy import MAKERS, PREVIOUS, noisy_solutions, problems, render
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from spo_ray import cli, doctor
-from spo_ray.config import load
+from spo_ray.config.load import load
+from spo_ray.pipeline import cli, doctor
 
 from ..cluster import RAY, free_port, head, submit
 from ..conftest import ROOT
@@ -41,10 +41,10 @@ LISTED = {
     "make test": "these tests",
     "make bench": "40 minutes of measurements",
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
-    "python pipelines/toy_base.py": "trains the toy base anew, and replaces it",
+    "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
     "pre-commit install": "changes the repository's hooks",
-    "spo-ray probe": "tests/test_probe.py runs both",
-    "spo-ray report runs/": "tests/test_pipeline.py writes pages of finished runs",
+    "python pipelines/paper_figures.py": "tests/pipeline/test_paper_figures.py runs both",
+    "spo-ray report runs/": "tests/pipeline/test_job.py writes pages of finished runs",
 }
 ON_A_CLUSTER = ("ray get-auth-token", "ray start", "ray job submit")
 LOOKING = {"plan", "inspect", "score", "doctor", "--help", "--dry-run"}

@@ -12,10 +12,11 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from spo_ray.config import Config, load
-from spo_ray.data.formats import preference
+from spo_ray.config.base import Section
+from spo_ray.config.load import load
+from spo_ray.config.schema import Config
+from spo_ray.data.preference_formats import preference
 from spo_ray.model.load import load_model
-from spo_ray.section import Section
 
 from ..conftest import ROOT
 from .pages import FENCE, PAGES, blocks, prose_of, text_of

@@ -11,20 +11,21 @@ import psutil
 import pytest
 import torch
 
-from spo_ray import rows
 from spo_ray.core.logps import completion_logps
-from spo_ray.core.stats import wilson
 from spo_ray.data.sources import load_data
 from spo_ray.evaluate import accuracy, health
 from spo_ray.evaluate.accuracy import accuracies
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
+from spo_ray.evaluate.statistics import wilson
 from spo_ray.evaluate.suite import Bench
 from spo_ray.model.collate import collate
 from spo_ray.model.export import is_adapter, merge_adapter
 from spo_ray.model.load import load_model
-from spo_ray.run import Artifact, Run, external, write_rows
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, external, write_rows
+from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
 
@@ -215,7 +216,7 @@ def test_an_adapter_is_merged_into_its_model(checkpoints, tmp_path):
 def test_checkpoints_by_themselves_from_the_command_line(
     checkpoints, local_ray, in_root, tmp_path, capsys, monkeypatch
 ):
-    from spo_ray.cli import app
+    from spo_ray.pipeline.cli import app
 
     monkeypatch.setattr("spo_ray.evaluate.evaluations.connect", lambda config, training: None)  # the cluster is there
     shared = ["--config", "configs/quickstart.yaml", f"output={tmp_path}", "data.test_questions=8", "eval.seeds=[0]"]
@@ -241,7 +242,7 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     (tmp_path / "in").mkdir()
     asked = {"0": "How many boxes?", "1": "How many?", "2": "pens " * 2000}
     table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
-    write_rows(tmp_path / "in" / "part-0.parquet", table, rows.Prompt)
+    write_rows(tmp_path / "in" / "part-0.parquet", table, schema.Prompt)
     actors = SimpleNamespace(kind="transformers")
     bench = Bench(
         Run(config), Artifact(tmp_path / "in", "in"), actors, lambda method, *more: getattr(evaluator, method)(*more)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from spo_ray import rows
+from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig
 from spo_ray.errors import UserError
-from spo_ray.eval_config import AlpacaConfig, AnnotatorConfig
 from spo_ray.evaluate import alpaca
 from spo_ray.evaluate.judge import Reply, fill, read_reply, read_template
 from spo_ray.evaluate.suite import Bench
-from spo_ray.run import Artifact, Run, write_rows
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, write_rows
+from spo_ray.runtime.run import Run
 
 from ..chat_server import ChatServer, choice
 from ..helpers import small_config
@@ -82,7 +83,7 @@ def judged(folder, settings, **alpaca_options):
             | {"finished": True, "baseline_output": f"old {i}", "baseline": "base"}
             for i in range(COUNT)
         ]
-        write_rows(outputs / "part-0.parquet", table, rows.Output)
+        write_rows(outputs / "part-0.parquet", table, schema.Output)
     section = AlpacaConfig(annotators=[settings], **alpaca_options)
     config = small_config(folder / "runs")
     run = Run(config.model_copy(update={"eval": config.eval.model_copy(update={"alpaca": section})}))
@@ -200,7 +201,7 @@ def test_equal_outputs_are_a_draw_without_a_question(in_root, tmp_path):
     same = row | {"output": "new", "baseline_output": "new", "baseline": "base"}
     other = row | {"id": "i-7", "output": "new", "baseline_output": "old", "baseline": "base"}
     (tmp_path / "outputs").mkdir()
-    write_rows(tmp_path / "outputs" / "part-0.parquet", [same, other], rows.Output)
+    write_rows(tmp_path / "outputs" / "part-0.parquet", [same, other], schema.Output)
     with Judge() as judge:
         artifact = judged(tmp_path, annotator(judge.url))
     assert len(judge.requests) == 1
@@ -362,9 +363,9 @@ def test_instructions_with_their_baseline(shared_data):
 def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     import torch
 
-    from spo_ray.data.engines import LocalAnswers
-    from spo_ray.data_config import EngineConfig
+    from spo_ray.config.data import EngineConfig
     from spo_ray.evaluate.judge import local_replies
+    from spo_ray.model.engines import LocalAnswers
     from spo_ray.model.load import load_model
 
     engine = EngineConfig(type="transformers", max_model_len=128)

@@ -7,7 +7,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from spo_ray.config import ModelConfig
+from spo_ray.config.model import ModelConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.model.collate import collate
 from spo_ray.model.export import Probe, export, read_probe

@@ -20,17 +20,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from spo_ray.config import ModelConfig
+from spo_ray.config.data import EngineConfig
+from spo_ray.config.model import ModelConfig
 from spo_ray.core import spo_gradients
 from spo_ray.core.gradients import KeepFloat64
-from spo_ray.core.head import find_head
+from spo_ray.core.lm_head import find_head
 from spo_ray.core.logps import completion_logps
-from spo_ray.data.engines import open_engine
-from spo_ray.data_config import EngineConfig
 from spo_ray.model.collate import collate, collate_pairs
+from spo_ray.model.engines import open_engine
 from spo_ray.model.export import Probe, export, read_probe
 from spo_ray.model.load import build_policy, load_model, parameter_groups
-from spo_ray.model.tokenise import ChatTokenizer
+from spo_ray.model.tokenizer import ChatTokenizer
 from tests.core.tiny import swapped
 
 WINDOW = 8

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from spo_ray.model.load import load_model
-from spo_ray.train.rank import Rank
-from spo_ray.train.watch import _Entropy, _generate
+from spo_ray.train.callbacks import _Entropy, _generate
+from spo_ray.train.distributed import Rank
 
 RANK = Rank(0, 1, torch.device("cpu"))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
-from spo_ray.config import ModelConfig
+from spo_ray.config.model import ModelConfig
 from spo_ray.core import spo_gradients
 from spo_ray.errors import UserError
 from spo_ray.model import load

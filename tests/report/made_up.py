@@ -3,11 +3,12 @@
 import json
 import random
 
-from spo_ray import rows
-from spo_ray.config import load
+from spo_ray.config.load import load
 from spo_ray.data.toy import problems
 from spo_ray.evaluate.evaluations import Evaluations
-from spo_ray.run import Run, write_json, write_rows
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import write_json, write_rows
+from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import write_csv
 
 SEEDS = [0, 1]
@@ -70,7 +71,7 @@ def start(run, questions):
         found = problems("test", run.config.seed)
         table = [next(found) for _ in range(questions)]
         prompts = [{"id": f"test-{i}", "prompt": p.question, "gold": p.solution} for i, p in enumerate(table)]
-        write_rows(out / "part-0.parquet", prompts, rows.Prompt)
+        write_rows(out / "part-0.parquet", prompts, schema.Prompt)
 
     return (
         run.stage("data_test", ask, config={"questions": questions}, inputs={}),
@@ -85,7 +86,7 @@ def write_pairs(run):
         turn = [{"role": "user", "content": "How much are 2 and 3?"}]
         table = [{"id": f"p{i}", "prompt": turn, **text, **sources} for i in range(3)]
         ledger.reject("p9", "no wrong sample", "<b>excerpt</b>")
-        write_rows(out / "part-0.parquet", table, rows.Pair)
+        write_rows(out / "part-0.parquet", table, schema.Pair)
 
     return run.stage("pairs", build, config={}, inputs={})
 
@@ -132,7 +133,7 @@ def measure(run, test, models, rights):
             ledger.facts["provenance"] = dict.fromkeys(("model", "tokenizer", "template", "engine"), "x") | {
                 "sampling": {}
             }
-            write_rows(out / "part-0.parquet", table, rows.EvalRow)
+            write_rows(out / "part-0.parquet", table, schema.EvalRow)
 
         inputs = {"model": model, "questions": test}
         artifact = run.stage(f"eval_{name}", build, config={"rights": rights[name]}, inputs=inputs)

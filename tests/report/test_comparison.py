@@ -7,8 +7,8 @@ from html import unescape
 
 import pytest
 
-from spo_ray import cli
-from spo_ray.evaluate.compare import holm, mcnemar
+from spo_ray.evaluate.statistics import holm, mcnemar
+from spo_ray.pipeline import cli
 
 from .conftest import RIGHTS
 from .made_up import made_up_sweep

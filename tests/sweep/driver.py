@@ -11,16 +11,16 @@ from pathlib import Path
 
 import ray
 
-from spo_ray import rows
-from spo_ray.cli import guarded
-from spo_ray.config import load
+from spo_ray.config.load import load
 from spo_ray.data.toy import problems
-from spo_ray.run import Artifact, Run, external, write_rows
-from spo_ray.status import recorded
-from spo_ray.sweep.best import winner, write_best
-from spo_ray.sweep.report import write_sweep_report
-from spo_ray.sweep.results import rows_of, write_csv
-from spo_ray.sweep.shared import Shared
+from spo_ray.pipeline.cli import guarded
+from spo_ray.report.sweep import write_sweep_report
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, external, write_rows
+from spo_ray.runtime.failure import recorded
+from spo_ray.runtime.run import Run
+from spo_ray.sweep.results import rows_of, winner, write_best, write_csv
+from spo_ray.sweep.space import Shared
 from spo_ray.sweep.trial import key_of
 from spo_ray.sweep.tuner import run_trials
 
@@ -50,7 +50,7 @@ def start(output, referenced):
             {"id": f"{i:03d}", "prompt": p.question, "gold": p.solution}
             for i, p in enumerate(islice(problems("train", 7), 12))
         ]
-        write_rows(folder / "part-0.parquet", table, rows.Prompt)
+        write_rows(folder / "part-0.parquet", table, schema.Prompt)
     pairs, questions = Artifact(Path(referenced), "referenced"), Artifact(folder, "questions")
     return pairs, questions
 

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spo_ray.config import load
+from spo_ray.config.load import load
 from spo_ray.report.figures import svg
-from spo_ray.run import Run
-from spo_ray.sweep.best import winner, write_best
-from spo_ray.sweep.figures import heat_figure, importance_figure, parallel_figure, sensitivity_figure
-from spo_ray.sweep.report import sensitivity_figures, write_sweep_report
-from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, write_csv
-from spo_ray.sweep.sensitivity import estimates, importances
+from spo_ray.report.sweep import sensitivity_figures, write_sweep_report
+from spo_ray.report.sweep_figures import (
+    estimates,
+    heat_figure,
+    importance_figure,
+    importances,
+    parallel_figure,
+    sensitivity_figure,
+)
+from spo_ray.runtime.run import Run
+from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, winner, write_best, write_csv
 from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
 from .test_space import LAMBDA, TOY, space

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from spo_ray.config import load
+from spo_ray.config.load import load
+from spo_ray.config.sweep import with_values
 from spo_ray.errors import UserError
-from spo_ray.run import Run
-from spo_ray.sweep.outline import sweep_outline
-from spo_ray.sweep.room import trial_room
+from spo_ray.pipeline.sweep_outline import sweep_outline
+from spo_ray.runtime.run import Run
 from spo_ray.sweep.space import listed_points, short_names, trial_config, trial_count, within
-from spo_ray.sweep_config import with_values
+from spo_ray.sweep.tuner import trial_room
 
 TOY = str(Path(__file__).resolve().parents[2] / "configs" / "sweeps" / "toy.yaml")
 LAMBDA = "methods.spo.lambda_sft"

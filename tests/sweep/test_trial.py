@@ -10,16 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from spo_ray.config import load
+from spo_ray.config.load import load
 from spo_ray.errors import UserError
-from spo_ray.run import Artifact, Run
+from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.run import Run
 from spo_ray.sweep import trial as module
 from spo_ray.sweep import tuner
-from spo_ray.sweep.shared import Shared
+from spo_ray.sweep.space import Shared
 from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of, percent, steps_of
 from spo_ray.sweep.tuner import _scheduler
 from spo_ray.train import launch
-from spo_ray.train.rungs import StoppedError, decide, decision, pass_rung, rung_folder
+from spo_ray.train.score_gate import StoppedError, decide, decision, pass_rung, rung_folder
 
 from .driver import small_run
 from .test_space import LAMBDA, TOY

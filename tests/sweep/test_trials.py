@@ -12,8 +12,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from spo_ray.config import load
-from spo_ray.run import Run
+from spo_ray.config.load import load
+from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import rank
 from spo_ray.sweep.space import listed_points
 

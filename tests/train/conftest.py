@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from spo_ray import rows
-from spo_ray.run import Artifact, write_rows
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, write_rows
 
 COUNT = 21  # in batches of 4, ranks get unequal shares
 
@@ -26,7 +26,7 @@ def pairs(chat, tmp_path_factory):
                 "rejected_ids": chat.completion_ids(f"{a} - {b} = {a - b}.\n#### {a - b}"),
             }
         )
-    write_rows(folder / "part-0.parquet", table, rows.TokenisedPair)
+    write_rows(folder / "part-0.parquet", table, schema.TokenisedPair)
     return Artifact(folder, "pairs")
 
 
@@ -35,16 +35,16 @@ def sft_rows(pairs, tmp_path_factory):
     """The chosen answers as SFT rows."""
     folder = tmp_path_factory.mktemp("sft_rows")
     table = [{"id": r["id"], "prompt_ids": r["prompt_ids"], "completion_ids": r["chosen_ids"]} for r in pairs.rows()]
-    write_rows(folder / "part-0.parquet", table, rows.SftRow)
+    write_rows(folder / "part-0.parquet", table, schema.SftRow)
     return Artifact(folder, "sft_rows")
 
 
 @pytest.fixture(scope="session")
 def referenced(pairs, toy_base, tmp_path_factory):
     """The pairs with the toy base's own log-probabilities as reference."""
-    from spo_ray.train.scorer import Scorer
+    from spo_ray.train.reference import Scorer
 
     folder = tmp_path_factory.mktemp("referenced")
     table, _ = Scorer(str(toy_base), "float32", 1024)(pairs.rows())
-    write_rows(folder / "part-0.parquet", table, rows.ReferencedPair)
+    write_rows(folder / "part-0.parquet", table, schema.ReferencedPair)
     return Artifact(folder, "referenced")

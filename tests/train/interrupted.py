@@ -17,8 +17,10 @@ OVERRIDES = ["train.checkpoint.every=3", "preference.epochs=2", "sft.epochs=2", 
 
 def train(output, referenced, stages, *overrides):
     """On the cluster that is connected."""
-    from spo_ray.run import Artifact, Run, external
-    from spo_ray.train.launch import Start, train_methods, train_sft
+    from spo_ray.runtime.artifact import Artifact, external
+    from spo_ray.runtime.run import Run
+    from spo_ray.train.launch import train_methods, train_sft
+    from spo_ray.train.spec import Start
 
     from ..helpers import small_config
 

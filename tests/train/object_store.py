@@ -6,8 +6,10 @@ from pathlib import Path
 
 import ray
 
-from spo_ray.run import Artifact, Run, external
-from spo_ray.train.launch import Start, train_methods
+from spo_ray.runtime.artifact import Artifact, external
+from spo_ray.runtime.run import Run
+from spo_ray.train.launch import train_methods
+from spo_ray.train.spec import Start
 
 from ..helpers import small_config
 

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from spo_ray.config import load
-from spo_ray.run import Artifact
+from spo_ray.config.load import load
+from spo_ray.runtime.artifact import Artifact
 from spo_ray.train import worker
-from spo_ray.train.feed import Table
-from spo_ray.train.job import Job
-from spo_ray.train.rank import Rank
-from spo_ray.train.snapshots import STATE, NoSnapshots, collect, load_tensors, write_tensors
+from spo_ray.train.checkpointer import STATE, NoSnapshots, collect, load_tensors, write_tensors
+from spo_ray.train.data_loader import Table
+from spo_ray.train.distributed import Rank
+from spo_ray.train.spec import Job
 
 from ..conftest import ROOT
 

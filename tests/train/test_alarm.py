@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spo_ray.config import load
-from spo_ray.core.text_health import distinct, repetition
+from spo_ray.config.load import load
+from spo_ray.config.train import AlarmConfig
+from spo_ray.core.text_metrics import distinct, repetition
 from spo_ray.errors import UserError
 from spo_ray.train.alarm import Alarm, describe
-from spo_ray.train.rank import Rank
-from spo_ray.train.watch import AlarmBell, text_health
-from spo_ray.train_config import AlarmConfig
+from spo_ray.train.callbacks import AlarmBell, text_health
+from spo_ray.train.distributed import Rank
 
 from ..helpers import SMALL
 from .processes import log_of, train

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from spo_ray.run import Artifact, Run, external
-from spo_ray.train.job import Job
-from spo_ray.train.launch import Start, train_methods, train_sft
+from spo_ray.runtime.artifact import Artifact, external
+from spo_ray.runtime.run import Run
+from spo_ray.train.launch import train_methods, train_sft
+from spo_ray.train.spec import Job, Start
 from spo_ray.train.worker import Held
 
 from ..helpers import small_config

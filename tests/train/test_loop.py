@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spo_ray.model.optim import Group
-from spo_ray.run import Artifact
+from spo_ray.model.optimizer import Group
+from spo_ray.runtime.artifact import Artifact
 from spo_ray.train.alarm import STOP
-from spo_ray.train.job import Job
+from spo_ray.train.checkpointer import NoSnapshots
+from spo_ray.train.distributed import Rank
 from spo_ray.train.loop import Hook, optimise
-from spo_ray.train.rank import Rank
-from spo_ray.train.rungs import StoppedError
-from spo_ray.train.snapshots import NoSnapshots
+from spo_ray.train.score_gate import StoppedError
+from spo_ray.train.spec import Job
 
 from ..helpers import small_config
 from .processes import log_of

@@ -11,7 +11,8 @@ import time
 import psutil
 import pytest
 
-from spo_ray.run import STARTED, Artifact
+from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.run import STARTED
 from spo_ray.train.launch import group_name
 
 from ..conftest import ROOT

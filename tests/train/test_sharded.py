@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spo_ray import rows
-from spo_ray.run import write_rows
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import write_rows
 
 from ..conftest import ROOT
 from .processes import log_of, train
@@ -44,7 +44,7 @@ def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_p
     if case == "spo_hinge":  # it is active where the chosen side has the larger gradient: here after an exchange
         table = tmp_path / "swapped"
         table.mkdir()
-        write_rows(table / "part-0.parquet", swapped(referenced.rows()), rows.ReferencedPair)
+        write_rows(table / "part-0.parquet", swapped(referenced.rows()), schema.ReferencedPair)
     overrides = [*BASE, *RATES, *overrides]
     whole = {
         n: train(n, table, tmp_path / str(n), [*overrides, f"train.pairs_per_backward={3 - n // 2}"], method)
@@ -69,7 +69,7 @@ def test_sharded_workers_take_the_steps_of_one(case, sft_rows, referenced, tmp_p
 def test_whole_copies_take_the_steps_of_one_too(referenced, tmp_path):
     """Without sharding, R is possible pair by pair; five workers leave some without a row in some batches."""
     (tmp_path / "rows").mkdir()
-    write_rows(tmp_path / "rows" / "part-0.parquet", swapped(referenced.rows()), rows.ReferencedPair)
+    write_rows(tmp_path / "rows" / "part-0.parquet", swapped(referenced.rows()), schema.ReferencedPair)
     spo = SPO.format("0.5, hinge: pair")
     overrides = ["preference.epochs=1", "train.sharding=none", "train.precision=float64", spo, *RATES]
     whole = {n: train(n, tmp_path / "rows", tmp_path / str(n), overrides, "spo") for n in (1, 5)}
@@ -101,7 +101,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_traini
     table = [row | {"id": f"{i:03d}"} for i, row in enumerate(table)]
     table[35]["ref_chosen_logps"] = float("nan")
     (tmp_path / "rows").mkdir()
-    write_rows(tmp_path / "rows" / "part-0.parquet", table, rows.ReferencedPair)
+    write_rows(tmp_path / "rows" / "part-0.parquet", table, schema.ReferencedPair)
     out, overrides = tmp_path / "out", [*RATES, "preference.epochs=2", "preference.probe_pairs=8"]
     whole = train(1, tmp_path / "rows", out, overrides, "dpo")
     log = log_of(out)

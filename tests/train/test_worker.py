@@ -5,11 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from spo_ray import rows
-from spo_ray.run import Run, external, write_rows
-from spo_ray.train.feed import epoch_batches
-from spo_ray.train.launch import Start, train_methods, train_sft
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import external, write_rows
+from spo_ray.runtime.run import Run
+from spo_ray.train.data_loader import epoch_batches
+from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
+from spo_ray.train.spec import Start
 
 from ..helpers import SMALL, small_config
 from .processes import log_of, train
@@ -83,7 +85,7 @@ def own_answer_logps(path, pairs, tokens):
     """Mean log-probability of a model's greedy answers that are not the chosen ones, one token at a time."""
     from transformers import AutoModelForCausalLM
 
-    from spo_ray.model.tokenise import ChatTokenizer
+    from spo_ray.model.tokenizer import ChatTokenizer
 
     stops = ChatTokenizer.load(path).stop_ids
     model, values = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), []
@@ -120,7 +122,7 @@ def trained_means(artifact, pairs):
 def test_reference_log_probabilities_of_another_model_are_refused(referenced, tmp_path):
     table = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 1.0} for row in referenced.rows()]
     (tmp_path / "shifted").mkdir()
-    write_rows(tmp_path / "shifted" / "part-0.parquet", table, rows.ReferencedPair)
+    write_rows(tmp_path / "shifted" / "part-0.parquet", table, schema.ReferencedPair)
     with pytest.raises(Exception, match="differs from the stored reference"):
         train(1, tmp_path / "shifted", tmp_path / "out", SMALL, "dpo")
 

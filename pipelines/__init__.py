@@ -1,1 +1,0 @@
-"""The job, and one script for each part of it."""

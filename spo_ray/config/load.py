@@ -1,0 +1,159 @@
+"""Reads a configuration file, applies command-line overrides, and explains what is wrong in it."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
+
+from spo_ray.config.schema import Config
+from spo_ray.config.sweep import space_problems
+from spo_ray.errors import UserError
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key.sub=value`` overrides and validate.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or wrong.
+    """
+    yaml = YAML(typ="rt")
+    try:
+        tree = yaml.load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"no configuration file {path}: see configs/ for complete examples") from error
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"{path} can't be read as YAML: {error}") from error
+    if not isinstance(tree, CommentedMap):
+        raise UserError(f"{path} must hold a mapping of configuration keys")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = Config.model_validate(_plain(tree))
+    except ValidationError as error:
+        raise UserError(_explain(error, tree, str(path), overrides)) from error
+    problems = list(space_problems(config)) if config.sweep else []
+    if problems:
+        lines = [(f"{path}:{_line(tree, ['sweep', 'space', key])}", key, text) for key, text in problems]
+        raise UserError("\n".join(f"{where}: sweep.space.{key}: {text}" for where, key, text in lines))
+    return config
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    return [_plain(value) for value in node] if isinstance(node, list) else node
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} must look like key.sub=value")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = CommentedMap()
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} holds a value, not a section")
+    try:
+        node[last] = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        raise UserError(f"override {override!r}: the value is no YAML: {error}") from error
+
+
+def _given(key: Sequence[int | str], overrides: Sequence[str]) -> bool:
+    """Whether an override is about this key, or has it in its value."""
+    name = ".".join(map(str, key))
+    return any(f"{name}.".startswith(f"{override.partition('=')[0]}.") for override in overrides)
+
+
+def _explain(error: ValidationError, tree: CommentedMap, path: str, overrides: Sequence[str]) -> str:
+    lines = []
+    for item in error.errors():
+        where = [part for part in item["loc"] if part != "[key]"]
+        key = _drop_tags(where, tree)
+        line = _line(tree, key)
+        place = "command line" if _given(key, overrides) else f"{path}{f':{line}' if line else ''}"
+        text = f"{place}: " + (f"{'.'.join(map(str, key))}: " if key else "")
+        if item["type"] == "extra_forbidden":
+            known = _fields(key[:-1], tree)
+            near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            text += f"unknown key; {hint}"
+        else:
+            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+            text += item["msg"] + given + _nearest_value(item)
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def _nearest_value(item: Any) -> str:
+    """A hint for a word that is none of the allowed ones."""
+    allowed = re.findall(
+        "'([^']+)'", str(item.get("ctx", {}).get("expected", item.get("ctx", {}).get("expected_tags")))
+    )
+    given = item["input"].get("type") if isinstance(item["input"], dict) else item["input"]
+    near = difflib.get_close_matches(str(given), allowed, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _drop_tags(where: Sequence[int | str], tree: Any) -> list[int | str]:
+    """Pydantic puts a union's tag into the location; keep only what stands in the file, and the last part."""
+    kept: list[int | str] = []
+    node = tree
+    for index, part in enumerate(where):
+        inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int))
+        if inside:
+            node = node[part]
+        elif index < len(where) - 1:
+            continue
+        kept.append(part)
+    return kept
+
+
+def _line(tree: Any, key: Sequence[int | str]) -> int | None:
+    """Line (from 1) of the deepest part of ``key`` that stands in the file."""
+    line, node = None, tree
+    for part in key:
+        position = getattr(node, "lc", None)
+        if position is None or not isinstance(node, dict) or part not in node:
+            break
+        found = (position.data or {}).get(part)
+        line = found[0] + 1 if found else line
+        node = node[part]
+    return line
+
+
+def _fields(key: Sequence[int | str], tree: Any) -> list[str]:
+    """Valid field names of the section at ``key``."""
+    annotation: Any = Config
+    node = tree
+    for part in key:
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+        else:
+            annotation = _section(annotation, node).model_fields[str(part)].annotation
+        node = node[part]
+    return list(_section(annotation, node).model_fields)
+
+
+def _section(annotation: Any, node: Any) -> Any:
+    """The section class that an annotation means for this node of the file."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    candidates = _leaf_sections(annotation)
+    tagged = [c for c in candidates if node.get("type") in getattr(c.model_fields["type"].annotation, "__args__", ())]
+    return (tagged or candidates)[0]
+
+
+def _leaf_sections(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [leaf for argument in getattr(annotation, "__args__", ()) for leaf in _leaf_sections(argument)]

@@ -1,0 +1,149 @@
+"""The configuration schema: one YAML file, complete, plus dotted overrides.
+
+``load(path, overrides)`` gives one frozen :class:`Config`. An unknown key is an error that names its line and the
+nearest valid key. Every field is documented where it stands.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from spo_ray.config.base import Section, is_secret
+from spo_ray.config.data import (
+    DataConfig,
+    EngineConfig,
+    PairsConfig,
+    PreferenceData,
+    SamplingConfig,
+    SftDataConfig,
+)
+from spo_ray.config.evaluate import EvalConfig
+from spo_ray.config.methods import MethodConfig, MethodName, Spo
+from spo_ray.config.model import ModelConfig
+from spo_ray.config.sweep import SweepConfig, unmeasured
+from spo_ray.config.train import PreferenceConfig, SftConfig, TrackingConfig, TrainConfig
+
+PASSED_ENV = [
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+]
+
+
+class RayConfig(Section):
+    """Which cluster to use."""
+
+    address: str | None = None
+    """Cluster to join; None joins the one named by ``RAY_ADDRESS``, else starts a local one."""
+    num_cpus: PositiveInt | None = None
+    """Logical CPUs of a cluster started here; None: the cores, and at least 4."""
+    worker_logs: bool = False
+    """Show what the workers print; errors are shown in any case."""
+    pass_env: list[str] = PASSED_ENV
+    """Environment variables that a cluster's workers get from this process, where they are set; all others are those of
+    the nodes. Secrets are not allowed: they would stand in the job's description."""
+
+    @field_validator("pass_env")
+    @classmethod
+    def _no_secrets(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if is_secret(name):
+                raise ValueError(f"{name} may be a secret: set it in the environment of the nodes instead")
+        return value
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's folder under ``output``."""
+    output: Path = Path("runs")
+    seed: int = 0
+    ray: RayConfig = RayConfig()
+    data: DataConfig
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    sft_data: SftDataConfig = SftDataConfig()
+    pairs: PairsConfig = PairsConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    rounds: PositiveInt = 1
+    """Rounds of sampling, pairing and training; each method's further rounds go on from its own last checkpoint."""
+    methods: dict[MethodName, MethodConfig] = Field(min_length=1)
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sweep: SweepConfig | None = None
+    """For ``pipelines/sweep.py``; all other scripts take no notice of it."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Config":
+        if self.sft_data.pass_k > self.sampling.samples:
+            raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
+        if self.rounds > 1 and isinstance(self.data, PreferenceData):
+            raise ValueError("rounds sample new pairs, and need questions: with preference data, set rounds=1")
+        if "accuracy" in (self.eval.suites or []) and isinstance(self.data, PreferenceData):
+            raise ValueError("suite accuracy needs questions: with preference data, leave it out of eval.suites")
+        if self.train.cpu_offload and self.train.sharding == "none":
+            raise ValueError("train.cpu_offload needs train.sharding=full")
+        alarm = self.preference.alarm.on_alarm
+        if alarm == "increase_lambda" and not any(isinstance(m, Spo) and m.lambda_sft for m in self.methods.values()):
+            raise ValueError("preference.alarm.on_alarm=increase_lambda needs a method of type spo with lambda_sft > 0")
+        sharded = self.train.sharding == "full" and (self.train.num_workers > 1 or self.train.cpu_offload)
+        for name, method in self.methods.items():
+            if sharded and isinstance(method, Spo) and method.gamma > 0 and method.hinge == "pair":
+                raise ValueError(f"methods.{name}.hinge=pair needs train.sharding=none: sharded passes sum over pairs")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Config":
+        checkpoint, kinds = self.train.checkpoint, {"probe": "probe_every", "health": "health_every"}
+        if checkpoint.best is None:
+            return self
+        if checkpoint.every is None:
+            raise ValueError("train.checkpoint.best is chosen among checkpoints: set train.checkpoint.every")
+        metric = checkpoint.best.metric
+        field = kinds.get(metric.partition("/")[0])
+        every = getattr(self.preference, field) if field else 1
+        if every is None or checkpoint.every % every:
+            raise ValueError(
+                f"train.checkpoint.best.metric={metric} is measured every preference.{field}={every} steps: "
+                f"train.checkpoint.every={checkpoint.every} must be a multiple of that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_fits(self) -> "Config":
+        if self.sweep is None:
+            return self
+        if self.sweep.method not in self.methods:
+            raise ValueError(f"sweep.method={self.sweep.method} is none of the methods: {', '.join(self.methods)}")
+        if self.preference.alarm.on_alarm == "stop":
+            raise ValueError(
+                "preference.alarm.on_alarm=stop would end trials before they are scored: set sweep.max_fall"
+            )
+        suites = self.eval.chosen(self.data)
+        wrong = unmeasured(self.sweep, suites)
+        if wrong:
+            raise ValueError(f"sweep.objectives: {wrong[0]} is measured by none of the suites {', '.join(suites)}")
+        if isinstance(self.data, PreferenceData) and not self.sweep.validation.pairs:
+            raise ValueError("preference data is validated on pairs: set sweep.validation.pairs")
+        annotators = self.eval.alpaca.annotators if self.eval.alpaca else []
+        if any(isinstance(annotator.engine, EngineConfig) for annotator in annotators):
+            raise ValueError(
+                "a sweep has room for judges at endpoints alone: give every annotator engine.type=endpoint"
+            )
+        if self.preference.alarm.on_alarm == "stop":
+            raise ValueError("a sweep's trials are stopped by sweep.max_fall: set preference.alarm.on_alarm=warn")
+        if self.rounds > 1:
+            raise ValueError("a sweep's trials have one round: set rounds=1")
+        return self

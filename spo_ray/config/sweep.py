@@ -1,0 +1,227 @@
+"""The schema of a sweep: which keys vary and how, which trials are stopped early, what is scored, what is kept."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from spo_ray.config.base import Section
+
+Value = bool | int | float | str | None
+FROM_LOG = ("delta_logp_chosen", "delta_logp_rejected", "reward_accuracy", "held_out_reward_accuracy")
+"""Scores that every trial has, of the probe pairs and of held-out pairs; the others are the suites' of ``eval``."""
+
+
+class LogUniform(Section):
+    """Uniform in the logarithm, between two positive numbers."""
+
+    type: Literal["loguniform"]
+    low: PositiveFloat
+    high: PositiveFloat
+
+    @model_validator(mode="after")
+    def _range(self) -> "LogUniform":
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low:g} must be below high={self.high:g}")
+        return self
+
+
+class Choice(Section):
+    """One of some values, drawn anew for every sample."""
+
+    type: Literal["choice"]
+    values: list[Value] = Field(min_length=1)
+
+
+class Grid(Section):
+    """Every one of some values, combined with those of the other grids."""
+
+    type: Literal["grid"]
+    values: list[Value] = Field(min_length=1)
+
+
+Dimension = Annotated[LogUniform | Choice | Grid, Field(discriminator="type")]
+
+
+class RandomSearch(Section):
+    """``samples`` draws, each combined with every point of the grids if there are any; equal ones are tried once."""
+
+    type: Literal["random"]
+
+
+class GridSearch(Section):
+    """Every point of the grids once."""
+
+    type: Literal["grid"]
+
+
+class OptunaSearch(Section):
+    """Optuna's TPE: ``samples`` suggestions, which learn from the finished trials; for all objectives together."""
+
+    type: Literal["optuna"]
+    startup_trials: PositiveInt = 10
+    """Random suggestions before the first that learns."""
+
+
+class Fifo(Section):
+    """Every trial trains to its end, but for those that collapse."""
+
+    type: Literal["fifo"]
+
+
+class Asha(Section):
+    """Asynchronous successive halving on the first objective: of what has reached a rung, the best part goes on.
+
+    The rungs are ``score_at[0]`` times the powers of ``reduction_factor``.
+    """
+
+    type: Literal["asha"]
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """One in so many trials goes on from a rung."""
+
+
+class Pbt(Section):
+    """Population-based training on the first objective: at a score the worst go on from the best, with other values.
+
+    The population has ``samples`` members, fewer where draws are equal. Every trial's values must be of methods or
+    ``preference``.
+    """
+
+    type: Literal["pbt"]
+    quantile: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
+    """Share of the population that is replaced, and that it is replaced by."""
+    resample: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+    """Probability of a new draw instead of a change by a fifth, or to a neighbouring value."""
+
+
+class ValidationConfig(Section):
+    """What trials are scored on: rows of the training split that no trial trains on, and not of the test split."""
+
+    questions: PositiveInt = 100
+    """Not for preference data."""
+    pairs: NonNegativeInt = 0
+    """Pairs for ``held_out_reward_accuracy``; 0: none."""
+
+
+class SweepConfig(Section):
+    """Trials of one method. Everything else of the file is an ordinary run's, and the same in every trial."""
+
+    method: str
+    """A name in ``methods``."""
+    space: dict[str, Dimension] = Field(min_length=1)
+    """What varies: dotted keys of the configuration, such as ``methods.spo.lambda_sft``."""
+    searcher: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="type")] = RandomSearch(
+        type="random"
+    )
+    scheduler: Annotated[Fifo | Asha | Pbt, Field(discriminator="type")] = Asha(type="asha")
+    samples: PositiveInt = 12
+    """Draws or suggestions; a grid search has none. Equal draws are tried once."""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    """Every point is tried with each: the order of the batches and the adapters' start. The data is the same."""
+    objectives: list[Annotated[str, Field(pattern=r"^-?[a-z]")]] = Field(default=["accuracy_greedy"], min_length=1)
+    """Names of scores, with a minus in front where less is better: ``accuracy_greedy``, ``delta_logp_chosen``,
+    ``-health/greedy/repetition_4``, ``alpaca_eval/ANNOTATOR/win_rate``. The first decides which trial is the best and
+    which are stopped; the others where it is equal."""
+    score_at: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[0.25, 0.5, 1.0], min_length=1)
+    """Shares of a trial's steps after which it is scored, the last 1: it waits for the scheduler's decision."""
+    max_fall: PositiveFloat | None = 3.0
+    """Nats: a trial whose probe pairs' mean log pi(y_w) has fallen further at a score is stopped; None: no rule."""
+    validation: ValidationConfig = ValidationConfig()
+    keep: PositiveInt = 1
+    """Points whose checkpoints stay, the best by what is known; of the other trials logs and scores alone."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at a time; None: as many as the cluster has room for."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SweepConfig":
+        if self.score_at != sorted(set(self.score_at)) or self.score_at[-1] != 1.0:
+            raise ValueError(f"score_at={self.score_at} must rise and end with 1.0")
+        if self.searcher.type == "grid" and any(d.type != "grid" for d in self.space.values()):
+            raise ValueError("searcher grid takes grids alone: give every key of space values with type: grid")
+        if self.searcher.type == "optuna" and len(self.seeds) > 1:
+            raise ValueError("searcher optuna learns from single trials: give one seed, and repeat the best with more")
+        if self.scheduler.type == "pbt" and (self.searcher.type != "random" or len(self.seeds) > 1):
+            raise ValueError("scheduler pbt needs searcher random and one seed: its trials take over from each other")
+        if "held_out_reward_accuracy" in self.objectives and not self.validation.pairs:
+            raise ValueError("held_out_reward_accuracy needs validation.pairs")
+        return self
+
+
+def names_of(sweep: SweepConfig) -> list[str]:
+    """The scores that are objectives."""
+    return [objective.removeprefix("-") for objective in sweep.objectives]
+
+
+def mode_of(objective: str) -> Literal["max", "min"]:
+    """What is better."""
+    return "min" if objective.startswith("-") else "max"
+
+
+def unmeasured(sweep: SweepConfig, suites: Sequence[str]) -> list[str]:
+    """Objectives that none of some suites measures."""
+    found = []
+    for name in names_of(sweep):
+        suite = name.partition("/")[0] if "/" in name and not name.startswith("pass@") else "accuracy"
+        if name not in FROM_LOG and not any(known.partition(":")[0] == suite.partition(":")[0] for known in suites):
+            found.append(name)
+    return found
+
+
+FIXED = ("name", "output", "ray", "rounds", "engine", "eval", "sweep")
+"""Sections that are the same for all trials."""
+
+
+def with_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """The configuration with other values at some dotted keys.
+
+    Raises:
+        pydantic.ValidationError: they are no valid values there.
+    """
+    tree = config.model_dump(mode="json")
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return type(config).model_validate(tree)
+
+
+def space_problems(config: Any) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong with it) of a configuration's search space."""
+    for key, dimension in config.sweep.space.items():
+        problem = _unknown(config, key) or _without_effect(config, key)
+        if problem:
+            yield key, problem
+            continue
+        for value in [dimension.low, dimension.high] if isinstance(dimension, LogUniform) else dimension.values:
+            try:
+                with_values(config, {key: value})
+            except ValidationError as error:
+                yield key, f"{value!r} can't be its value: {error.errors()[0]['msg']}"
+                break
+
+
+def _unknown(config: Any, key: str) -> str | None:
+    node, parts = config, key.split(".")
+    for i, part in enumerate(parts):
+        known = list(node if isinstance(node, dict) else getattr(type(node), "model_fields", {}))
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1, cutoff=0.5)
+            if near:
+                return f"unknown key; did you mean {'.'.join([*parts[:i], near[0]])!r}?"
+            return f"unknown key; known there: {', '.join(sorted(known)) or 'nothing'}"
+        node = node[part] if isinstance(node, dict) else getattr(node, part)
+    return None
+
+
+def _without_effect(config: Any, key: str) -> str | None:
+    first, *rest = key.split(".")
+    if first in FIXED:
+        return "is the same for all trials: vary data, model, sft, preference, the method"
+    if first == "methods" and rest[:1] != [config.sweep.method]:
+        return f"the trials train methods.{config.sweep.method} alone: set sweep.method"
+    if config.sweep.scheduler.type == "pbt" and first not in ("methods", "preference"):
+        return "can't change within a trial: scheduler pbt takes keys of the method and of preference"
+    return None

@@ -1,0 +1,172 @@
+"""Rows that should not be trained on: test questions in disguise, duplicates, lopsided pairs."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from spo_ray.config.data import PairsConfig
+from spo_ray.errors import UserError
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, require_rows, write_rows
+from spo_ray.runtime.run import Run
+
+PERMUTATIONS = 128
+
+
+def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
+    """The pairs that are kept (:class:`schema.Pair`): no duplicates, and sides of comparable length as configured."""
+    config = run.config.pairs
+
+    def build(out: Path, ledger: Ledger) -> None:
+        seen = DUPLICATES[config.dedup](config)
+        for part in candidates.parts:  # one after another: whether a pair was there before depends on all of them
+            kept = []
+            for row in pq.read_table(part).to_pylist():
+                ledger.read += 1
+                reason = _lopsided(row, config.max_length_ratio)
+                first = None if reason else seen.earlier(row["id"], _text(row))
+                if reason:
+                    ledger.reject(row["id"], reason, row)
+                elif first:
+                    ledger.reject(row["id"], seen.reason, f"{first}: {row}")
+                else:
+                    kept.append(row)
+            write_rows(out / Path(part).name, kept, schema.Pair)
+            ledger.kept += len(kept)
+        require_rows(ledger.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", ledger)
+
+    settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
+    return run.stage(name, build, config=settings, inputs={"candidates": candidates})
+
+
+def _lopsided(row: Any, limit: float | None) -> str | None:
+    short, long = sorted((len(row["chosen"]), len(row["rejected"])))
+    return f"lengths differ by more than pairs.max_length_ratio={limit}" if limit and long > limit * short else None
+
+
+def _text(row: Any) -> str:
+    return "\n".join([*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]])
+
+
+class _AllDifferent:
+    def __init__(self, config: PairsConfig) -> None:
+        self.ids: dict[bytes, str] = {}
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        """The row in which the text was there before; None remembers it."""
+        return None
+
+
+class _Exact(_AllDifferent):
+    reason = "duplicate"
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        first = self.ids.setdefault(hashlib.sha256(self.form(text).encode()).digest()[:16], row_id)
+        return None if first == row_id else first
+
+    def form(self, text: str) -> str:
+        return text
+
+
+class _Normalised(_Exact):
+    def form(self, text: str) -> str:
+        return " ".join(words(text))
+
+
+class _Near:
+    reason = "near duplicate"
+
+    def __init__(self, config: PairsConfig) -> None:
+        from datasketch import MinHashLSH  # needs SciPy, which takes a second
+
+        self.index: Any = MinHashLSH(threshold=config.near_threshold, num_perm=PERMUTATIONS)
+        self.threshold = config.near_threshold
+        self.sketches: dict[str, Any] = {}
+
+    def earlier(self, row_id: str, text: str) -> str | None:
+        from datasketch import MinHash
+
+        sketch = MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([" ".join(shingle).encode() for shingle in shingles(words(text), 3)])
+        found = self.index.query(sketch)  # candidates: the estimate decides
+        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= self.threshold]
+        if alike:
+            return min(alike)
+        self.index.insert(row_id, sketch)
+        self.sketches[row_id] = sketch
+        return None
+
+
+DUPLICATES: dict[str, type[Any]] = {"none": _AllDifferent, "exact": _Exact, "normalised": _Normalised, "near": _Near}
+
+
+class Contamination:
+    """Finds prompts that share ``n`` words in a row with one of ``others`` (or all words, where those are fewer)."""
+
+    def __init__(self, others: Iterable[Any], n: int, template: str = "") -> None:
+        """``template`` is what all questions are put into: it says nothing about them, and is left out."""
+        self.n = n
+        self.ends = template.split("{question}") if template else ["", ""]
+        self.known: dict[int, str] = {}
+        for row in others:
+            for shingle in shingles(words(self.text(row)), n):
+                self.known.setdefault(hash(shingle), row["id"])
+
+    def text(self, row: Any) -> str:
+        """What a user asks: the question by itself, or the user's messages."""
+        if isinstance(row["prompt"], str):
+            return row["prompt"].removeprefix(self.ends[0]).removesuffix(self.ends[-1])
+        return "\n".join(turn["content"] for turn in row["prompt"] if turn["role"] == "user")
+
+    def keep_clean(self, table: Iterable[Any], ledger: Ledger) -> Iterator[Any]:
+        """The rows that share nothing; the others go to the ledger with the row that they share it with."""
+        for row in table:
+            hits = (self.known.get(hash(shingle)) for shingle in shingles(words(self.text(row)), self.n))
+            other = next((hit for hit in hits if hit is not None), None)
+            if other is None:
+                yield row
+            else:
+                ledger.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
+
+
+def words(text: str) -> list[str]:
+    """Words and numbers in lower case."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def shingles(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """All runs of ``n`` items; the whole where there are fewer, and nothing of nothing."""
+    if not items:
+        return []
+    return [tuple(items[i : i + n]) for i in range(max(1, len(items) - n + 1))]
+
+
+def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tuple[Artifact, Artifact]:
+    """(rows to train on, validation rows): a random part, drawn from the seed, with all rows of a prompt together.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    table = source.rows()
+    names: dict[str, str] = {}
+    groups = [names.setdefault(json.dumps(row["prompt"]), row.get("source_id") or row["id"]) for row in table]
+    different = sorted(set(groups))
+    if count >= len(different):
+        raise UserError(f"sweep.validation.{what}={count} leaves none of {len(different)} to train on: lower it")
+    drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
+
+    def part(name: str, inside: bool) -> Artifact:
+        def build(out: Path, ledger: Ledger) -> None:
+            kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
+            ledger.read, ledger.kept = len(table), len(kept)
+            write_rows(out / "part-0.parquet", kept, kind)
+
+        return run.stage(f"{name}_{what}", build, config={"count": count}, inputs={"source": source})
+
+    return part("train", False), part("validation", True)

@@ -1,0 +1,78 @@
+"""Grades samples, and holds what the stages after grading share. Imports no torch: its tasks start in a moment."""
+
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger
+from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
+from spo_ray.runtime.run import Run
+
+ROWS_PER_SHARD = 2000
+
+
+class Sample(NamedTuple):
+    """One graded sample of a question."""
+
+    index: int
+    text: str
+    logp: float | None
+    """Summed log-probability (nats)."""
+    correct: bool
+    finished: bool
+
+
+def score(run: Run, name: str, samples: Artifact) -> Artifact:
+    """Grade samples without what ``sft_data.strip`` matches (:class:`schema.Scored`); the manifest has pass@k means."""
+    verifier, strip = verifier_of(run.config.data), run.config.sft_data.strip
+
+    def build(out: Path, ledger: Ledger) -> None:
+        grader = partial(_grader, verifier, strip)
+        map_shards(name, samples, out, ledger, mapper=grader, kind=schema.Scored, batch_size=ROWS_PER_SHARD)
+        counts = [(len(correct), sum(correct)) for correct in Artifact(out, "").column("correct") if correct]
+        for k in (1, 2, 4, 8, 16, 32, 64):
+            if counts and k <= min(n for n, _ in counts):
+                ledger.facts[f"pass@{k}"] = sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+
+    settings = {"verifier": verifier_identity(verifier), "strip": strip}
+    return run.stage(name, build, config=settings, inputs={"samples": samples}, resumable=True)
+
+
+def _stripped(text: str, patterns: Sequence[str]) -> str:
+    for pattern in patterns:
+        text = re.sub(pattern, "", text, flags=re.DOTALL)
+    return text
+
+
+def _grader(name: str, strip: Sequence[str]) -> Mapper:
+    verifier = load_verifier(name)
+
+    def grade(row: Row) -> list[Row]:
+        texts = [_stripped(text, strip) for text in row["samples"]]
+        grades = [verifier.grade(text, row["gold"]) for text in texts]
+        columns = zip(*grades, strict=True) if grades else ((), (), ())
+        named = dict(zip(("extracted", "correct", "strict"), map(list, columns), strict=True))
+        return [row | {"samples": texts} | named]
+
+    return each_row(grade)
+
+
+def _samples(row: Row) -> list[Sample]:
+    columns = (row[key] for key in ("samples", "sample_logps", "correct", "finished"))
+    return [Sample(i, *values) for i, values in enumerate(zip(*columns, strict=True))]
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of pass@k from ``n`` samples; Chen et al., arXiv 2107.03374, equation 1.
+
+    Raises:
+        ValueError: fewer than ``k`` samples.
+    """
+    if not 0 < k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)

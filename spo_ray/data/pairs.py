@@ -1,0 +1,125 @@
+"""Builds preference pairs from SFT responses and a policy's own wrong samples; appendix B of the paper."""
+
+import random
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
+
+from spo_ray.config.data import PairsConfig
+from spo_ray.data.filter import clean_pairs
+from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, score
+from spo_ray.data.sample import Source, sample
+from spo_ray.errors import RowRejectedError
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, require_rows
+from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
+from spo_ray.runtime.run import Run
+
+
+def common_prefix(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+Key = Callable[[str, Sample, random.Random], float]
+"""(chosen response, wrong sample, random numbers) to a rank: the pair with the highest is made first."""
+
+
+def _random(chosen: str, sample: Sample, rng: random.Random) -> float:
+    return rng.random()
+
+
+def _hardest(chosen: str, sample: Sample, rng: random.Random) -> float:
+    """The most probable one; last where that is unknown."""
+    return -float("inf") if sample.logp is None else sample.logp
+
+
+def _nearest(chosen: str, sample: Sample, rng: random.Random) -> float:
+    """The one most like the chosen response: the share of words in common blocks (Ratcliff and Obershelp)."""
+    return SequenceMatcher(None, chosen.split(), sample.text.split(), autojunk=False).ratio()
+
+
+def _longest_common_prefix(chosen: str, sample: Sample, rng: random.Random) -> float:
+    """The one that goes wrong last, in characters."""
+    return common_prefix(chosen, sample.text)
+
+
+SELECTIONS: dict[str, Key] = {
+    "random": _random,
+    "hardest": _hardest,
+    "nearest": _nearest,
+    "longest_common_prefix": _longest_common_prefix,
+}
+
+
+def wrong_against_sft(
+    responses: Sequence[str], samples: Sequence[Sample], *, select: str, per_question: int, seed: str
+) -> list[tuple[int, Sample]]:
+    """Pairs of one question: (index of the SFT response, wrong sample).
+
+    SFT responses take turns, and each takes the best wrong sample that is left by ``select``. Samples are distinct.
+    Those that were cut off at the token limit are no candidates: without their end they are not what the policy would
+    say.
+    """
+    distinct: dict[str, Sample] = {}
+    for found in samples:
+        if found.finished and not found.correct and found.text.strip():
+            distinct.setdefault(found.text.strip(), found)
+    left, pairs, rng, key = list(distinct.values()), [], random.Random(seed), SELECTIONS[select]
+    while responses and left and len(pairs) < per_question:
+        turn = len(pairs) % len(responses)
+        ranks = [key(responses[turn], candidate, rng) for candidate in left]
+        best = max(range(len(left)), key=lambda i: (ranks[i], -left[i].index))
+        pairs.append((turn, left.pop(best)))
+    return pairs
+
+
+def preference_pairs(run: Run, policy: Artifact, questions: Artifact, suffix: str = "") -> Artifact:
+    """SFT responses against wrong samples of a policy (:class:`schema.Pair`), cleaned."""
+    name = suffix.removeprefix("_") or "sft"
+    samples = sample(run, f"{name}_samples", Source.policy(run.config, policy), questions)
+    scored = score(run, f"{name}_scores", samples)
+    return clean_pairs(run, f"pairs{suffix}", pair_samples(run, f"pair_candidates{suffix}", scored))
+
+
+def pair_samples(run: Run, name: str, scored: Artifact) -> Artifact:
+    """SFT responses against the policy's own wrong samples (:class:`schema.Pair`)."""
+    config, seed = run.config.pairs, run.config.seed
+    stage = scored.path.name.replace("_scores", "_samples")
+
+    def build(out: Path, ledger: Ledger) -> None:
+        pairer = partial(_pairer, config, seed, stage)
+        map_shards(name, scored, out, ledger, mapper=pairer, kind=schema.Pair, batch_size=ROWS_PER_SHARD)
+        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", ledger)
+
+    settings = config.model_dump(include={"per_question", "select"})
+    return run.stage(name, build, config=settings, inputs={"scored": scored}, resumable=True)
+
+
+def _pairer(config: PairsConfig, seed: int, stage: str) -> Mapper:
+    def pair(row: Row) -> list[Row]:
+        found = wrong_against_sft(
+            row["responses"],
+            _samples(row),
+            select=config.select,
+            per_question=config.per_question,
+            seed=f"{seed}:{row['id']}",
+        )
+        if not found:
+            raise RowRejectedError("no wrong sample that ends by itself")
+        return [
+            {
+                "id": f"{row['id']}-{i}",
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": row["responses"][turn],
+                "rejected": sample.text.strip(),
+                "source_id": row["id"],
+                "chosen_source": row["response_sources"][turn],
+                "rejected_source": f"{stage}:{sample.index}",
+            }
+            for i, (turn, sample) in enumerate(found)
+        ]
+
+    return each_row(pair)

@@ -1,0 +1,139 @@
+"""Preference rows in the formats that are about, to one: messages of the prompt, and two completions as text.
+
+TRL's standard and conversational formats, with and without an explicit prompt; UltraFeedback as it was published
+(completions with scores) and binarised (whole conversations on both sides).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from spo_ray.data.pairs import common_prefix
+from spo_ray.errors import RowRejectedError
+from spo_ray.runtime import schema
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class Preference(NamedTuple):
+    """One pair."""
+
+    prompt: list[schema.Turn]
+    chosen: str
+    rejected: str
+
+
+def preference(row: Mapping[str, Any], *, rejected: Literal["worst", "random"] = "worst", seed: str = "") -> Preference:
+    """Convert a row.
+
+    Args:
+        row: the row as it was read.
+        rejected: which of several scored completions loses against the best one.
+        seed: of the random one.
+
+    Raises:
+        RowRejectedError: the row has none of the formats; the message says what is wrong.
+    """
+    if "completions" in row:
+        return _scored(row, rejected, seed)
+    sides = [_field(row, name) for name in ("chosen", "rejected")]
+    prompt = row.get("prompt")
+    if all(isinstance(side, str) for side in sides):
+        opening, (chosen, lost) = (_messages(prompt), sides) if prompt is not None else _split_text(*sides)
+    elif all(isinstance(side, Sequence) and not isinstance(side, str) for side in sides):
+        opening, (chosen, lost) = _split_messages(*([*map(_turn, side)] for side in sides), prompt)
+    else:
+        raise RowRejectedError("'chosen' and 'rejected' are not both text, nor both messages")
+    return Preference(opening, _text(chosen, "chosen"), _text(lost, "rejected"))
+
+
+def _scored(row: Mapping[str, Any], which: str, seed: str) -> Preference:
+    """UltraFeedback's own schema: the completion with the best score against the worst, or any with a lower one."""
+    name = "instruction" if "instruction" in row else "prompt"
+    prompt, completions = _messages(_field(row, name)), row["completions"]
+    found = []
+    for completion in completions if isinstance(completions, Sequence) else []:
+        keys = completion if isinstance(completion, Mapping) else {}
+        scores = (keys[key] for key in ("overall_score", "score", "rating") if keys.get(key) is not None)
+        score = next(scores, None)
+        if not isinstance(score, int | float) or not isinstance(keys.get("response"), str) or score != score:
+            raise RowRejectedError("a completion has no 'response' or no 'overall_score'")
+        found.append((float(score), keys["response"]))
+    if not found or min(found)[0] == max(found)[0]:
+        raise RowRejectedError("no completion is scored lower than the best")
+    best, chosen = max(found, key=lambda pair: pair[0])  # the first of equals
+    lower = [response for score, response in found if score < best]
+    lost = random.Random(seed).choice(lower) if which == "random" else min(found, key=lambda pair: pair[0])[1]
+    return Preference(prompt, _text(chosen, "chosen"), _text(lost, "rejected"))
+
+
+def _split_text(chosen: str, rejected: str) -> tuple[list[schema.Turn], tuple[str, str]]:
+    """Two texts that begin alike: what they share, up to a word's end, is the prompt."""
+    common = common_prefix(chosen, rejected)
+    if common in (len(chosen), len(rejected)):
+        raise RowRejectedError("no 'prompt', and one side is the beginning of the other")
+    while common and not chosen[common - 1].isspace():
+        common -= 1
+    if not chosen[:common].strip():
+        raise RowRejectedError("no 'prompt', and the sides have no common beginning")
+    return _messages(chosen[:common].rstrip()), (chosen[common:], rejected[common:])
+
+
+def _split_messages(
+    chosen: list[schema.Turn], rejected: list[schema.Turn], prompt: Any
+) -> tuple[list[schema.Turn], tuple[str, str]]:
+    """Two conversations that end in an assistant's answer each; the turns before are the prompt, or follow it."""
+    before = chosen[:-1]
+    if before != rejected[:-1]:
+        raise RowRejectedError("'chosen' and 'rejected' answer different prompts")
+    opening = [] if prompt is None else _messages(prompt)
+    if not before and not opening:
+        raise RowRejectedError("no 'prompt'")
+    ends = [side[-1] if side else {"role": "", "content": ""} for side in (chosen, rejected)]
+    if any(end["role"] != "assistant" for end in ends):
+        raise RowRejectedError("a side does not end in an assistant's message")
+    if not before:
+        return opening, (ends[0]["content"], ends[1]["content"])
+    if before[: len(opening)] == opening or not isinstance(prompt, list):
+        return before, (ends[0]["content"], ends[1]["content"])  # whole conversations, which repeat the prompt
+    return [*opening, *before], (ends[0]["content"], ends[1]["content"])
+
+
+def _messages(prompt: Any) -> list[schema.Turn]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": _text(prompt, "prompt")}]
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise RowRejectedError("'prompt' is no text, and no list of messages")
+    return [_turn(message) for message in prompt]
+
+
+def _turn(message: Any) -> schema.Turn:
+    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+        raise RowRejectedError(f"a message without a role of {', '.join(ROLES)}")
+    return {"role": message["role"], "content": _text(message.get("content"), "content")}
+
+
+def _text(value: Any, name: str) -> str:
+    reason = text_defect(value, name)
+    if reason:
+        raise RowRejectedError(reason)
+    return value
+
+
+def text_defect(value: Any, name: str, *, may_be_empty: bool = False) -> str | None:
+    """Why a value can't be used as text; None where it can."""
+    if not isinstance(value, str):
+        return f"{name!r} is no text"
+    if not value.strip() and not may_be_empty:
+        return f"{name!r} is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{name!r} is not valid Unicode"
+    return None
+
+
+def _field(row: Mapping[str, Any], name: str) -> Any:
+    if name not in row:
+        raise RowRejectedError(f"no column {name!r}")
+    return row[name]

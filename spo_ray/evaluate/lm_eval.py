@@ -1,0 +1,73 @@
+"""Suites ``lm_eval:TASK``: tasks of lm-evaluation-harness on this run's engines, with its chat template."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from spo_ray.config.evaluate import EvalConfig, LmEvalConfig
+from spo_ray.errors import UserError
+from spo_ray.evaluate.statistics import Z95
+from spo_ray.evaluate.suite import Bench, Estimate, Suite
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, external, write_json, write_rows
+
+RESULTS = "results.json"
+
+
+def suite(task: str) -> Suite:
+    """The suite of one task or group of tasks."""
+    return Suite(partial(_measure, task), _estimate)
+
+
+def known_task(task: str, settings: LmEvalConfig) -> None:
+    """Check that lm-evaluation-harness is installed and knows a task.
+
+    Raises:
+        UserError: the harness is not installed, or knows no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise UserError("eval.suites has lm_eval tasks, which need: pip install 'spo-ray[lm-eval]'") from error
+    manager = TaskManager(include_path=str(settings.include_path) if settings.include_path else None)
+    if task not in manager.all_tasks:
+        raise UserError(f"lm-evaluation-harness has no task {task!r}: see its list, or eval.lm_eval.include_path")
+
+
+def _measure(task: str, bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
+    """The harness's own results, as it prints them (results.json)."""
+    settings: LmEvalConfig = bench.run.config.eval.lm_eval
+    if settings.include_path:  # actors work elsewhere
+        settings = settings.model_copy(update={"include_path": settings.include_path.absolute()})
+
+    def build(out: Path, ledger: Ledger) -> None:
+        sampling = settings.model_dump(mode="json", exclude={"include_path"}) | {"task": task}
+        ledger.facts |= bench.provenance(checkpoint, sampling)
+        found = bench.call("harness", str(checkpoint.path), task, settings, bench.run.config.seed)
+        ledger.read = ledger.kept = sum(found["n"].values())
+        write_json(out / RESULTS, found)
+        write_rows(out / "part-0.parquet", [], schema.Score)  # the harness keeps its rows to itself
+
+    identity = bench.identity | settings.model_dump(exclude={"include_path"}) | {"task": task}
+    inputs = {"model": checkpoint}
+    if settings.include_path:
+        inputs["tasks"] = external(settings.include_path)
+    return bench.run.stage(f"lm_eval_{task}@{name}", build, config=identity, inputs=inputs)
+
+
+def _estimate(config: EvalConfig, measured: Artifact, concluded: Sequence[Artifact]) -> list[Estimate]:
+    found = json.loads((measured.path / RESULTS).read_text())
+    estimates = []
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            bounds = ()
+            if isinstance(error, int | float):
+                bounds = (value - Z95 * error, value + Z95 * error, "normal, the harness's standard error")
+            name = metric if filtered == "none" else f"{metric}/{filtered}"
+            estimates.append(Estimate(f"{task}/{name}", value, found["n"].get(task, 0), *bounds))
+    return estimates

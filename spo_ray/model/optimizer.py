@@ -1,0 +1,121 @@
+"""Optimizers and learning rates of the parameter groups."""
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spo_ray.config.train import GroupConfig
+from spo_ray.errors import UserError
+
+
+class Group(NamedTuple):
+    """Parameters that are optimised alike: theta, or phi."""
+
+    name: str
+    parameters: Mapping[str, Tensor]
+    """By their names in the model."""
+    config: GroupConfig
+
+
+def make_optimizer(groups: Sequence[Group], kind: str) -> torch.optim.Optimizer:
+    """AdamW with a learning rate for each group (equations 12 to 14).
+
+    A group becomes two of the optimizer's: matrices, which decay, and norms and biases, which do not. Both carry the
+    group's ``name`` and ``initial_lr``. Parameters may be sharded (DTensor).
+
+    Args:
+        groups: theta and phi; a group without parameters is left out.
+        kind: ``adamw``; or ``adamw_8bit``, whose two states take 8 bits and a scale per 256 values. Parameters, or
+            shards, of less than 4,096 values, or of no multiple of 256, keep float32 states there.
+
+    Raises:
+        UserError: ``adamw_8bit`` without torchao.
+    """
+    parts = [part for group in groups for part in _parts(group)]
+    if kind == "adamw":
+        return torch.optim.AdamW(parts, fused=True)
+    return _adamw_8bit()(parts)
+
+
+def learning_rates(
+    optimizer: torch.optim.Optimizer, groups: Sequence[Group], step: int, total_steps: int
+) -> dict[str, float]:
+    """Set the learning rates of a step (from 0), and give them by group.
+
+    They rise linearly over the warm-up, then decay as the group's schedule says. They depend on the step alone, so
+    that a training which goes on from a checkpoint needs nothing else.
+    """
+    factors = {group.name: _factor(group.config, step, total_steps) for group in groups}
+    rates = {}
+    for part in optimizer.param_groups:
+        name = part["name"]
+        rates[name] = rate = part["initial_lr"] * factors[name]
+        if isinstance(part["lr"], Tensor):  # torchao's: a number would be compiled in, and is refused
+            part["lr"].fill_(rate)
+        else:
+            part["lr"] = rate
+    return rates
+
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}
+
+
+def _factor(config: GroupConfig, step: int, total_steps: int) -> float:
+    """Share of the group's learning rate at a step."""
+    warmup = max(1, round(total_steps * config.warmup_ratio))
+    progress = max(0.0, (step - warmup) / max(1, total_steps - warmup))
+    return min(1.0, (step + 1) / warmup) * DECAYS[config.schedule](min(1.0, progress))
+
+
+def _parts(group: Group) -> Iterator[dict[str, Any]]:
+    config = group.config
+    decaying = [p for p in group.parameters.values() if p.ndim >= 2]
+    others = [p for p in group.parameters.values() if p.ndim < 2]
+    for params, decay in ((decaying, config.weight_decay), (others, 0.0)):
+        if params:
+            yield {
+                "params": params,
+                "name": group.name,
+                "lr": config.lr,
+                "initial_lr": config.lr,
+                "weight_decay": decay,
+            }
+
+
+def _adamw_8bit() -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """TorchAO's: of the libraries with 8-bit states, the one that takes sharded parameters."""
+    try:
+        library = importlib.import_module("torchao.optim")
+    except ImportError as error:
+        raise UserError(
+            "train.optimizer=adamw_8bit needs torchao: pip install 'spo-ray[low-memory]', or choose adamw"
+        ) from error
+    states: Any = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
+    states.implements(torch.ops.aten.clone.default)(_copied_state)
+    states.implements(torch.ops.aten.new_empty.default)(_empty_state)
+    compiler: Any = importlib.import_module("torch._functorch.config")
+    # its cache on disk tells whole parameters apart, but not uneven shards of one: a rank would get another's code
+    compiler.enable_autograd_cache = False
+    return library.AdamW8bit
+
+
+def _copied_state(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A copy of an 8-bit state. TorchAO has none, but checkpoints begin with one, if training is not to wait."""
+    state = args[0]
+    return type(state)(state.codes.clone(), state.scale.clone(), state.qmap, state.signed, state.dtype)
+
+
+def _empty_state(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """A new 8-bit state like another, for PyTorch's own copies."""
+    state, size = args[:2]
+    codes = state.codes.new_empty(size, **kwargs)
+    scale = state.scale.new_empty(state.scale.shape, **kwargs)
+    return type(state)(codes, scale, state.qmap.to(codes.device), state.signed, state.dtype)

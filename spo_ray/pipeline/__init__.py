@@ -1,0 +1,1 @@
+"""The whole job, its dry run, and the command line."""

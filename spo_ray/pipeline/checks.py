@@ -1,0 +1,95 @@
+"""What can be refused before anything long starts."""
+
+import json
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from spo_ray.config.data import EndpointConfig, EngineConfig, TeacherModel
+from spo_ray.config.evaluate import LM_EVAL, AlpacaConfig
+from spo_ray.config.schema import Config
+from spo_ray.errors import UserError
+from spo_ray.model.completion import choose
+from spo_ray.runtime.artifact import on_hub
+from spo_ray.runtime.console import say
+from spo_ray.runtime.tracking import check_trackers
+
+
+def preflight(config: Config) -> None:
+    """Check that the model and its chat template are there, and choose the engine.
+
+    ``organisation/name`` is taken for a hub id unless a local folder ``organisation`` exists.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    check_trackers(config.tracking)
+    name = config.model.path
+    path, is_hub_id = Path(name), on_hub(Path(name))
+    if not is_hub_id and not (path / "config.json").is_file():
+        raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
+    from spo_ray.model.tokenizer import ChatTokenizer
+
+    try:
+        ChatTokenizer.load(name, config.model.chat_template)
+    except UserError:
+        raise
+    except Exception as error:  # missing files, but also any mistake in a chat template
+        absent = f"there is no folder {name} here, and on the hub " if is_hub_id else ""
+        raise UserError(f"{absent}the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
+    if not is_hub_id:
+        _check_files(config, path)
+    engine, why = choose(config.engine)
+    say("engine", f"{engine} ({why})")
+    for teacher in config.sft_data.teachers:
+        if isinstance(teacher, TeacherModel):
+            _check_engine("teacher", teacher.model, teacher.engine)
+    check_evaluation(config)
+
+
+def check_evaluation(config: Config) -> None:
+    """Nobody wants to hear of a missing key, a bad template or an unknown task after hours of training.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    for suite in config.eval.chosen(config.data):
+        if suite.startswith(LM_EVAL):
+            from spo_ray.evaluate.lm_eval import known_task
+
+            known_task(suite.removeprefix(LM_EVAL), config.eval.lm_eval)
+        elif suite == "alpaca_eval" and config.eval.alpaca:
+            _check_judges(config.eval.alpaca)
+
+
+def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) -> None:
+    """An endpoint's key, or a local model and an engine for it."""
+    if isinstance(engine, EndpointConfig):
+        local = urlsplit(engine.url).hostname in ("localhost", "127.0.0.1", "::1")
+        if not local and engine.api_key_env not in os.environ:
+            raise UserError(f"{what} {model} at {engine.url}: there is no key; export {engine.api_key_env}")
+        return
+    choose(engine)
+    if not on_hub(Path(model)) and not (Path(model) / "config.json").is_file():
+        raise UserError(f"no {what} in {model} (no config.json there): set a directory or a hub id")
+
+
+def _check_judges(config: AlpacaConfig) -> None:
+    from spo_ray.evaluate.alpaca import read_instructions
+    from spo_ray.evaluate.judge import read_template
+
+    if not on_hub(config.instructions):
+        read_instructions(config)
+    for annotator in config.annotators:
+        read_template(annotator)
+        _check_engine("annotator", annotator.model, annotator.engine)
+
+
+def _check_files(config: Config, path: Path) -> None:
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"no weights in {path}: only safetensors are loaded, and there is no *.safetensors file")
+    positions = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
+    lengths = {"train.max_length": config.train.max_length, "engine.max_model_len": config.engine.max_model_len}
+    for field, length in lengths.items():
+        if positions and length > positions:
+            raise UserError(f"{field}={length} is beyond the model's {positions} positions: lower it")

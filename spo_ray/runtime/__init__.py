@@ -1,0 +1,1 @@
+"""Runs, stages and artifacts; Ray; the terminal."""

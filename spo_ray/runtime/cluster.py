@@ -1,0 +1,173 @@
+"""Starting or joining a Ray cluster, and refusing plans that it cannot hold."""
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import ray.data
+
+from spo_ray.config.data import EngineConfig, TeacherModel
+from spo_ray.config.schema import Config
+from spo_ray.errors import UserError
+from spo_ray.runtime.console import redact, say
+from spo_ray.runtime.failure import TOO_SLOW
+
+LOCAL_CPUS = 4
+"""Logical CPUs of a local cluster at least: actors that hold one each must leave some for Ray Data's tasks."""
+DATA_TASK_CPUS = 1.0
+REACH_S = 10.0
+"""How long to wait for an answer from a cluster's address."""
+
+
+def connect(config: Config, training: bool = True) -> None:
+    """Join ``ray.address`` or ``RAY_ADDRESS``, else start a local cluster; then check the plan.
+
+    Without ``training`` there will be evaluation alone.
+
+    Raises:
+        UserError: no cluster at the address, or too few resources; without this, Ray would wait for ever.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ prints to the terminal
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_reachable(address)
+        try:
+            ray.init(address=address, runtime_env={"env_vars": passed_env(config)}, **quiet)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
+    else:
+        cpus = config.ray.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
+        _start(num_cpus=cpus, include_dashboard=False, **quiet)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_plan(config, nodes, training=training)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    say("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+
+
+def _start(**options: Any) -> None:
+    """Start a local cluster, once more where that took longer than the 30 seconds that Ray allows: busy machines."""
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:
+        if TOO_SLOW not in str(error):
+            raise
+        say("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
+        ray.shutdown()
+        ray.init(address="local", **options)
+
+
+def passed_env(config: Config) -> dict[str, str]:
+    """The allowed part of this process's environment, without what a submitted job's description has already.
+
+    Raises:
+        UserError: a value holds a password, which would be written into the job's description.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars", {})
+    found = {name: os.environ[name] for name in config.ray.pass_env if name in os.environ and name not in given}
+    for name, value in found.items():
+        if redact(value) != value:
+            raise UserError(f"{name} holds a password: take it out of ray.pass_env, and set it on the nodes instead")
+    return found
+
+
+def check_plan(
+    config: Config, nodes: list[dict[str, Any]], has_gpus: bool | None = None, training: bool = True
+) -> None:
+    """Compare what the stages hold at once with the cluster's logical resources.
+
+    ``has_gpus``: whether stages take GPUs by default; None: if a node has any. ``training``: whether there will be any.
+
+    Raises:
+        UserError: naming the stage, what it needs, what there is, and the settings to change.
+    """
+    train = config.train
+    has_gpus = any(node.get("GPU") for node in nodes) if has_gpus is None else has_gpus
+    workers = train.num_workers * min(train.parallel_methods, len(config.methods))
+    gpu = float(uses_gpu(config, has_gpus))
+    engines = [("sampling", config.engine, "engine.replicas, engine.cpus"), *_other_engines(config)]
+    plans = [
+        *(
+            (stage, own.replicas, own.cpus, engine_gpus(own, has_gpus), DATA_TASK_CPUS, text)
+            for stage, own, text in engines
+        ),
+        ("training", workers, train.cpus_per_worker, gpu, 0.0, "train.num_workers, train.parallel_methods"),
+        ("reference", train.num_workers, train.cpus_per_worker, gpu, DATA_TASK_CPUS, "train.num_workers"),
+    ]
+    for stage, count, cpus, gpus, extra, settings in plans if training else plans[: len(engines)]:
+        slots = sum(_slots(node, cpus, gpus) for node in nodes)
+        total = sum(node.get("CPU", 0.0) for node in nodes)
+        if slots < count or total < count * cpus + extra:
+            raise UserError(
+                f"too few resources: {stage} needs {count} actors of {cpus:g} CPUs and {gpus:g} GPUs"
+                f"{f' and {extra:g} CPU for data tasks' if extra else ''}, the cluster has {total:g} CPUs and "
+                f"{sum(node.get('GPU', 0.0) for node in nodes):g} GPUs: lower {settings}, raise ray.num_cpus on a "
+                "local cluster, or add nodes"
+            )
+
+
+def _other_engines(config: Config) -> Iterator[tuple[str, EngineConfig, str]]:
+    """Engines besides the policy's: (stage, engine, setting)."""
+    for teacher in config.sft_data.teachers:
+        if isinstance(teacher, TeacherModel) and isinstance(teacher.engine, EngineConfig):
+            yield "a teacher", teacher.engine, "the engine of sft_data.teachers"
+    judged = config.eval.alpaca if "alpaca_eval" in config.eval.chosen(config.data) else None
+    for annotator in judged.annotators if judged else []:
+        if isinstance(annotator.engine, EngineConfig):
+            yield f"annotator {annotator.name}", annotator.engine, "the engine of eval.alpaca.annotators"
+
+
+def room_beside(config: Config, engine: EngineConfig) -> str | None:
+    """The id of a node where one engine more fits beside every stage of the plan; None: there is no such node."""
+    alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    nodes = [dict(node["Resources"]) for node in alive]
+    taken = {"CPU": engine.cpus, "GPU": engine_gpus(engine)}
+    for number, node in enumerate(nodes):
+        if all(node.get(kind, 0.0) >= amount for kind, amount in taken.items()):
+            rest = node | {kind: node.get(kind, 0.0) - amount for kind, amount in taken.items()}
+            try:
+                check_plan(config, [*nodes[:number], rest, *nodes[number + 1 :]], has_gpus=_has_gpus())
+            except UserError:
+                continue
+            return alive[number]["NodeID"]
+    return None
+
+
+def engine_gpus(engine: EngineConfig, has_gpus: bool | None = None) -> float:
+    """GPUs per engine on a cluster that has some or not; None: on the connected one."""
+    return float(_has_gpus() if has_gpus is None else has_gpus) if engine.gpus is None else engine.gpus
+
+
+def uses_gpu(config: Config, has_gpus: bool | None = None) -> bool:
+    """Whether training workers get a GPU each there."""
+    return (_has_gpus() if has_gpus is None else has_gpus) if config.train.use_gpu is None else config.train.use_gpu
+
+
+def _has_gpus() -> bool:
+    return ray.is_initialized() and bool(ray.cluster_resources().get("GPU"))
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes before it gives up on an address."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto", "local"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
+
+
+def _slots(node: dict[str, Any], cpus: float, gpus: float) -> int:
+    by_gpu = int(node.get("GPU", 0.0) / gpus) if gpus else 10**9
+    return min(int(node.get("CPU", 0.0) / cpus), by_gpu)

@@ -1,0 +1,99 @@
+"""What the driver sees of a training: it reads the files that grow, so that watching costs the workers nothing."""
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spo_ray.runtime.artifact import STEP_LOG
+from spo_ray.runtime.console import Update, progress, say
+from spo_ray.runtime.tracking import Tracker, Trackers
+from spo_ray.train.alarm import describe
+from spo_ray.train.spec import FAILURES, Job
+
+POLL_S = 1.0
+
+
+class Tail:
+    """The lines of a growing file, each once; a file that is cut shorter is read anew from there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen = 0
+
+    def new(self) -> list[Any]:
+        """JSON of complete lines that were not there before."""
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        fresh, self.seen = lines[min(self.seen, len(lines)) :], len(lines)
+        return [json.loads(line) for line in fresh]
+
+
+class JobView:
+    """One job: its progress, failures, alarms, and trackers."""
+
+    def __init__(self, job: Job, name: str, trackers: Trackers) -> None:
+        self.job, self.name, self.trackers = job, name, trackers
+        self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
+        self.failures.new()  # those of an earlier start were told then
+        self.tracker: Tracker | None = None
+        self.last = -1
+
+    def look(self, update: Update) -> None:
+        """Tell what is new."""
+        for record in self.failures.new():
+            say(self.name, _failure(record))
+        for record in self.steps.new():
+            step = record["step"]
+            if step <= self.last:  # done again after a restart, with the same result
+                continue
+            self.last = step
+            if self.tracker is None:
+                self.tracker = self.trackers.open(self.name, self.job.key, step)
+            self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
+            for text in describe(record, self.job.config.preference.alarm):
+                say(self.name, text)
+            if step:
+                update(step, record["total_steps"], _step(record))
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if self.tracker is not None:
+            self.tracker.close()
+
+
+class Follower:
+    """A thread that follows jobs while the block runs."""
+
+    def __init__(self, jobs: Sequence[Job], names: Sequence[str], trackers: Trackers) -> None:
+        self.views = [JobView(job, name, trackers) for job, name in zip(jobs, names, strict=True)]
+        self.finished = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        for view in self.views:
+            with progress(view.name) as update:
+                while not (view.job.finished or self.finished.wait(POLL_S)):
+                    view.look(update)
+                view.look(update)
+            view.close()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.finished.set()
+        self.thread.join()
+
+
+def _step(record: dict[str, Any]) -> str:
+    logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if record.get("logps/chosen") is not None else ""
+    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+    return f"step {record['step']}/{record['total_steps']}, loss {loss}{logps}"
+
+
+def _failure(record: dict[str, Any]) -> str:
+    rank, text = next(iter(record["errors"].items()))
+    text = text.splitlines()[0][:200]
+    return f"worker {rank} failed ({text}){': going on from the newest checkpoint' if record['restart'] else ''}"

@@ -1,0 +1,63 @@
+"""Descriptions of training jobs. Imports no torch, so that Ray Train's controller starts quickly."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spo_ray.config.schema import Config
+from spo_ray.config.train import CheckpointConfig
+from spo_ray.runtime.artifact import Artifact, read_lines
+
+RESULT = "result.json"
+"""A job's results; written last, so its presence means that the job is finished."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    config: Config
+    model: str
+    """Directory or hub id of the starting checkpoint."""
+    rows: Artifact
+    out: str
+    """Directory for the checkpoint and the metrics."""
+    key: str
+    """What its checkpoints are known by."""
+    method: str | None = None
+    """A name in ``config.methods``; None: SFT."""
+    held_out: Artifact | None = None
+    score_at: tuple[int, ...] = ()
+    """Steps at which it is scored; after all but the last it waits for a decision (:mod:`spo_ray.train.score_gate`)."""
+    start_from: str | None = None
+    """Folder with the training state of another job, to go on from."""
+    keep_state: bool = False
+    """Put the training state beside the checkpoints that are scored."""
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """When its state is kept; SFT has no scores that could tell which of its checkpoints is the best."""
+        config = self.config.train.checkpoint
+        return config if self.method else config.model_copy(update={"best": None})
+
+    @property
+    def finished(self) -> bool:
+        """Whether its results are there."""
+        return (Path(self.out) / RESULT).exists()
+
+
+FAILURES = "failures.jsonl"
+"""In a job's folder: one line for every time that its workers failed."""
+
+
+def failures_of(folder: Path) -> list[dict[str, Any]]:
+    """What was written down about a job."""
+    return read_lines(folder / FAILURES)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from."""
+
+    model: Artifact
+    rows: Artifact

@@ -1,0 +1,172 @@
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from spo_ray.config.load import load
+from spo_ray.config.schema import Config
+from spo_ray.errors import UserError
+from spo_ray.pipeline.job import stages
+from spo_ray.pipeline.plan import plan
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_config_loads(path):
+    config = load(path)
+    assert config.methods
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
+    """Without a network: what is on the hub counts as "all"."""
+    split = "\n".join(f'{{"question": "q{i}", "answer": {i}}}' for i in range(300))
+    (tmp_path / "train.jsonl").write_text(split)
+    (tmp_path / "test.jsonl").write_text(split)
+    local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
+    config = load(path, [f"output={tmp_path}", *([f"data.path={tmp_path}"] if local else [])])
+    text, _ = plan(config, stages)
+    assert f'"name": "{config.name}"' in text
+    for name, method in config.methods.items():
+        assert re.search(rf"^method_{name} +to do +[\d,al]+ .* {method.type}, ", text, re.MULTILINE)
+
+
+def test_overrides_reach_nested_fields_and_take_yaml_values():
+    config = load(QUICKSTART, ["methods.spo.lambda_sft=5", "methods.spo.inner.eta=1e-6", "seed=3", "eval.seeds=[4, 5]"])
+    assert config.methods["spo"].lambda_sft == 5.0
+    assert config.methods["spo"].inner.eta == 1e-6
+    assert (config.seed, config.eval.seeds) == (3, [4, 5])
+
+
+def line_of(text):
+    return 1 + next(i for i, line in enumerate(QUICKSTART.read_text().splitlines()) if text in line)
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (("  samples: 8", "  sampels: 8"), ["sampling.sampels", "did you mean 'samples'"]),
+        (
+            ("  parallel_methods: 2", "  paralel_methods: 2"),
+            ["train.paralel_methods", "did you mean 'parallel_methods'"],
+        ),
+        (
+            ("  dpo: {type: dpo, beta: 0.5}", "  dpo: {type: dpo, gamma: 1}"),
+            ["methods.dpo.gamma", "known keys: beta, lr, type"],
+        ),
+        (("  epochs: 3", "  epochs: three"), ["sft.epochs", "valid integer", "'three'"]),
+        (("  max_pass: 0.5", "  max_pass: 1.5"), ["sft_data.max_pass", "less than or equal to 1"]),
+    ],
+    ids=["typo", "typo2", "foreign", "type", "range"],
+)
+def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
+    path = tmp_path / "broken.yaml"
+    path.write_text(QUICKSTART.read_text().replace(*change, 1))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    for message in [f"{path}:{line_of(change[0])}:", *messages]:
+        assert message in str(caught.value)
+
+
+def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text(QUICKSTART.read_text().replace("  samples: 8", "  sampels: 8", 1))
+    overrides = ["sft.lrr=1", "methods.new={type: dpo, gamma: 1}", "seed=2"]
+    with pytest.raises(UserError) as caught:
+        load(path, overrides)
+    places = {line.split(": ")[1]: line.split(": ")[0] for line in str(caught.value).splitlines()}
+    assert places == {
+        "sampling.sampels": f"{path}:{line_of('  samples: 8')}",
+        "sft.lrr": "command line",
+        "methods.new.gamma": "command line",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.precision=bfloat"], "did you mean 'bfloat16'?"),
+        (["methods.new={type: sop}"], "did you mean 'spo'?"),
+        (["seed"], "must look like key.sub=value"),
+        (["seed.x=1"], "holds a value, not a section"),
+        (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),
+        (["methods.new={type: ppo}"], "methods.new"),
+        (["sampling.smaples=3"], "did you mean 'samples'"),
+        (["train={}", "trian.num_workers=2"], "did you mean 'train'"),
+        (["name=../elsewhere"], "name"),
+        (["sft_data.pass_k=9"], "pass_k=9 needs as many sampling.samples"),
+        (["methods.spo.margin=1"], "base dpo takes no margin"),
+        (["methods.spo={type: spo, base: simpo, penalty: 2, alpha: 1}"], "base simpo takes no alpha and no penalty"),
+        (["methods.spo.safe_region={gap: inner}", "methods.spo.inner.steps=0"], "needs a lower level"),
+        (["methods.dpo={type: cdpo, label_smoothing: 0.5}"], "less than 0.5"),
+        (["train.cpu_offload=true", "train.sharding=none"], "train.cpu_offload needs train.sharding=full"),
+        (["train.num_workers=2", "methods.spo.hinge=pair"], "methods.spo.hinge=pair needs train.sharding=none"),
+        (["model.theta={type: last_layers, rank: 2}"], "rank"),
+    ],
+)
+def test_wrong_overrides_are_refused(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load(QUICKSTART, overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("every", "metric", "message"),
+    [
+        ("null", "probe/accuracy", "set train.checkpoint.every"),
+        ("100", "probe/accuracy", "measured every preference.probe_every=200 steps"),
+        ("200", "health/entropy", "measured every preference.health_every=500 steps"),
+        ("400", "probe/accuracy", None),
+        ("1", "loss", None),
+    ],
+)
+def test_the_best_checkpoint_needs_its_metric_where_there_are_checkpoints(every, metric, message):
+    intervals = ["preference.probe_every=200", "preference.health_every=500"]
+    overrides = [*intervals, f"train.checkpoint={{every: {every}, best: {{metric: {metric}}}}}"]
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        load(ROOT / "configs" / "quickstart.yaml", overrides)
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1, 2]", "mapping"), ("a: [", "can't be read as YAML")])
+def test_files_that_are_no_mapping(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(path)
+    with pytest.raises(UserError, match="no configuration file"):
+        load(tmp_path / "absent.yaml")
+
+
+TEACHER = "sft_data.teachers=[{{model: m, engine: {}, sampling: {{max_tokens: 900}}}}]"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft_data.quantile=0.5", "set one of max_pass and quantile"),
+        ("sft_data.max_pass=null", "set one of max_pass and quantile"),
+        ("sft_data.strip=['(']", "is no regular expression"),
+        ("sft_data.teachers=[{model: m}, samples]", "must stand before models"),
+        (TEACHER.format("{type: vllm, max_model_len: 900}"), "leaves no room for a prompt"),
+        (TEACHER.format("{type: endpoint, url: 'http://user:secret@host/v1'}"), "use api_key_env"),
+        ("engine.arguments={hf_token: x}", "may be a secret"),
+        ("rounds=0", "greater than 0"),
+        ("data={type: questions, path: x}", "verifier"),
+        ("data={type: gsm8k, path: x, prompt: Solve}", "must contain {question}"),
+        ("data={type: gsm8k, path: x, contamination_words: 1}", "greater than or equal to 3"),
+    ],
+)
+def test_data_settings_that_cannot_be(override, message):
+    with pytest.raises(UserError) as caught:
+        load(QUICKSTART, [override])
+    assert message in str(caught.value)
+
+
+def test_rounds_need_questions():
+    with pytest.raises(UserError, match="with preference data, set rounds=1"):
+        load(QUICKSTART, ["data={type: preference, path: x}", "rounds=2"])

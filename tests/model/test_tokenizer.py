@@ -1,0 +1,49 @@
+import copy
+
+import pytest
+from transformers import AutoTokenizer
+
+from spo_ray.errors import UserError
+from spo_ray.model.tokenizer import ChatTokenizer
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_prompt_ends_where_the_completion_begins(chat):
+    prompt, completion = chat.prompt_ids("How many?"), chat.completion_ids("5 + 5 = 10.\n#### 10")
+    assert chat.tokenizer.decode(prompt) == "<|user|>How many?<|end|><|assistant|>"
+    assert chat.tokenizer.decode(completion) == "5 + 5 = 10.\n#### 10<|end|>"
+    assert chat.decode(completion) == "5 + 5 = 10.\n#### 10"
+
+
+def test_exactly_one_end_token(chat):
+    assert chat.completion_ids("yes").count(chat.end_id) == 1
+    assert chat.completion_ids("yes<|end|>") == chat.completion_ids("yes")
+    assert chat.completion_ids("  \n") == []
+
+
+def test_the_end_of_turn_is_found_before_a_trailing_newline(toy_base):
+    tokenizer = AutoTokenizer.from_pretrained(toy_base)
+    tokenizer.chat_template = CHATML
+    assert ChatTokenizer(tokenizer).end_id == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+@pytest.mark.parametrize("text", ["naïve café", "数学 😀", "a\tb\r\n\x00", "{'json': [1.5e-3]}"])
+def test_any_text_round_trips(chat, text):
+    assert chat.decode(chat.completion_ids(text)) == text
+
+
+def test_digits_stay_single(chat):
+    assert len(chat.completion_ids("1234")) == 5
+
+
+def test_a_missing_template_is_refused_and_can_be_given(toy_base):
+    tokenizer = AutoTokenizer.from_pretrained(toy_base)
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(UserError, match=r"no chat template.*model\.chat_template"):
+        ChatTokenizer(bare)
+    assert ChatTokenizer.load(toy_base, chat_template=CHATML).tokenizer.chat_template == CHATML

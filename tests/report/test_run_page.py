@@ -1,0 +1,95 @@
+"""Sections of a run's own page, from made-up stages."""
+
+import json
+import re
+
+from spo_ray.report.run_page import _alarms, _answers, _samples
+from spo_ray.report.scores import comparisons, other_scores, results
+from spo_ray.report.summary import versions_of
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import write_json, write_rows
+
+
+def test_alarms_are_told(run):
+    alarms = [{"step": 20, "alarm": "chosen", "value": 1.5}, {"step": 40, "alarm": "both_fell", "value": 0.75}]
+    path = run.root / "method_dpo"
+    write_json(path / "result.json", json.loads((path / "result.json").read_text()) | {"alarms": alarms})
+    first, second = _alarms(run, {"dpo": path, "spo": run.root / "method_spo"})
+    assert "dpo: ALARM at step 20: " in first
+    assert "1.5" in first
+    assert "in 75% of the probe pairs both log-probabilities fell (limit 50%)" in second
+
+
+def test_ungraded_answers_come_from_text_health(run):
+    for name in ("sft", "dpo"):
+
+        def build(out, ledger, name=name):
+            row = dict.fromkeys(("logp", "logp_author"), -1.0) | {"finished": True, "prompt_ids": [1], "ids": [2]}
+            row |= {"id": "q", "checkpoint": name, "seed": None}
+            table = [row | {"written_by": name, "response": f"<i>{name}</i> says 5"}]
+            table += [row | {"written_by": "sft", "response": "not its own", "seed": 0}] if name == "dpo" else []
+            write_rows(out / "part-0.parquet", table, schema.HealthRow)
+
+        run.stage(f"health_{name}", build, config={}, inputs={})
+    prompts = [{"id": "q", "prompt": [{"role": "user", "content": "How <many>?"}]}]
+    held_out = type("Prompts", (), {"rows": lambda self: prompts})()
+    answers = _answers(run, {"base": {}, "sft": {}, "dpo": {}}, {})
+    assert {name: rows["q"]["response"] for name, rows in answers.items()} == {
+        "sft": "<i>sft</i> says 5",
+        "dpo": "<i>dpo</i> says 5",
+    }
+    found = "".join(_samples(answers, held_out))
+    assert "user: How &lt;many&gt;?" in found
+    assert "&lt;i&gt;<mark>dpo</mark>&lt;" in found
+    assert not re.search("<i>|right|wrong", found.partition("<table>")[2])
+
+
+def test_results_have_the_adjusted_p_value_against_sft():
+    entry = {"accuracy_greedy": None, "accuracy_sampled": None, "delta_logp_chosen": -1.0, "delta_logp_rejected": None}
+    row = {"metric": "accuracy_greedy", "first": "sft", "second": "dpo", "p_adjusted": 0.0312}
+    compared = [row, row | {"metric": "accuracy_sampled", "p_adjusted": 0.9}, row | {"first": "spo", "p_adjusted": 0.8}]
+    nothing = dict.fromkeys(entry)  # of ready pairs the base model has no figures
+    assert results({"base": nothing, "sft": entry, "dpo": entry}, compared) == [
+        {"method": "sft", "Δ log π chosen": "-1.00"},
+        {"method": "dpo", "Δ log π chosen": "-1.00", "p against sft": "0.031"},
+    ]
+
+
+def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
+    stages = ("health_dpo/part-0.parquet", "shift_dpo/part-0.parquet", "judged_dpo@j/part-0.parquet")
+    for file in (*stages, "lm_eval_arc@dpo/results.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    keys = (
+        "health/entropy",
+        "health/kl_checkpoint_to_sft",
+        "alpaca_eval/j/win_rate",
+        "lm_eval:arc/arc/acc",
+        "accuracy/x",
+    )
+    scores = {key: {"value": 0.25} for key in keys}
+    found = "".join(other_scores({"dpo": {"scores": scores}}, tmp_path))
+    places = dict(re.findall(r"<td>([\w/]+)</td><td><a href=\"../([^\"]+)\">0.25</a>", found))
+    assert places == {
+        "entropy": "health_dpo/part-0.parquet",
+        "kl_checkpoint_to_sft": "shift_dpo/part-0.parquet",
+        "j/win_rate": "judged_dpo@j/part-0.parquet",
+        "arc/acc": "lm_eval_arc@dpo/results.json",
+    }
+
+
+def test_versions_are_those_of_the_stages(run):
+    for name, version in (("sft", "1.0"), ("pairs", "2.0")):
+        file = run.root / name / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"versions": {"torch": version}}))
+    assert set(versions_of(run)["torch"].split(", ")) >= {"1.0", "2.0"}
+
+
+def test_figures_without_an_interval_are_shown_by_themselves():
+    greedy, sampled = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.5, "std": 0.0}
+    changes = dict.fromkeys(("delta_logp_chosen", "delta_logp_rejected"))
+    (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [])
+    assert line == {"method": "dpo", "greedy, 95%": "50.0% (40.0 – 60.0)", "sampled ± sd, 95%": "50.0% ± 0.0%"}
+    row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
+    row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
+    assert "<td>+1</td><td></td><td>3 : 0</td>" in "".join(comparisons([row]))

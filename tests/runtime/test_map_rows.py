@@ -1,0 +1,113 @@
+import os
+import re
+import signal
+from functools import partial
+
+import pyarrow.parquet as pq
+import pytest
+
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.map_rows import Pool, RowRejectedError, each_row, map_shards
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ids = [f"q{i:03d}" for i in range(100)]
+    for part, names in enumerate((ids[:30], ids[30:95], ids[95:])):
+        table = [{"id": name, "prompt": "p" * int(name[1:]), "gold": "1"} for name in names]
+        write_rows(folder / f"part-{part}.parquet", table, schema.Prompt)
+    return Artifact(folder, "")
+
+
+def lengths(every=7):
+    def row(item):
+        if len(item["prompt"]) % every == 0:
+            raise RowRejectedError(f"multiple of {every}")
+        return [item | {"gold": str(len(item["prompt"]))}]
+
+    return each_row(row)
+
+
+def run(source, tmp_path, mapper, **options):
+    out, ledger = tmp_path / "out", Ledger()
+    out.mkdir()
+    map_shards("test", source, out, ledger, mapper=mapper, kind=schema.Prompt, **options)
+    return Artifact(out, ""), ledger
+
+
+def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("spo_ray.runtime.console.EVERY_S", 0.0)
+    run(source, tmp_path, lengths, batch_size=25, every=101)
+    counts = [int(n) for n in re.findall(r"test: (\d+)/100 rows read", capsys.readouterr().out)]
+    assert counts == [25, 50, 75]
+
+
+@pytest.mark.parametrize("pool", [None, Pool(2, 1)])
+def test_every_row_comes_out_once_or_is_quarantined(local_ray, source, tmp_path, pool):
+    artifact, ledger = run(source, tmp_path, lengths, batch_size=16, pool=pool, every=5)
+    kept = artifact.rows()
+    assert [row["id"] for row in kept] == [f"q{i:03d}" for i in range(100) if i % 5]
+    assert all(row["gold"] == str(int(row["id"][1:])) for row in kept)
+    assert (ledger.read, ledger.kept, len(ledger.rejected)) == (100, 80, 20)
+    assert ledger.rejected[0]["reason"] == "multiple of 5"
+    sizes = [pq.read_metadata(part).num_rows for part in artifact.parts]
+    assert len(sizes) == 7
+    assert sum(sizes) == 80
+
+
+class Dying:
+    """Kills its process on the first call ever, then works."""
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __call__(self, batch):
+        if not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch, []
+
+
+def test_a_killed_actor_loses_and_repeats_no_row(local_ray, source, tmp_path):
+    artifact, ledger = run(source, tmp_path, partial(Dying, tmp_path / "killed"), batch_size=10, pool=Pool(1, 1))
+    assert (tmp_path / "killed").exists()
+    assert [row["id"] for row in artifact.rows()] == [f"q{i:03d}" for i in range(100)]
+    assert ledger.read == ledger.kept == 100
+
+
+class Counting:
+    """Leaves a file per call."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, batch):
+        (self.folder / batch[0]["id"]).touch()
+        dropped = [{"id": row["id"], "reason": "third", "excerpt": ""} for row in batch[2:3]]
+        return [row for row in batch if row["id"] != dropped[0]["id"]], dropped
+
+
+@pytest.mark.parametrize("pool", [None, Pool(1, 1, most=2)])
+def test_a_stage_goes_on_with_the_parts_that_are_missing(local_ray, source, tmp_path, pool):
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    calls.mkdir()
+    out.mkdir()
+
+    def stage():
+        ledger = Ledger()
+        arguments = {"mapper": partial(Counting, calls), "kind": schema.Prompt, "batch_size": 20, "pool": pool}
+        map_shards("test", source, out, ledger, **arguments)
+        assert (ledger.read, ledger.kept, len(ledger.rejected)) == (100, 95, 5)
+        return Artifact(out, "").rows()
+
+    first = stage()
+    assert len(list(calls.iterdir())) == 5
+    for file in calls.iterdir():
+        file.unlink()
+    (out / "part-00001.parquet").unlink()
+    assert stage() == first
+    assert [file.name for file in calls.iterdir()] == ["q020"]
+    assert stage() == first

@@ -1,0 +1,176 @@
+import json
+import pickle
+import subprocess
+import sys
+import threading
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spo_ray.errors import UserError
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Ledger, external, write_json, write_rows
+from spo_ray.runtime.failure import STATUS, recorded
+from spo_ray.runtime.run import Run
+
+from ..helpers import small_config
+
+
+@pytest.fixture
+def run(in_root, tmp_path):
+    return Run(small_config(tmp_path))
+
+
+def counting(calls, rejected=0):
+    def build(out, ledger):
+        calls.append(out)
+        ledger.read, ledger.kept = 2 + rejected, 2
+        for i in range(rejected):
+            ledger.reject(f"bad-{i}", "malformed", {"x": i})
+        write_rows(out / "part-0.parquet", [{"id": i, "prompt": "p", "gold": "g"} for i in "ba"], schema.Prompt)
+
+    return build
+
+
+def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(run, tmp_path):
+    calls = []
+    data = tmp_path / "data.txt"
+    data.write_text("one")
+    for config in ({"k": 1}, {"k": 1}, {"k": 2}, {"k": 2}):
+        run.stage("s", counting(calls), config=config, inputs={"data": external(data)})
+    assert len(calls) == 2
+    data.write_text("two")
+    artifact = run.stage("s", counting(calls), config={"k": 2}, inputs={"data": external(data)})
+    assert len(calls) == 3
+    run.stage("next", counting(calls), config={}, inputs={"s": artifact})
+    run.stage("next", counting(calls), config={}, inputs={"s": artifact})
+    assert len(calls) == 4
+    assert [row["id"] for row in artifact.rows()] == ["a", "b"]
+
+
+def test_a_run_that_is_at_work_can_be_sent_to_other_processes(run):
+    run.root.mkdir(parents=True)
+    with recorded(run):
+        run.open("s", config={}, inputs={})
+        sent = pickle.loads(pickle.dumps(run))
+        assert (sent.root, sent.config, sent.names) == (run.root, run.config, run.names)
+        before = (run.root / STATUS).read_text()
+        sent.open("of another process", config={}, inputs={})
+        assert (run.root / STATUS).read_text() == before
+    assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
+
+
+def test_a_failed_stage_leaves_the_finished_one_alone(run):
+    calls = []
+    first = run.stage("s", counting(calls), config={"k": 1}, inputs={})
+
+    def broken(out, ledger):
+        counting(calls)(out, ledger)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.stage("s", broken, config={"k": 2}, inputs={})
+    assert run.stage("s", counting(calls), config={"k": 1}, inputs={}) == first
+    assert len(calls) == 2
+
+
+def test_a_stage_that_was_cut_off_on_the_way_to_its_place_is_finished(run, monkeypatch):
+    """Between the manifest and the renaming: nothing is built again, and no rejected row is lost."""
+    calls = []
+
+    def build(out, ledger):
+        counting(calls, rejected=1)(out, ledger)
+        write_rows(out / "rejected-00000.parquet", ledger.rejected, schema.Rejected)
+
+    def cut_off(self, name):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "_put", cut_off)
+        run.stage("s", build, config={}, inputs={}, resumable=True)
+    artifact = run.stage("s", build, config={}, inputs={}, resumable=True)
+    assert len(calls) == 1
+    assert artifact.path == run.root / "s"
+    assert sorted(file.name for file in artifact.path.iterdir()) == [
+        "manifest.json",
+        "part-0.parquet",
+        "rejected.parquet",
+    ]
+    assert artifact.manifest["rows"]["dropped"] == {"malformed": 1}
+    assert run.stage("s", build, config={}, inputs={}) == artifact
+
+
+def test_manifest_and_rejected_rows(run):
+    artifact = run.stage("s", counting([], rejected=3), config={"k": 1}, inputs={})
+    manifest = json.loads((artifact.path / "manifest.json").read_text())
+    assert manifest["rows"] == {"read": 5, "kept": 2, "dropped": {"malformed": 3}}
+    assert manifest["config"] == {"k": 1}
+    assert manifest["versions"]["torch"].startswith("2.")
+    rejected = pq.read_table(artifact.path / "rejected.parquet").to_pylist()
+    assert rejected[0] == {"id": "bad-0", "reason": "malformed", "excerpt": "{'x': 0}", "stage": "s"}
+
+
+def test_two_processes_never_share_a_run(run):
+    code = "import sys; from spo_ray.pipeline.cli import guarded; from spo_ray.runtime.run import Run\n"
+    code += "from tests.helpers import small_config\n"
+    code += "def work():\n    with Run(small_config(sys.argv[1])).locked(): print('inside')\nsys.exit(guarded(work))"
+    command = [sys.executable, "-c", code, str(run.config.output)]
+    with run.locked():
+        other = subprocess.run(command, capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "another process is working in" in other.stderr
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "inside\n"
+
+
+def test_schemas_keep_their_types_without_rows(tmp_path):
+    for kind in (schema.Prompt, schema.Samples, schema.Scored, schema.ReferencedPair, schema.EvalRow):
+        write_rows(tmp_path / "empty.parquet", [], kind)
+        assert pq.read_schema(tmp_path / "empty.parquet").equals(schema.arrow_schema(kind))
+    assert schema.arrow_schema(schema.Scored).field("extracted").type == pa.list_(pa.string())
+    assert schema.arrow_schema(schema.EvalRow).field("seed").type == pa.int64()
+
+
+def test_identity_of_external_files(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    first = external(folder).digest
+    assert external(folder).digest == first
+    (folder / "b").write_text("2")
+    assert external(folder).digest != first
+    assert external("organisation/name").digest != external("organisation/other").digest
+
+
+def test_no_rows_is_an_error_that_points_at_the_manifests():
+    from spo_ray.runtime.artifact import require_rows
+
+    with pytest.raises(UserError, match=r"no pairs: see the drop reasons"):
+        require_rows([], "pairs")
+    ledger = Ledger()
+    for i, reason in enumerate(["a", "b", "b", "c", "d"]):
+        ledger.reject(str(i), reason, f"row {i}")
+    told = r"no pairs: 5 dropped: 2 b \(first: row 1\); 1 a \(first: row 0\); 1 c \(first: row 3\)$"
+    with pytest.raises(UserError, match=told):
+        require_rows(0, "pairs", ledger)
+
+
+def test_threads_write_the_same_file_one_after_the_other(tmp_path):
+    """As stages do that run side by side: every write leaves a whole file, and none fails."""
+    errors = []
+
+    def work(number):
+        try:
+            for i in range(50):
+                write_json(tmp_path / "status.json", {"number": number, "i": i, "text": "x" * 1000})
+                json.loads((tmp_path / "status.json").read_text())
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
