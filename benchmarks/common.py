@@ -112,7 +112,7 @@ def random_inputs(folder: Path, count: int) -> None:
 
     Chosen completions are the longer ones, so that their gradient is, and the hinge is active.
     """
-    from spo_ray.train.reference import Scorer
+    from spo_ray.train.reference import ReferenceLogps
 
     torch.manual_seed(0)
     base = Path(__file__).parents[1] / "assets" / "toy_base"
@@ -140,7 +140,7 @@ def random_inputs(folder: Path, count: int) -> None:
         sides += [
             {"id": f"{i:03d}{n}", "prompt_ids": prompt, "completion_ids": c} for n, c in enumerate((chosen, rejected))
         ]
-    pairs, _ = Scorer(str(folder / "model"), "float32", 1024)(pairs)
+    pairs, _ = ReferenceLogps(str(folder / "model"), "float32", 1024)(pairs)
     for name, kind, table in (("pairs", schemas.ReferencedPair, pairs), ("sides", schemas.SftRow, sides)):
         (folder / name).mkdir()
         write_rows(folder / name / "part-0.parquet", table, kind)

@@ -18,7 +18,7 @@ import ray
 import ray.data
 
 from spo_ray.config.load import load
-from spo_ray.data.grade import ROWS_PER_SHARD, score
+from spo_ray.data.grade import ROWS_PER_SHARD, grade_samples
 from spo_ray.data.pairs import pair_samples
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
@@ -79,7 +79,7 @@ def measure(source: Artifact, count: int, tasks: int, folder: Path) -> tuple[flo
     watch = Watch()
     watch.start()
     started = time.perf_counter()
-    pairs = pair_samples(run, "pairs", score(run, "sft_scores", source))
+    pairs = pair_samples(run, "pairs", grade_samples(run, "sft_scores", source))
     wall = time.perf_counter() - started
     watch.ended.set()
     ray.shutdown()

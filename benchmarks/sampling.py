@@ -22,7 +22,7 @@ import ray.data
 
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
-from spo_ray.data.sample import Source, row_seed, sample
+from spo_ray.data.sample import SamplingJob, row_seed, sample
 from spo_ray.data.sources import load_data
 from spo_ray.runtime.artifact import external
 from spo_ray.runtime.run import Run
@@ -58,7 +58,7 @@ def raw(config: Config, prompts: list[str], results: Any) -> None:
 def staged(config: Config, name: str) -> float:
     """Tokens per second between the writing of the first and the last part."""
     run = Run(config.model_copy(update={"name": name}))
-    made = sample(run, "base_samples", Source.policy(config, external(config.model.path)), load_data(run, "train"))
+    made = sample(run, "base_samples", SamplingJob.policy(config, external(config.model.path)), load_data(run, "train"))
     times = sorted((Path(part).stat().st_mtime, part) for part in made.parts)
     columns = [pq.read_table(part, columns=["sample_tokens"])["sample_tokens"] for _, part in times[1:]]
     tokens = sum(sum(row) for column in columns for row in column.to_pylist())

@@ -37,9 +37,9 @@ from spo_ray.runtime.artifact import external
 from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.run import Run
 from spo_ray.train import launch, worker
-from spo_ray.train.checkpointer import NoSnapshots, Snapshots
-from spo_ray.train.data_loader import Table
-from spo_ray.train.distributed import Rank
+from spo_ray.train.checkpointer import Checkpointer, NoSnapshots
+from spo_ray.train.data_loader import RowTable
+from spo_ray.train.distributed import Distributed
 from spo_ray.train.entry import train_loop
 from spo_ray.train.loop import StepLog
 from spo_ray.train.spec import Job
@@ -82,10 +82,10 @@ def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrid
 
 def instrument() -> None:
     """Make this process write a line of clocks and counts behind every step; it exports nothing."""
-    run_job, write, save = worker.run_job, StepLog.write, Snapshots.save
+    run_job, write, save = worker.run_job, StepLog.write, Checkpointer.save
     notes: dict[str, Any] = {"save": 0.0} | dict.fromkeys(WHOLE, 0.0)
 
-    def recorded(job: Job, rank: Rank, *others: Any) -> None:
+    def recorded(job: Job, rank: Distributed, *others: Any) -> None:
         notes["path"] = Path(job.out) / f"clocks{rank.index}.jsonl"
         run_job(job, rank, *others)
 
@@ -115,7 +115,7 @@ def instrument() -> None:
 
     patches: list[tuple[Any, str, Any]] = [(dist, name, counted(name, whole)) for name, whole in WHOLE.items()]
     patches += [(worker, "run_job", recorded), (worker, "save", lambda *arguments: None)]
-    for owner, name, function in [*patches, (StepLog, "write", written), (Snapshots, "save", saved)]:
+    for owner, name, function in [*patches, (StepLog, "write", written), (Checkpointer, "save", saved)]:
         setattr(owner, name, function)
 
 
@@ -138,12 +138,12 @@ def _forked(index: int, size: int, meeting: str, jobs: Sequence[Job]) -> None:
 
 def work(jobs: Sequence[Job]) -> None:
     """The jobs, each with a measurement of the machine before and after."""
-    rank = Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    rank = Distributed(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     instrument()
     before = rate_of_all()
     for each in jobs:
         Path(each.out).mkdir(parents=True, exist_ok=True)
-        worker.run_job(each, rank, NoSnapshots(rank), Table.of)
+        worker.run_job(each, rank, NoSnapshots(rank), RowTable.of)
         after = rate_of_all()
         (Path(each.out) / "rate").write_text(str((before + after) / 2))
         before = after

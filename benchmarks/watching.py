@@ -23,9 +23,9 @@ from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
 from spo_ray.model.optimizer import Group, make_optimizer
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.train.callbacks import StepWatch, text_health
-from spo_ray.train.data_loader import Table
-from spo_ray.train.distributed import Rank
+from spo_ray.train.callbacks import DynamicsCallback, text_health
+from spo_ray.train.data_loader import RowTable
+from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure
 from spo_ray.train.loop import StepLog, clip, take_step
 
@@ -40,13 +40,13 @@ class Bench:
     """A policy in training."""
 
     def __init__(self, settings: PreferenceConfig) -> None:
-        self.settings, self.rank = settings, Rank(0, 1, torch.device("cpu"))
+        self.settings, self.rank = settings, Distributed(0, 1, torch.device("cpu"))
         problems = common.gsm8k()
         tokenizer = common.make_tokenizer(problems)
         tokenizer.chat_template = TEMPLATE
         self.chat = ChatTokenizer(tokenizer)
         pairs = common.tokenised(common.make_pairs(problems, 64), tokenizer)
-        self.rows, self.table = pairs, Table(pa.Table.from_pylist(pairs))
+        self.rows, self.table = pairs, RowTable(pa.Table.from_pylist(pairs))
         self.model, self.backbone, self.adapters = make_policy()
         named = dict(self.model.named_parameters())
         groups = (("theta", self.backbone, settings.theta), ("phi", self.adapters, settings.phi))
@@ -57,7 +57,7 @@ class Bench:
 
     def step(self, kind: str, number: int, watched: bool) -> None:
         """One step on the next pairs."""
-        watch = StepWatch(self.params, 1 if watched else None, self.measure, self.table)
+        watch = DynamicsCallback(self.params, 1 if watched else None, self.measure, self.table)
         indices = [(number * PAIRS + i) % len(self.rows) for i in range(PAIRS)]
         grads, metrics = spo_gradients(
             self.model,
@@ -71,7 +71,7 @@ class Bench:
         )
         clip(self.groups, grads)
         take_step(self.optimizer, self.groups, grads)
-        watch.after(metrics, indices)
+        watch.on_step_end(metrics, indices)
 
     def probe(self) -> None:
         """Log-probabilities of the probe pairs."""

@@ -21,15 +21,15 @@ from cyclopts import App
 
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
-from spo_ray.data.grade import score
-from spo_ray.data.sample import Source, sample
+from spo_ray.data.grade import grade_samples
+from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.data.tokenize import tokenise_pairs
 from spo_ray.errors import UserError
 from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded
 from spo_ray.pipeline.job import stages
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import STEP_LOG, Artifact, Ledger, read_lines, write_json, write_rows
-from spo_ray.runtime.console import place, say, set_verbosity
+from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
+from spo_ray.runtime.console import log, place, set_verbosity
 from spo_ray.runtime.failure import recorded
 from spo_ray.runtime.run import Run
 from spo_ray.train.launch import train_methods
@@ -107,8 +107,8 @@ def mass_shift(run: Run, samples: int) -> dict[str, Any]:
     policy = finished(run, "sft")
     asked = _questions(run, finished(run, "sft_scores"))
     sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
-    source = Source(policy, run.config.engine, sampling, run.config.model.chat_template)
-    graded = score(run, "probe_mass_scores", sample(run, "probe_mass_samples", source, asked))
+    source = SamplingJob(policy, run.config.engine, sampling, run.config.model.chat_template)
+    graded = grade_samples(run, "probe_mass_scores", sample(run, "probe_mass_samples", source, asked))
     pairs = reference_logps(
         run, "probe_mass_reference", policy, tokenise_pairs(run, "probe_mass_tokens", _groups(run, graded))
     )
@@ -127,11 +127,11 @@ def mass_shift(run: Run, samples: int) -> dict[str, Any]:
 def _questions(run: Run, scored: Artifact) -> Artifact:
     """The questions that the SFT model answers rightly least often, but sometimes."""
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         table = [row for row in scored.rows() if any(row["correct"]) and not all(row["correct"])]
         table.sort(key=lambda row: (fmean(row["correct"]), row["id"]))
         kept = [{key: row[key] for key in ("id", "prompt", "gold")} for row in table[:CANDIDATES]]
-        ledger.read, ledger.kept = scored.count, len(kept)
+        counts.read, counts.kept = scored.count, len(kept)
         write_rows(out / "part-0.parquet", kept, schema.Prompt)
 
     return run.stage("probe_mass_questions", build, config={"candidates": CANDIDATES}, inputs={"scored": scored})
@@ -141,13 +141,13 @@ def _groups(run: Run, graded: Artifact) -> Artifact:
     """Each of the preferred responses against one of the dispreferred: the most probable ones of either kind but y*."""
     stage = graded.path.name
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         for row in graded.rows():
-            ledger.read += 1
+            counts.read += 1
             right, wrong = (ranked(row, correct) for correct in (True, False))
             if len(right) < GROUP or len(wrong) <= GROUP or right[0].logp > wrong[0].logp:
                 reason = f"{len(right)} right and {len(wrong)} wrong responses, or the most probable is right"
-                ledger.reject(row["id"], reason, row["prompt"])
+                counts.reject(row["id"], reason, row["prompt"])
                 continue
             same = {"prompt": [{"role": "user", "content": row["prompt"]}], "source_id": row["id"]}
             kept = [
@@ -156,8 +156,8 @@ def _groups(run: Run, graded: Artifact) -> Artifact:
                 | {"chosen_source": f"{stage}:{better.place}", "rejected_source": f"{stage}:{worse.place}"}
                 for better, worse in product(right[:GROUP], wrong[1 : GROUP + 1])
             ]
-            ledger.kept = len(kept)
-            ledger.facts |= {"question": row["prompt"], "y*": wrong[0].text, "y*_logp": wrong[0].logp}
+            counts.kept = len(kept)
+            counts.facts |= {"question": row["prompt"], "y*": wrong[0].text, "y*_logp": wrong[0].logp}
             write_rows(out / "part-0.parquet", kept, schema.Pair)
             return
         raise UserError(
@@ -215,8 +215,8 @@ def _write(
     summary: Mapping[str, Any],
     panels: Mapping[str, Sequence[str]],
 ) -> None:
-    def build(out: Path, ledger: Ledger) -> None:
-        ledger.facts["summary"] = summary
+    def build(out: Path, counts: RowCounts) -> None:
+        counts.facts["summary"] = summary
         write_json(out / "series.json", series)
         (out / "figure.svg").write_text(_figure(series, panels), encoding="utf-8")
 
@@ -261,7 +261,7 @@ def _probe(config: Path, overrides: tuple[str, ...], until: str, work: Callable[
                     break
             found = work(run)
         print(json.dumps(found, indent=2))
-        say("probe", f"figure and series in {place(run.root)}/probe_*")
+        log("probe", f"figure and series in {place(run.root)}/probe_*")
 
     return guarded(follow_probe)
 

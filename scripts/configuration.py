@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from spo_ray.config.base import Section
+from spo_ray.config.base import ConfigModel
 from spo_ray.config.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -31,7 +31,7 @@ def page() -> str:
     return "\n".join([HEAD, *_section(Config, "", set())]).rstrip() + "\n"
 
 
-def _section(kind: type[Section], path: str, seen: set[type[Section]]) -> Iterator[str]:
+def _section(kind: type[ConfigModel], path: str, seen: set[type[ConfigModel]]) -> Iterator[str]:
     """A table of a section's fields, and after it the sections that its fields hold."""
     seen.add(kind)
     heading = f"`{path}`" if path else "The file"
@@ -40,7 +40,7 @@ def _section(kind: type[Section], path: str, seen: set[type[Section]]) -> Iterat
     yield f"{_sentence(kind.__doc__)}\n"
     if set(kind.model_fields) > ({"type"} if tag else set()):
         yield "| field | values | default | |\n|---|---|---|---|"
-    inner: list[tuple[str, type[Section]]] = []
+    inner: list[tuple[str, type[ConfigModel]]] = []
     for name, field in kind.model_fields.items():
         if name == "type" and tag:
             continue
@@ -54,14 +54,14 @@ def _section(kind: type[Section], path: str, seen: set[type[Section]]) -> Iterat
             yield from _section(section, where, seen)
 
 
-def _tag(kind: type[Section]) -> str:
+def _tag(kind: type[ConfigModel]) -> str:
     field = kind.model_fields.get("type")
     values = get_args(field.annotation) if field is not None else ()
     return str(values[0]) if len(values) == 1 else ""
 
 
-def _sections(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def _sections(annotation: Any) -> Iterator[type[ConfigModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, ConfigModel):
         yield annotation
     for part in get_args(annotation):
         yield from _sections(part)
@@ -104,7 +104,7 @@ def _type(annotation: Any) -> str:
         return f"mapping of names to {_type(arguments[1])}"
     if hasattr(annotation, "__metadata__"):
         return _type(arguments[0])
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, ConfigModel):
         return f"type `{tag}`" if (tag := _tag(annotation)) else "section"
     return PLAIN[annotation]
 
@@ -113,7 +113,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     value = field.get_default(call_default_factory=True)
-    if isinstance(value, Section):
+    if isinstance(value, ConfigModel):
         given = value.model_dump(mode="json", exclude_unset=True)
         return f"`{json.dumps(given)}`" if given else "its defaults"
     if isinstance(value, Path | Enum):

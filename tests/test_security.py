@@ -95,7 +95,7 @@ def test_a_manifest_leads_nowhere(in_root, tmp_path):
     stage.mkdir(parents=True)
     forged = {"stage": "../../../outside", "path": str(outside), "digest": "0" * 64, "inputs": {"x": "../../outside"}}
     (stage / "manifest.json").write_text(json.dumps(forged))
-    made = run.stage("s", lambda out, ledger: (out / "mine").write_text("1"), config={}, inputs={})
+    made = run.stage("s", lambda out, counts: (out / "mine").write_text("1"), config={}, inputs={})
     assert [p.name for p in made.path.iterdir() if p.name != "manifest.json"] == ["mine"]
     assert made.parts == []
     assert (outside / "part-0.parquet").exists()

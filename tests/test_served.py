@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
-from spo_ray.data.sample import Source
+from spo_ray.data.sample import SamplingJob
 from spo_ray.model.load import load_model
 from spo_ray.runtime.artifact import Artifact
 
@@ -59,7 +59,7 @@ def server(toy_base, tmp_path_factory):
 
 
 def test_a_served_teachers_samples_have_the_models_log_probabilities(server, chat, toy_base):
-    source = Source(
+    source = SamplingJob(
         Artifact(Path("toy"), "toy"),
         EndpointConfig(type="endpoint", url=server),
         SamplingConfig(samples=4, temperature=0.7, max_tokens=64),

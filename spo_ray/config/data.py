@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import Fraction, Section
+from spo_ray.config.base import ConfigModel, Fraction
 from spo_ray.config.train import Dtype
 
 
-class ToyData(Section):
+class ToyData(ConfigModel):
     """The embedded word problems, generated from the seed."""
 
     type: Literal["toy"] = "toy"
@@ -18,7 +18,7 @@ class ToyData(Section):
     test_questions: PositiveInt = 320
 
 
-class FileData(Section):
+class FileData(ConfigModel):
     """Rows from files or from the hub."""
 
     path: Path
@@ -85,7 +85,7 @@ class PreferenceData(FileData):
 DataConfig = Annotated[ToyData | QuestionData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
-class SamplingConfig(Section):
+class SamplingConfig(ConfigModel):
     """Sampling a model, for the SFT set and for the rejected responses."""
 
     samples: PositiveInt = 8
@@ -97,7 +97,7 @@ class SamplingConfig(Section):
     last answers of a batch, so that small ones are slow."""
 
 
-class EngineConfig(Section):
+class EngineConfig(ConfigModel):
     """The generation engines, for sampling and evaluation."""
 
     type: Literal["auto", "vllm", "transformers"] = "auto"
@@ -132,7 +132,7 @@ class EngineConfig(Section):
         return self
 
 
-class EndpointConfig(Section):
+class EndpointConfig(ConfigModel):
     """A server with OpenAI's chat completions, for a teacher."""
 
     type: Literal["endpoint"]
@@ -154,7 +154,7 @@ class EndpointConfig(Section):
         return value
 
 
-class TeacherModel(Section):
+class TeacherModel(ConfigModel):
     """A model that answers the questions which the policy fails."""
 
     model: str
@@ -174,7 +174,7 @@ class TeacherModel(Section):
         return self
 
 
-class SftDataConfig(Section):
+class SftDataConfig(ConfigModel):
     """Which questions and responses make the SFT set."""
 
     pass_k: PositiveInt = 1
@@ -209,7 +209,7 @@ class SftDataConfig(Section):
         return self
 
 
-class PairsConfig(Section):
+class PairsConfig(ConfigModel):
     """How preference pairs are made from samples, and which are kept."""
 
     per_question: PositiveInt = 1

@@ -6,21 +6,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import Fraction, Section
+from spo_ray.config.base import ConfigModel, Fraction
 from spo_ray.config.data import EndpointConfig, EngineConfig
 
 LM_EVAL = "lm_eval:"
 SUITES = ("accuracy", "health", "alpaca_eval")
 
 
-class HealthConfig(Section):
+class HealthConfig(ConfigModel):
     """Suite ``health``: signs of degenerate text, and where probability went."""
 
     prompts: PositiveInt = 128
     """Random held-out prompts to answer, once greedily and once at temperature 1."""
 
 
-class AnnotatorConfig(Section):
+class AnnotatorConfig(ConfigModel):
     """A judge of two outputs: any chat model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -59,7 +59,7 @@ class AnnotatorConfig(Section):
         return self
 
 
-class AlpacaConfig(Section):
+class AlpacaConfig(ConfigModel):
     """Suite ``alpaca_eval``: outputs against a baseline's, judged by other models."""
 
     instructions: Path = Path("tatsu-lab/alpaca_eval")
@@ -84,7 +84,7 @@ class AlpacaConfig(Section):
         return value
 
 
-class LmEvalConfig(Section):
+class LmEvalConfig(ConfigModel):
     """Suites ``lm_eval:TASK``: tasks of lm-evaluation-harness, with this run's engine and chat template."""
 
     include_path: Path | None = None
@@ -95,7 +95,7 @@ class LmEvalConfig(Section):
     """Documents per task; None: all."""
 
 
-class EvalConfig(Section):
+class EvalConfig(ConfigModel):
     """What checkpoints are judged by, on data that training has not seen."""
 
     suites: list[str] | None = None

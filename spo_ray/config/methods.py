@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from spo_ray.config.base import Section
+from spo_ray.config.base import ConfigModel
 
 SftReduction = Literal["sum", "token_mean"]
 FlipRate = Annotated[float, Field(ge=0.0, lt=0.5)]
 
 
-class Trained(Section):
+class Trained(ConfigModel):
     """What every method has."""
 
     lr: PositiveFloat | None = None
@@ -108,7 +108,7 @@ BASES: dict[str, type[Base]] = {
 BASE_FIELDS = ("beta", "margin", "alpha", "statistics", "label_smoothing", "ipo_reduction", "penalty")
 
 
-class Inner(Section):
+class Inner(ConfigModel):
     """SPO's lower level: K gradient steps on the SFT loss."""
 
     steps: Annotated[int, Field(ge=0)] = 1
@@ -120,7 +120,7 @@ class Inner(Section):
     """The rescaled (b) in float32 whatever ``train.precision``; without, it is cheaper and its direction rough."""
 
 
-class SafeRegion(Section):
+class SafeRegion(ConfigModel):
     """lambda by dual ascent on ``gap <= epsilon`` instead of a fixed one."""
 
     gap: Literal["reference", "inner"] = "reference"

@@ -4,23 +4,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from spo_ray.config.base import Fraction, Section
+from spo_ray.config.base import ConfigModel, Fraction
 
 
-class WholeBackbone(Section):
+class WholeBackbone(ConfigModel):
     """theta is every weight of the backbone."""
 
     type: Literal["all"] = "all"
 
 
-class LastLayers(Section):
+class LastLayers(ConfigModel):
     """theta is the backbone's last layers; the rest is frozen."""
 
     type: Literal["last_layers"]
     count: PositiveInt = 4
 
 
-class SecondAdapter(Section):
+class SecondAdapter(ConfigModel):
     """theta is a LoRA adapter of its own beside phi's; the backbone is frozen."""
 
     type: Literal["adapter"]
@@ -31,7 +31,7 @@ class SecondAdapter(Section):
 ThetaConfig = Annotated[WholeBackbone | LastLayers | SecondAdapter, Field(discriminator="type")]
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigModel):
     """The base model and its adapters."""
 
     path: str

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import Section, is_secret
+from spo_ray.config.base import ConfigModel, is_secret
 from spo_ray.config.data import (
     DataConfig,
     EngineConfig,
@@ -38,7 +38,7 @@ PASSED_ENV = [
 ]
 
 
-class RayConfig(Section):
+class RayConfig(ConfigModel):
     """Which cluster to use."""
 
     address: str | None = None
@@ -60,7 +60,7 @@ class RayConfig(Section):
         return value
 
 
-class Config(Section):
+class Config(ConfigModel):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from spo_ray.config.base import Section
+from spo_ray.config.base import ConfigModel
 
 Value = bool | int | float | str | None
 FROM_LOG = ("delta_logp_chosen", "delta_logp_rejected", "reward_accuracy", "held_out_reward_accuracy")
 """Scores that every trial has, of the probe pairs and of held-out pairs; the others are the suites' of ``eval``."""
 
 
-class LogUniform(Section):
+class LogUniform(ConfigModel):
     """Uniform in the logarithm, between two positive numbers."""
 
     type: Literal["loguniform"]
@@ -27,14 +27,14 @@ class LogUniform(Section):
         return self
 
 
-class Choice(Section):
+class Choice(ConfigModel):
     """One of some values, drawn anew for every sample."""
 
     type: Literal["choice"]
     values: list[Value] = Field(min_length=1)
 
 
-class Grid(Section):
+class Grid(ConfigModel):
     """Every one of some values, combined with those of the other grids."""
 
     type: Literal["grid"]
@@ -44,19 +44,19 @@ class Grid(Section):
 Dimension = Annotated[LogUniform | Choice | Grid, Field(discriminator="type")]
 
 
-class RandomSearch(Section):
+class RandomSearch(ConfigModel):
     """``samples`` draws, each combined with every point of the grids if there are any; equal ones are tried once."""
 
     type: Literal["random"]
 
 
-class GridSearch(Section):
+class GridSearch(ConfigModel):
     """Every point of the grids once."""
 
     type: Literal["grid"]
 
 
-class OptunaSearch(Section):
+class OptunaSearch(ConfigModel):
     """Optuna's TPE: ``samples`` suggestions, which learn from the finished trials; for all objectives together."""
 
     type: Literal["optuna"]
@@ -64,13 +64,13 @@ class OptunaSearch(Section):
     """Random suggestions before the first that learns."""
 
 
-class Fifo(Section):
+class Fifo(ConfigModel):
     """Every trial trains to its end, but for those that collapse."""
 
     type: Literal["fifo"]
 
 
-class Asha(Section):
+class Asha(ConfigModel):
     """Asynchronous successive halving on the first objective: of what has reached a rung, the best part goes on.
 
     The rungs are ``score_at[0]`` times the powers of ``reduction_factor``.
@@ -81,7 +81,7 @@ class Asha(Section):
     """One in so many trials goes on from a rung."""
 
 
-class Pbt(Section):
+class Pbt(ConfigModel):
     """Population-based training on the first objective: at a score the worst go on from the best, with other values.
 
     The population has ``samples`` members, fewer where draws are equal. Every trial's values must be of methods or
@@ -95,7 +95,7 @@ class Pbt(Section):
     """Probability of a new draw instead of a change by a fifth, or to a neighbouring value."""
 
 
-class ValidationConfig(Section):
+class ValidationConfig(ConfigModel):
     """What trials are scored on: rows of the training split that no trial trains on, and not of the test split."""
 
     questions: PositiveInt = 100
@@ -104,7 +104,7 @@ class ValidationConfig(Section):
     """Pairs for ``held_out_reward_accuracy``; 0: none."""
 
 
-class SweepConfig(Section):
+class SweepConfig(ConfigModel):
     """Trials of one method. Everything else of the file is an ordinary run's, and the same in every trial."""
 
     method: str

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from spo_ray.config.base import Fraction, Section
+from spo_ray.config.base import ConfigModel, Fraction
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-class GroupConfig(Section):
+class GroupConfig(ConfigModel):
     """How one group of parameters is optimised."""
 
     lr: PositiveFloat = 1e-5
@@ -32,7 +32,7 @@ class SftConfig(GroupConfig):
     """Rows of a step, over all workers."""
 
 
-class AlarmConfig(Section):
+class AlarmConfig(ConfigModel):
     """Limits of what a method may do to preferred answers and to its text; None: no limit."""
 
     max_fall: PositiveFloat | None = 1.0
@@ -50,7 +50,7 @@ class AlarmConfig(Section):
     max_lambda: PositiveFloat = 100.0
 
 
-class PreferenceConfig(Section):
+class PreferenceConfig(ConfigModel):
     """What every preference method shares, so that methods differ in their gradient alone."""
 
     theta: GroupConfig = GroupConfig()
@@ -75,7 +75,7 @@ class PreferenceConfig(Section):
     alarm: AlarmConfig = AlarmConfig()
 
 
-class BestConfig(Section):
+class BestConfig(ConfigModel):
     """Which checkpoint is the best."""
 
     metric: str = "probe/accuracy"
@@ -83,7 +83,7 @@ class BestConfig(Section):
     mode: Literal["max", "min"] = "max"
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigModel):
     """Checkpoints within training, to go on from after a failure."""
 
     every: PositiveInt | None = 100
@@ -98,7 +98,7 @@ class CheckpointConfig(Section):
     """Write in the background while training goes on; the state is copied to memory first."""
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigModel):
     """What SFT and every preference method share."""
 
     num_workers: PositiveInt = 1
@@ -135,7 +135,7 @@ class TrainConfig(Section):
     """Refuse a training whose planned memory is beyond the worker's."""
 
 
-class WandbConfig(Section):
+class WandbConfig(ConfigModel):
     """Weights & Biases; the key is ``WANDB_API_KEY``, and ``WANDB_MODE=offline`` writes files alone."""
 
     project: str = "spo-ray"
@@ -143,7 +143,7 @@ class WandbConfig(Section):
     """Team or user; None: the key's own."""
 
 
-class MlflowConfig(Section):
+class MlflowConfig(ConfigModel):
     """MLflow."""
 
     uri: str | None = None
@@ -151,7 +151,7 @@ class MlflowConfig(Section):
     experiment: str = "spo-ray"
 
 
-class TrackingConfig(Section):
+class TrackingConfig(ConfigModel):
     """Where training curves go besides ``log.jsonl``; None and false: nowhere."""
 
     tensorboard: bool = False

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spo_ray.core.gradients import Gradients, Sink, only, pull
+from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for
 from spo_ray.core.lm_head import find_head
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.core.losses import Metrics, SftReduction, bind, pairwise
@@ -100,7 +100,7 @@ Visitor = Callable[[tuple[Side, Side], tuple[Gradients, Gradients], Tally], Grad
 """Sees one pair and the gradients of its two log-probabilities; gives a gradient to add to the total, or none."""
 
 
-class Passes:
+class BatchGradients:
     """The passes of one step: a model, its parameters (theta first), a batch, and how ranks add up."""
 
     def __init__(
@@ -144,10 +144,10 @@ class Passes:
 
     def gradient(self, side: Side, weights: Tensor, params: Sequence[Tensor] | None = None) -> Gradients:
         """Gradient of ``sum_i weights_i * logps_i`` over all ranks, for all or some of the parameters."""
-        sink = Sink(self.params if params is None else params)
-        with only(sink.params, self.params):
+        sink = GradientAccumulator(self.params if params is None else params)
+        with grad_only_for(sink.params, self.params):
             for rows in self.parts:
-                pull(self.logps(side.rows(rows)), [(sink, (weights * self.valid)[rows])])
+                accumulate(self.logps(side.rows(rows)), [(sink, (weights * self.valid)[rows])])
         return self.summed(sink.gradients())
 
     def summed(self, gradients: Gradients) -> Gradients:
@@ -158,8 +158,8 @@ class Passes:
 
     def gradient_here(self, side: Side, weights: Tensor) -> Gradients:
         """The same for sequences of this rank alone, for all parameters, in one backward."""
-        sink = Sink(self.params)
-        pull(self.logps(side), [(sink, weights)])
+        sink = GradientAccumulator(self.params)
+        accumulate(self.logps(side), [(sink, weights)])
         return sink.gradients()
 
     def mean_weights(self) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class Passes:
         nll = -tally.sums["logps/chosen"] * self.pairs / self.tokens
         return tally.sums | {"nll_loss": nll} | dict(zip(own, values.tolist(), strict=True))
 
-    def collect(
+    def accumulate(
         self,
         base: Callable[..., Any],
         sft: Tensor | None = None,
@@ -200,10 +200,10 @@ class Passes:
             visit: called for every pair with its gradients; pairs then go one by one.
             proportional: ``sft`` and the first of ``norms`` are the same but for a factor, so that one sum serves both.
         """
-        total, sft_sum, chosen, rejected = (Sink(self.params) for _ in range(4))
+        total, sft_sum, chosen, rejected = (GradientAccumulator(self.params) for _ in range(4))
         tally = Tally(self.local)
         parts = [[i] for i in self.rows] if visit else self.parts
-        ahead = None if pairwise(base) or len(parts) == 1 else self.foresee(base, tally)
+        ahead = None if pairwise(base) or len(parts) == 1 else self.precompute_weights(base, tally)
         factor = 0.0 if sft is None or norms is None or not proportional else (norms[0][0] / sft[0]).item()
         sft = None if sft is None else sft * self.valid  # rows that only fill up count for nothing
         norms = None if norms is None else (norms[0] * self.valid, norms[1] * self.valid)
@@ -213,9 +213,9 @@ class Passes:
             both = self.at_once(sides) if alone else None
             logps_w, logps_l = (self.logps(side) for side in sides) if both is None else both.chunk(2)
             self.watch(rows, logps_w, logps_l, tally)
-            weights = self.weigh(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
+            weights = self.loss_weights(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
             if both is not None:
-                pull(both, [(total, torch.cat([*weights]))])
+                accumulate(both, [(total, torch.cat([*weights]))])
                 continue
             to_w, to_l = [(total, weights[0])], [(total, weights[1])]
             if sft is not None:
@@ -223,12 +223,12 @@ class Passes:
             if norms is not None:
                 to_w += [] if factor else [(chosen, norms[0][rows])]
                 to_l.append((rejected, norms[1][rows]))
-            own = Sink(self.params), Sink(self.params)
+            own = GradientAccumulator(self.params), GradientAccumulator(self.params)
             if visit:
                 to_w.append((own[0], torch.ones_like(logps_w)))
                 to_l.append((own[1], torch.ones_like(logps_l)))
-            pull(logps_w, to_w)
-            pull(logps_l, to_l)
+            accumulate(logps_w, to_w)
+            accumulate(logps_l, to_l)
             if visit:
                 self.show(visit, sides, own, bool(self.valid[rows].any()), total, tally)
         sums = Sums(
@@ -243,7 +243,12 @@ class Passes:
 
     @staticmethod
     def show(
-        visit: Visitor, sides: tuple[Side, Side], own: tuple[Sink, Sink], counts: bool, total: Sink, tally: Tally
+        visit: Visitor,
+        sides: tuple[Side, Side],
+        own: tuple[GradientAccumulator, GradientAccumulator],
+        counts: bool,
+        total: GradientAccumulator,
+        tally: Tally,
     ) -> None:
         """Let a pair be visited, and add what comes of it if it counts."""
         seen = Tally(1)
@@ -282,16 +287,16 @@ class Passes:
             return None
         return pair_logps(self.model, head, chosen, rejected, prompts, self.chunk_tokens)
 
-    def foresee(self, base: Callable[..., Any], tally: "Tally") -> Tensor:
+    def precompute_weights(self, base: Callable[..., Any], tally: "Tally") -> Tensor:
         """Weights for a base loss that needs the whole batch at once: log-probabilities first, without gradients."""
         sides = torch.empty(2, len(self.rows), dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for rows in self.parts:
                 for i, side in enumerate((self.chosen, self.rejected)):
                     sides[i, rows] = self.logps(side.rows(rows)).double()
-        return torch.stack(self.weigh(base, self.rows, *sides, tally))
+        return torch.stack(self.loss_weights(base, self.rows, *sides, tally))
 
-    def weigh(
+    def loss_weights(
         self, base: Callable[..., Any], rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally"
     ) -> tuple[Tensor, Tensor]:
         """dL/du_w and dL/du_l [B] of the mean base loss over all ranks' pairs; 0 for rows that only fill up."""

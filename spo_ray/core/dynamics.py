@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spo_ray.core.running_statistics import AllReduce, alone
+from spo_ray.core.running_statistics import AllReduce, single_rank
 from spo_ray.core.sharded import local, total
 
 MAX_SEQUENCES = 100_000
@@ -35,7 +35,7 @@ class GradientTerms:
 
     @classmethod
     def of(
-        cls, chosen_grads: Sequence[Tensor], rejected_grads: Sequence[Tensor], all_reduce: AllReduce = alone
+        cls, chosen_grads: Sequence[Tensor], rejected_grads: Sequence[Tensor], all_reduce: AllReduce = single_rank
     ) -> "GradientTerms":
         """The terms of two gradients, lists of tensors in one order, with products in float64 whatever their type.
 

@@ -18,7 +18,7 @@ Gradients = list[Tensor]
 Params = Sequence[Tensor]
 
 
-class Sink:
+class GradientAccumulator:
     """A weighted sum of gradients, filled by :func:`pull`; it takes memory with its first gradient."""
 
     def __init__(self, params: Params) -> None:
@@ -51,7 +51,7 @@ class Sink:
         return [part for part in self.parts if part is not None]
 
 
-def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
+def accumulate(values: Tensor, targets: Sequence[tuple[GradientAccumulator, Tensor]]) -> None:
     """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]) of ``targets``.
 
     All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs
@@ -70,7 +70,7 @@ def pull(values: Tensor, targets: Sequence[tuple[Sink, Tensor]]) -> None:
                 _accumulate((values * weights).sum(), sink, retain=i < len(targets) - 1)
 
 
-def _accumulate(value: Tensor, sink: Sink, *, retain: bool) -> None:
+def _accumulate(value: Tensor, sink: GradientAccumulator, *, retain: bool) -> None:
     """One backward straight into one sink."""
     for p, part in zip(sink.params, sink.parts, strict=True):
         p.grad = part
@@ -78,7 +78,7 @@ def _accumulate(value: Tensor, sink: Sink, *, retain: bool) -> None:
     sink.parts = [p.grad for p in sink.params]
 
 
-def _distribute(value: Tensor, targets: Sequence[tuple[Sink, float]]) -> None:
+def _distribute(value: Tensor, targets: Sequence[tuple[GradientAccumulator, float]]) -> None:
     """One backward into several sinks. Parameter by parameter, so that no whole gradient exists beside the sums."""
     params = targets[0][0].params
 
@@ -114,14 +114,14 @@ def _own_grads(params: Params) -> Generator[None]:
 
 
 @contextmanager
-def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]:
-    """Parameters at ``params + scale * way``, and afterwards back, bit for bit.
+def perturbed(params: Params, direction: Gradients, scale: float = 1.0) -> Generator[None]:
+    """Parameters at ``params + scale * direction``, and afterwards back, bit for bit.
 
-    ``way`` is used up: its memory becomes the moved parameters, or holds the originals of sharded ones, whose memory
-    must stay in its place. Originals are kept because subtracting the move again would not be exact.
+    ``direction`` is used up: its memory becomes the moved parameters, or holds the originals of sharded ones, whose
+    memory must stay in its place. Originals are kept because subtracting the move again would not be exact.
     """
     exchange = _exchange_shards if is_sharded(params) else _exchange
-    back = exchange(params, way, scale)
+    back = exchange(params, direction, scale)
     torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
     try:
         yield
@@ -130,10 +130,10 @@ def moved(params: Params, way: Gradients, scale: float = 1.0) -> Generator[None]
         torch.clear_autocast_cache()
 
 
-def _exchange(params: Params, way: Gradients, scale: float) -> Callable[[], None]:
+def _exchange(params: Params, direction: Gradients, scale: float) -> Callable[[], None]:
     """Put the moved parameters in the place of the originals; gives what undoes it."""
     origins = [p.data for p in params]
-    for p, origin, d in zip(params, origins, way, strict=True):
+    for p, origin, d in zip(params, origins, direction, strict=True):
         d = d.to(origin.dtype)
         p.data = torch.add(origin, d, alpha=scale, out=d)
 
@@ -144,9 +144,9 @@ def _exchange(params: Params, way: Gradients, scale: float) -> Callable[[], None
     return back
 
 
-def _exchange_shards(params: Params, way: Gradients, scale: float) -> Callable[[], None]:
+def _exchange_shards(params: Params, direction: Gradients, scale: float) -> Callable[[], None]:
     """The same in place, shard by shard."""
-    shards, kept = [local(p) for p in params], [local(d) for d in way]
+    shards, kept = [local(p) for p in params], [local(d) for d in direction]
     for shard, d in zip(shards, kept, strict=True):
         new = torch.add(shard, d, alpha=scale)
         d.copy_(shard)
@@ -203,7 +203,7 @@ def exact_attention(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def only(params: Params, among: Params) -> Generator[None]:
+def grad_only_for(params: Params, among: Params) -> Generator[None]:
     """Gradients for ``params`` alone, so that a backward computes no others ``among`` them."""
     wanted = {id(p) for p in params}
     others = [p for p in among if id(p) not in wanted]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spo_ray.core.running_statistics import AllReduce, RunningStatistics, alone
+from spo_ray.core.running_statistics import AllReduce, RunningStatistics, single_rank
 
 Metrics = dict[str, float]
 Loss = Callable[..., tuple[Tensor, Metrics]]
@@ -124,7 +124,7 @@ def alpha_dpo(
     rejected_lengths: Tensor,
     alpha: float = 0.5,
     statistics: RunningStatistics | None = None,
-    all_reduce: AllReduce = alone,
+    all_reduce: AllReduce = single_rank,
 ) -> tuple[Tensor, Metrics]:
     """``-log sigma(z0 - stopgrad(margin + alpha * zscore(g)))``: a margin that adapts to every pair.
 

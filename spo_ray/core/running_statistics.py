@@ -14,7 +14,7 @@ AllReduce = Callable[[Sequence[Tensor]], None]
 """Sums tensors in place over data-parallel ranks."""
 
 
-def alone(tensors: Sequence[Tensor]) -> None:
+def single_rank(tensors: Sequence[Tensor]) -> None:
     """The sum over one rank."""
 
 
@@ -29,7 +29,7 @@ class RunningStatistics:
         self.first = self.second = self.weight = 0.0
         self.training = True
 
-    def update(self, values: Tensor, all_reduce: AllReduce = alone) -> None:
+    def update(self, values: Tensor, all_reduce: AllReduce = single_rank) -> None:
         """Take in the values of one optimizer step, of all ranks; nothing while frozen, or if one is not finite."""
         if not self.training:
             return
@@ -73,7 +73,7 @@ class ReferenceStatistics(RunningStatistics):
     times too large; they move in evaluation too; a batch of one pair has spread NaN, and equal values give 0 / 0.
     """
 
-    def update(self, values: Tensor, all_reduce: AllReduce = alone) -> None:
+    def update(self, values: Tensor, all_reduce: AllReduce = single_rank) -> None:
         """Take in one batch, frozen or not."""
         count, first, second = _sums(values, all_reduce)
         mean = first / count

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spo_ray.core.batch_gradients import Passes, Side, Sums, Tally
+from spo_ray.core.batch_gradients import BatchGradients, Side, Sums, Tally
 from spo_ray.core.dynamics import GradientTerms
-from spo_ray.core.gradients import Gradients, add, deterministic, full_precision, moved, norm
+from spo_ray.core.gradients import Gradients, add, deterministic, full_precision, norm, perturbed
 from spo_ray.core.losses import Metrics, SftReduction, bind
-from spo_ray.core.running_statistics import AllReduce, alone
+from spo_ray.core.running_statistics import AllReduce, single_rank
 
 INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 5e-5}
 CENTRAL_INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-4, torch.float16: 1e-4}
@@ -65,7 +65,7 @@ def spo_gradients(
     chunk_tokens: int | None = None,
     share_prompt: bool | None = None,
     side_gradients: dict[str, Gradients] | None = None,
-    all_reduce: AllReduce = alone,
+    all_reduce: AllReduce = single_rank,
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Gradient of SPO's objective on one batch of pairs; docs/mathematics.md discusses the choices.
 
@@ -111,35 +111,37 @@ def spo_gradients(
     n, central = len(backbone), difference == "central"
     scope = {"all": slice(None), "backbone": slice(n), "adapters": slice(n, None)}[norm_scope]
     with deterministic(model, [*backbone, *adapters]) as named:
-        passes = Passes(model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens, share_prompt)
+        passes = BatchGradients(
+            model, list(named.values()), batch, all_reduce, pairs_per_backward, chunk_tokens, share_prompt
+        )
         sft = passes.sft_weights(sft_reduction) if lambda_sft else None
         steps, literal = inner_steps if adapters else 0, inner_mode == "literal"
         lower = _LowerLevel(passes, n, sft, lambda_sft, steps, eta, literal, central, full_precision_inner)
-        ridge = _Hinge(passes, gamma, hinge, scope, norm_of == "mean", central)
+        regularizer = _Hinge(passes, gamma, hinge, scope, norm_of == "mean", central)
         base_loss = bind(base, beta=beta, margin=margin, all_reduce=all_reduce)
-        total, metrics = _objective(passes, base_loss, lower, ridge, side_gradients)
+        total, metrics = _objective(passes, base_loss, lower, regularizer, side_gradients)
         return dict(zip(named, total, strict=True)), metrics
 
 
 def _objective(
-    passes: Passes,
+    passes: BatchGradients,
     base: Callable[..., Any],
     lower: "_LowerLevel",
-    ridge: "_Hinge",
+    regularizer: "_Hinge",
     side_gradients: dict[str, Gradients] | None,
 ) -> tuple[Gradients, Metrics]:
     """The gradient of F: (a), (c) and all that the pairs' passes give on the way, then (e), (d), (b)."""
-    whole, n = ridge.gamma > 0 and ridge.hinge == "batch", lower.n_backbone
+    whole, n = regularizer.gamma > 0 and regularizer.hinge == "batch", lower.n_backbone
     plain = passes.mean_weights()
-    norms = ridge.weights() if whole else plain if side_gradients is not None else None
-    per_token = whole and ridge.mean
-    visit = ridge.of_pair if ridge.gamma > 0 and not whole else None
+    norms = regularizer.weights() if whole else plain if side_gradients is not None else None
+    per_token = whole and regularizer.mean
+    visit = regularizer.of_pair if regularizer.gamma > 0 and not whole else None
     if visit and passes.sharded:
         raise ValueError("sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters")
-    sums = passes.collect(base, lower.weights, norms, visit, proportional=not per_token)
+    sums = passes.accumulate(base, lower.weights, norms, visit, proportional=not per_token)
     total, metrics = sums.total, passes.means(sums.tally)
     if whole:
-        metrics |= ridge.add_to(total, sums)
+        metrics |= regularizer.add_to(total, sums)
     if side_gradients is not None:
         sides = (passes.chosen, passes.rejected)
         own = (sums.chosen, sums.rejected)
@@ -157,7 +159,7 @@ def _objective(
 class _LowerLevel:
     """K gradient steps of theta on L_SFT, for term (b)."""
 
-    passes: Passes
+    passes: BatchGradients
     n_backbone: int
     weights: Tensor | None
     """L_SFT as weights [B] of log pi(y_w); None where lambda is 0."""
@@ -175,7 +177,7 @@ class _LowerLevel:
         here, gap = sft[self.n_backbone :], self.eta * norm(sft[: self.n_backbone]) ** 2
         way = [g.mul_(-self.eta) for g in sft[: self.n_backbone]]
         for _ in range(self.steps - 1):
-            with moved(theta, [d.clone() for d in way]):
+            with perturbed(theta, [d.clone() for d in way]):
                 grad = self.passes.gradient(self.passes.chosen, self.weights, theta)
             gap += self.eta * norm(grad) ** 2
             # The way is summed up apart from theta, in which small steps drown in rounding.
@@ -191,11 +193,11 @@ class _LowerLevel:
             wanted = (CENTRAL_INNER_STEP if central else INNER_STEP)[dtype] * norm(theta)
             scale = 1.0 if self.literal else max(1.0, wanted / length)
             if central:
-                with moved(theta, [d.clone() for d in way], -scale):
+                with perturbed(theta, [d.clone() for d in way], -scale):
                     here = self.passes.gradient(chosen, self.weights, phi)
             elif changed:
                 here = self.passes.gradient(chosen, self.weights, phi)
-            with moved(theta, way, scale):
+            with perturbed(theta, way, scale):
                 there = self.passes.gradient(chosen, self.weights, phi)
         width = 2 * scale if central else scale
         term = [(a - b) * (self.lambda_sft / width) for a, b in zip(here, there, strict=True)]
@@ -212,7 +214,7 @@ class _LowerLevel:
 class _Hinge:
     """R by differences of gradients: grad R is ``1[||g_w|| > ||g_l||] * (H_w u_w - H_l u_l)``, ``u = g / ||g||``."""
 
-    passes: Passes
+    passes: BatchGradients
     gamma: float
     hinge: str
     scope: slice
@@ -278,19 +280,19 @@ class _Hinge:
             if not size:
                 continue
             way = grad[self.scope]
-            with moved(moving, [d.clone() for d in way], length / size):
+            with perturbed(moving, [d.clone() for d in way], length / size):
                 ahead = compute(side, weight)
             behind, width = grad, length
             if self.central:
                 width = 2 * length
-                with moved(moving, [d.clone() for d in way], -length / size):
+                with perturbed(moving, [d.clone() for d in way], -length / size):
                     behind = compute(side, weight)
             add(total, ahead, sign / width)
             add(total, behind, -sign / width)
         return total, metrics
 
 
-def _compute_dtype(passes: Passes) -> torch.dtype:
+def _compute_dtype(passes: BatchGradients) -> torch.dtype:
     """The type that forward passes compute in: autocast's, or the parameters' own."""
     device, own = passes.device.type, getattr(passes.model, "compute_dtype", None)
     if own is not None:

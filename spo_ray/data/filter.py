@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from spo_ray.config.data import PairsConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, require_rows, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
 from spo_ray.runtime.run import Run
 
 PERMUTATIONS = 128
@@ -23,23 +23,23 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
     """The pairs that are kept (:class:`schema.Pair`): no duplicates, and sides of comparable length as configured."""
     config = run.config.pairs
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         seen = DUPLICATES[config.dedup](config)
         for part in candidates.parts:  # one after another: whether a pair was there before depends on all of them
             kept = []
             for row in pq.read_table(part).to_pylist():
-                ledger.read += 1
+                counts.read += 1
                 reason = _lopsided(row, config.max_length_ratio)
                 first = None if reason else seen.earlier(row["id"], _text(row))
                 if reason:
-                    ledger.reject(row["id"], reason, row)
+                    counts.reject(row["id"], reason, row)
                 elif first:
-                    ledger.reject(row["id"], seen.reason, f"{first}: {row}")
+                    counts.reject(row["id"], seen.reason, f"{first}: {row}")
                 else:
                     kept.append(row)
             write_rows(out / Path(part).name, kept, schema.Pair)
-            ledger.kept += len(kept)
-        require_rows(ledger.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", ledger)
+            counts.kept += len(kept)
+        require_rows(counts.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", counts)
 
     settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
     return run.stage(name, build, config=settings, inputs={"candidates": candidates})
@@ -124,15 +124,15 @@ class Contamination:
             return row["prompt"].removeprefix(self.ends[0]).removesuffix(self.ends[-1])
         return "\n".join(turn["content"] for turn in row["prompt"] if turn["role"] == "user")
 
-    def keep_clean(self, table: Iterable[Any], ledger: Ledger) -> Iterator[Any]:
-        """The rows that share nothing; the others go to the ledger with the row that they share it with."""
+    def keep_clean(self, table: Iterable[Any], counts: RowCounts) -> Iterator[Any]:
+        """The rows that share nothing; the others go to the counts with the row that they share it with."""
         for row in table:
             hits = (self.known.get(hash(shingle)) for shingle in shingles(words(self.text(row)), self.n))
             other = next((hit for hit in hits if hit is not None), None)
             if other is None:
                 yield row
             else:
-                ledger.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
+                counts.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
 
 
 def words(text: str) -> list[str]:
@@ -162,9 +162,9 @@ def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tu
     drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
 
     def part(name: str, inside: bool) -> Artifact:
-        def build(out: Path, ledger: Ledger) -> None:
+        def build(out: Path, counts: RowCounts) -> None:
             kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
-            ledger.read, ledger.kept = len(table), len(kept)
+            counts.read, counts.kept = len(table), len(kept)
             write_rows(out / "part-0.parquet", kept, kind)
 
         return run.stage(f"{name}_{what}", build, config={"count": count}, inputs={"source": source})

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger
+from spo_ray.runtime.artifact import Artifact, RowCounts
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run
 
@@ -27,17 +27,17 @@ class Sample(NamedTuple):
     finished: bool
 
 
-def score(run: Run, name: str, samples: Artifact) -> Artifact:
+def grade_samples(run: Run, name: str, samples: Artifact) -> Artifact:
     """Grade samples without what ``sft_data.strip`` matches (:class:`schema.Scored`); the manifest has pass@k means."""
     verifier, strip = verifier_of(run.config.data), run.config.sft_data.strip
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, row_counts: RowCounts) -> None:
         grader = partial(_grader, verifier, strip)
-        map_shards(name, samples, out, ledger, mapper=grader, kind=schema.Scored, batch_size=ROWS_PER_SHARD)
+        map_shards(name, samples, out, row_counts, mapper=grader, kind=schema.Scored, batch_size=ROWS_PER_SHARD)
         counts = [(len(correct), sum(correct)) for correct in Artifact(out, "").column("correct") if correct]
         for k in (1, 2, 4, 8, 16, 32, 64):
             if counts and k <= min(n for n, _ in counts):
-                ledger.facts[f"pass@{k}"] = sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
+                row_counts.facts[f"pass@{k}"] = sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
 
     settings = {"verifier": verifier_identity(verifier), "strip": strip}
     return run.stage(name, build, config=settings, inputs={"samples": samples}, resumable=True)

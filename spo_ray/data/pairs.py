@@ -8,11 +8,11 @@ from pathlib import Path
 
 from spo_ray.config.data import PairsConfig
 from spo_ray.data.filter import clean_pairs
-from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, score
-from spo_ray.data.sample import Source, sample
+from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, grade_samples
+from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, require_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run
 
@@ -79,8 +79,8 @@ def wrong_against_sft(
 def preference_pairs(run: Run, policy: Artifact, questions: Artifact, suffix: str = "") -> Artifact:
     """SFT responses against wrong samples of a policy (:class:`schema.Pair`), cleaned."""
     name = suffix.removeprefix("_") or "sft"
-    samples = sample(run, f"{name}_samples", Source.policy(run.config, policy), questions)
-    scored = score(run, f"{name}_scores", samples)
+    samples = sample(run, f"{name}_samples", SamplingJob.policy(run.config, policy), questions)
+    scored = grade_samples(run, f"{name}_scores", samples)
     return clean_pairs(run, f"pairs{suffix}", pair_samples(run, f"pair_candidates{suffix}", scored))
 
 
@@ -89,10 +89,10 @@ def pair_samples(run: Run, name: str, scored: Artifact) -> Artifact:
     config, seed = run.config.pairs, run.config.seed
     stage = scored.path.name.replace("_scores", "_samples")
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         pairer = partial(_pairer, config, seed, stage)
-        map_shards(name, scored, out, ledger, mapper=pairer, kind=schema.Pair, batch_size=ROWS_PER_SHARD)
-        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", ledger)
+        map_shards(name, scored, out, counts, mapper=pairer, kind=schema.Pair, batch_size=ROWS_PER_SHARD)
+        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", counts)
 
     settings = config.model_dump(include={"per_question", "select"})
     return run.stage(name, build, config=settings, inputs={"scored": scored}, resumable=True)

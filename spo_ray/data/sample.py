@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 from spo_ray.config.data import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Answers, choose
+from spo_ray.model.completion import Generations, choose_engine
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, external, require_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
 from spo_ray.runtime.cluster import engine_gpus
 from spo_ray.runtime.map_rows import Mapped, Mapper, Pool, Row, map_shards
 from spo_ray.runtime.run import Run
 
-Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Answers | str]]
+Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | str]]
 """(prompt, seed) of some questions to their answers, or to the reason why there are none."""
 
 
-class Source(NamedTuple):
+class SamplingJob(NamedTuple):
     """What is sampled, and how."""
 
     model: Artifact
@@ -32,12 +32,12 @@ class Source(NamedTuple):
     """Questions with so many responses are passed on without samples."""
 
     @classmethod
-    def policy(cls, config: Config, model: Artifact) -> "Source":
+    def policy(cls, config: Config, model: Artifact) -> "SamplingJob":
         """The base model, or a checkpoint that was trained from it."""
         return cls(model, config.engine, config.sampling, config.model.chat_template)
 
     @classmethod
-    def teacher(cls, config: Config, teacher: TeacherModel) -> "Source":
+    def teacher(cls, config: Config, teacher: TeacherModel) -> "SamplingJob":
         """A model that answers what the policy can't; a hub id or an endpoint's name stands for itself."""
         served = isinstance(teacher.engine, EndpointConfig)
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
@@ -50,13 +50,13 @@ class Source(NamedTuple):
         if isinstance(self.engine, EndpointConfig):
             engine: dict[str, Any] = {"engine": "endpoint", "url": self.engine.url}
         else:
-            engine = {"engine": choose(self.engine)[0]}
+            engine = {"engine": choose_engine(self.engine)[0]}
             engine |= self.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
         own = {"chat_template": self.chat_template, "enough": self.enough}
         return engine | own | self.sampling.model_dump()
 
 
-def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact:
+def sample(run: Run, name: str, source: SamplingJob, questions: Artifact) -> Artifact:
     """Sample ``sampling.samples`` responses to every question (:class:`schema.Samples`).
 
     ``questions`` holds :class:`schema.Prompt` or :class:`schema.SftQuestion`. Each question has a seed of its own, made
@@ -64,33 +64,33 @@ def sample(run: Run, name: str, source: Source, questions: Artifact) -> Artifact
     """
     kind = source.identity["engine"]
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         require_rows(questions.count, f"questions for {name}")
-        ledger.facts |= {"engine": kind, "model": str(source.model.path)}
+        counts.facts |= {"engine": kind, "model": str(source.model.path)}
         seed = f"{run.config.seed}:{name}"
         mapper, pool = _answering(source, seed)
         map_shards(
             name,
             questions,
             out,
-            ledger,
+            counts,
             mapper=mapper,
             kind=schema.Samples,
             batch_size=source.sampling.batch_size,
             pool=pool,
         )
-        _count_refusals(name, out, ledger)
+        _count_refusals(name, out, counts)
 
     inputs = {"model": source.model, "questions": questions}
     return run.stage(name, build, config=source.identity, inputs=inputs, resumable=True)
 
 
-def _count_refusals(name: str, out: Path, ledger: Ledger) -> None:
+def _count_refusals(name: str, out: Path, counts: RowCounts) -> None:
     """Count what a teacher was asked for in vain; if that is all, the next try must ask again."""
     made = Artifact(out, "")
     asked = sum(seed is not None for seed in made.column("seed"))
     reasons = [reason for reason in made.column("refused") if reason]
-    ledger.facts |= {"asked": asked, "refused": {reason: reasons.count(reason) for reason in sorted(set(reasons))}}
+    counts.facts |= {"asked": asked, "refused": {reason: reasons.count(reason) for reason in sorted(set(reasons))}}
     if asked and len(reasons) == asked:
         for part in made.parts:
             Path(part).unlink()
@@ -102,15 +102,15 @@ def row_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
-def _answering(source: Source, seed: str) -> tuple[Any, Pool]:
+def _answering(source: SamplingJob, seed: str) -> tuple[Any, Pool]:
     engine = source.engine
     if isinstance(engine, EndpointConfig):
         return partial(_connect, os.environ.get(engine.api_key_env), source, seed), Pool(1, 0.1)
     pool = Pool(engine.replicas, engine.cpus, engine_gpus(engine), engine.max_replicas)
-    return partial(_open, choose(engine)[0], source, seed), pool
+    return partial(_open, choose_engine(engine)[0], source, seed), pool
 
 
-def _open(kind: str, source: Source, seed: str) -> Mapper:
+def _open(kind: str, source: SamplingJob, seed: str) -> Mapper:
     from spo_ray.model.engines import LocalAnswers
 
     engine: Any = source.engine
@@ -120,7 +120,7 @@ def _open(kind: str, source: Source, seed: str) -> Mapper:
     return _Sampler(ask, source, seed)
 
 
-def _connect(key: str | None, source: Source, seed: str) -> Mapper:
+def _connect(key: str | None, source: SamplingJob, seed: str) -> Mapper:
     from spo_ray.model.endpoint import EndpointAnswers
 
     config: Any = source.engine
@@ -131,7 +131,7 @@ def _connect(key: str | None, source: Source, seed: str) -> Mapper:
 class _Sampler:
     """A mapper from questions to questions with samples, whatever answers them."""
 
-    def __init__(self, answer: Answerer, source: Source, seed: str) -> None:
+    def __init__(self, answer: Answerer, source: SamplingJob, seed: str) -> None:
         self.answer, self.source, self.seed = answer, source, seed
 
     def __call__(self, batch: list[Row]) -> Mapped:
@@ -146,10 +146,10 @@ class _Sampler:
         kept: list[Row] = []
         rejected: list[schema.Rejected] = []
         for row, seed in zip(carried, seeds, strict=True):
-            found = next(answers) if seed is not None else Answers([], [])
+            found = next(answers) if seed is not None else Generations([], [])
             refused = found if isinstance(found, str) and enough is not None else None
             if refused:  # other teachers may know
-                found = Answers([], [])
+                found = Generations([], [])
             if isinstance(found, str):
                 rejected.append({"id": row["id"], "reason": found, "excerpt": row["prompt"][:200]})
             else:
@@ -158,6 +158,6 @@ class _Sampler:
         return kept, rejected
 
 
-def _columns(answers: Answers) -> Row:
+def _columns(answers: Generations) -> Row:
     names = {"samples": "text", "sample_logps": "logp", "sample_tokens": "tokens", "finished": "finished"}
     return {column: [getattr(c, field) for c in answers.completions] for column, field in names.items()}

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from spo_ray.config.data import SftDataConfig, TeacherModel
-from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, _stripped, pass_at_k, score
-from spo_ray.data.sample import Source, sample
+from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, _stripped, grade_samples, pass_at_k
+from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, require_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run
 
@@ -22,14 +22,14 @@ def sft_set(run: Run, base: Artifact, questions: Artifact) -> Artifact:
     """
     config = run.config
     groups = teacher_groups(config.sft_data.teachers)
-    samples = sample(run, "base_samples", Source.policy(config, base), questions)
-    scored = score(run, "base_scores", samples)
+    samples = sample(run, "base_samples", SamplingJob.policy(config, base), questions)
+    scored = grade_samples(run, "base_scores", samples)
     chosen = choose_sft_questions(run, "sft_questions", scored, groups[0][1], last=len(groups) == 1)
     for number, (teacher, others) in enumerate(groups[1:], 1):
         name = f"teacher{number}"
         assert teacher is not None
-        answers = sample(run, f"{name}_samples", Source.teacher(config, teacher), chosen)
-        graded = score(run, f"{name}_scores", answers)
+        answers = sample(run, f"{name}_samples", SamplingJob.teacher(config, teacher), chosen)
+        graded = grade_samples(run, f"{name}_scores", answers)
         last = number == len(groups) - 1
         chosen = add_responses(run, f"{name}_responses", graded, ["samples", *others], last)
     return chosen
@@ -106,11 +106,11 @@ def _collect(
     config = run.config.sft_data
     stage = scored.path.name.replace("_scores", "_samples")
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         collector = partial(_collector, config, stage, list(teachers), last, max_pass)
-        map_shards(name, scored, out, ledger, mapper=collector, kind=schema.SftQuestion, batch_size=ROWS_PER_SHARD)
+        map_shards(name, scored, out, counts, mapper=collector, kind=schema.SftQuestion, batch_size=ROWS_PER_SHARD)
         require_rows(Artifact(out, "").count, what)
-        ledger.facts |= {} if max_pass is None else {"max_pass": max_pass}
+        counts.facts |= {} if max_pass is None else {"max_pass": max_pass}
 
     settings = identity | config.model_dump(include={"responses_per_question", "strip"}) | {"teachers": list(teachers)}
     inputs = {"scored": scored}

@@ -16,7 +16,7 @@ from spo_ray.data.toy import problems
 from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, require_rows, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
 from spo_ray.runtime.run import Run
 
 Split = Literal["train", "test"]
@@ -41,16 +41,16 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     if isinstance(data, FileData) and data.path.is_file() and not _held_out_of_train(data):
         raise UserError(f"data.path={data.path} is one file, for training and for the test: name a folder with both")
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         keep: Keep = list
         if words and other:
             found = Contamination(other.rows(), words, getattr(data, "prompt", ""))
-            keep = lambda table: list(found.keep_clean(table, ledger))  # noqa: E731
-        kept = list(reader(data, split, run.config.seed, ledger, keep))
-        ledger.kept = len(kept)
-        ledger.read = len(kept) + len(ledger.rejected)
-        ledger.facts["source"] = str(data.path) if isinstance(data, FileData) else "generated"
-        require_rows(len(kept), f"usable {split} rows in the {data.type} data", ledger)
+            keep = lambda table: list(found.keep_clean(table, counts))  # noqa: E731
+        kept = list(reader(data, split, run.config.seed, counts, keep))
+        counts.kept = len(kept)
+        counts.read = len(kept) + len(counts.rejected)
+        counts.facts["source"] = str(data.path) if isinstance(data, FileData) else "generated"
+        require_rows(len(kept), f"usable {split} rows in the {data.type} data", counts)
         write_rows(out / "part-0.parquet", kept, kind)
 
     exclude = {"path", "contamination_words"}
@@ -65,33 +65,33 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     return run.stage(f"data_{split}", build, config=settings, inputs=sources)
 
 
-def _toy(data: ToyData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[schema.Prompt]:
+def _toy(data: ToyData, split: Split, seed: int, counts: RowCounts, keep: Keep) -> Iterator[schema.Prompt]:
     """Training problems change with the seed; the held-out ones never do, so that runs can be compared."""
     count = data.train_questions if split == "train" else data.test_questions
     for i, problem in enumerate(islice(problems(split, seed if split == "train" else 0), count)):
         yield {"id": f"{split}-{i:06d}", "prompt": problem.question, "gold": problem.solution}
 
 
-def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[schema.Prompt]:
+def _questions(data: QuestionFields, split: Split, seed: int, counts: RowCounts, keep: Keep) -> Iterator[schema.Prompt]:
     verifier = load_verifier(verifier_of(data))
     found: list[schema.Prompt] = []
     bare: list[str] = []
-    for row_id, row, excerpt in _rows(data, _file_split(data, split), split, ledger):
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), split, counts):
         question, answer = row.get(data.question_column), row.get(data.answer_column)
         if isinstance(answer, int | float):
             answer = str(answer)
         defect = _defect(row, data, question, answer)
         if answer is None:
             bare.append(row_id)
-            ledger.reject(row_id, defect or "no gold answer", excerpt)
+            counts.reject(row_id, defect or "no gold answer", excerpt)
         elif defect:
-            ledger.reject(row_id, defect, excerpt)
+            counts.reject(row_id, defect, excerpt)
         elif verifier.accepts(str(answer)):
             prompt = data.prompt.replace("{question}", str(question))
             found.append({"id": row_id, "prompt": prompt, "gold": str(answer)})
         else:
             bare.append(row_id)
-            ledger.reject(row_id, "no gold answer", excerpt)
+            counts.reject(row_id, "no gold answer", excerpt)
     if bare and not data.skip_missing_gold:
         raise UserError(
             f"{data.path}: {len(bare)} questions without a gold answer ('#### N' or a number for GSM8K), first "
@@ -100,7 +100,7 @@ def _questions(data: QuestionFields, split: Split, seed: int, ledger: Ledger, ke
         )
     clean, count = keep(found), data.train_questions if split == "train" else data.test_questions
     drawn = clean if count is None or count >= len(clean) else random.Random(seed).sample(clean, count)
-    ledger.facts["not_drawn"] = len(clean) - len(drawn)
+    counts.facts["not_drawn"] = len(clean) - len(drawn)
     return iter(drawn)
 
 
@@ -112,21 +112,21 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
     return reason if reason or answer is None else text_defect(answer, data.answer_column, may_be_empty=True)
 
 
-def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, keep: Keep) -> Iterator[schema.Pair]:
+def _preference(data: PreferenceData, split: Split, seed: int, counts: RowCounts, keep: Keep) -> Iterator[schema.Pair]:
     """One split may serve for both: a seeded shuffle holds out the first prompts with ``test_pairs`` pairs."""
     found: list[Any] = []
-    for row_id, row, excerpt in _rows(data, _file_split(data, split), PAIR, ledger):
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), PAIR, counts):
         try:
             pair = preference(row, rejected=data.rejected, seed=f"{seed}:{row_id}")
         except RowRejectedError as error:
-            ledger.reject(row_id, str(error), excerpt)
+            counts.reject(row_id, str(error), excerpt)
             continue
         source = {"source_id": row_id, "chosen_source": "data", "rejected_source": "data"}
         found.append({"id": row_id} | pair._asdict() | source)
     random.Random(seed).shuffle(found)
     if _held_out_of_train(data):
         if len(found) <= data.test_pairs:
-            why = ledger.why()
+            why = counts.why()
             raise UserError(
                 f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out"
                 + (f"; {why}" if why else "")
@@ -136,7 +136,7 @@ def _preference(data: PreferenceData, split: Split, seed: int, ledger: Ledger, k
     clean = keep(found)
     most = data.train_pairs if split == "train" else None if _held_out_of_train(data) else data.test_pairs
     drawn = clean[:most]
-    ledger.facts["not_drawn"] = len(clean) - len(drawn)
+    counts.facts["not_drawn"] = len(clean) - len(drawn)
     return iter(drawn)
 
 
@@ -181,11 +181,11 @@ def _held_out_of_train(data: FileData) -> bool:
     return isinstance(data, PreferenceData) and data.held_out == "from_train"
 
 
-def _rows(data: FileData, split: str, prefix: str, ledger: Ledger) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(id, row, excerpt) of every row that can be read; the others go to the ledger."""
+def _rows(data: FileData, split: str, prefix: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(id, row, excerpt) of every row that can be read; the others go to the counts."""
     for raw in raw_rows(data, split):
         row_id = raw.name(prefix)
         if raw.defect:
-            ledger.reject(row_id, raw.defect, raw.excerpt)
+            counts.reject(row_id, raw.defect, raw.excerpt)
         else:
             yield row_id, raw.row, raw.excerpt

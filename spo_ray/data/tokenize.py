@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.completion import TEMPLATE_REFUSES
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, external, require_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
 from spo_ray.runtime.map_rows import Mapped, Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run
 
@@ -34,12 +34,12 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
     config, limit = run.config.model, run.config.train.max_length
     model = external(config.path)
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         map_shards(
             name,
             source,
             out,
-            ledger,
+            counts,
             mapper=factory,
             kind=kind,
             batch_size=ROWS_PER_SHARD,
@@ -48,9 +48,9 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
             limit=limit,
         )
         written = Artifact(out, "")
-        require_rows(written.count, f"rows that fit into train.max_length={limit}", ledger)
+        require_rows(written.count, f"rows that fit into train.max_length={limit}", counts)
         differ = sum(written.column("template_differs"))
-        ledger.facts["template_differs"] = differ
+        counts.facts["template_differs"] = differ
         if differ > config.max_template_mismatch * written.count:
             raise UserError(
                 f"{name}: in {differ} of {written.count} rows the chat template, given the whole conversation, gives "

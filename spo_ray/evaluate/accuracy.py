@@ -8,27 +8,27 @@ from spo_ray.data.grade import pass_at_k
 from spo_ray.data.verifiers import Grade, load_verifier, verifier_identity, verifier_of
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, mean_std, wilson
-from spo_ray.evaluate.suite import Bench, Estimate, Suite
+from spo_ray.evaluate.suite import Metric, Suite, SuiteContext
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.map_rows import Row
 
 WRONG = Grade(None, correct=False, strict=False)
 """What a question that the engine cannot take counts as."""
 
 
-def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
+def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer every question greedily and once per seed, and grade the answers (:class:`schema.EvalRow`)."""
     config = bench.run.config
     settings = config.eval.model_dump(include={"seeds", "temperature", "max_tokens", "batch_size"})
     verifier = verifier_of(config.data)
 
-    def build(out: Any, ledger: Ledger) -> None:
+    def build(out: Any, row_counts: RowCounts) -> None:
         table = bench.data.rows()
         passes = [Pass(None, 0.0), *(Pass(seed, config.eval.temperature) for seed in config.eval.seeds)]
         asked = [(row["id"], row["prompt"]) for row in table]
         limits = (config.eval.max_tokens, config.eval.batch_size)
-        ledger.facts |= bench.provenance(checkpoint, settings)
+        row_counts.facts |= bench.provenance(checkpoint, settings)
         found = bench.call("answer", str(checkpoint.path), asked, passes, *limits)
         grade = load_verifier(verifier).grade
         answers: list[Row] = []
@@ -39,9 +39,11 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
                 graded = WRONG if lacks else grade(response, row["gold"])
                 key = {"id": row["id"], "method": name, "seed": seed, "response": response}
                 answers.append(key | graded._asdict())
-        ledger.read, ledger.kept = len(table), len(answers)
+        row_counts.read, row_counts.kept = len(table), len(answers)
         reasons = [text for texts in found for text in texts if isinstance(text, str)]
-        ledger.facts["unanswered_counted_wrong"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        row_counts.facts["unanswered_counted_wrong"] = {
+            reason: reasons.count(reason) for reason in sorted(set(reasons))
+        }
         write_rows(out / "part-0.parquet", answers, schema.EvalRow)
 
     identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
@@ -97,7 +99,7 @@ def _bounds(values: list[float]) -> dict[str, Any]:
     return {} if found.low is None else {"low": found.low, "high": found.high, "interval": found.method}
 
 
-def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact]) -> list[Estimate]:
+def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact]) -> list[Metric]:
     """The same as a list."""
     table = answers.rows()
     found = accuracies(table)
@@ -106,12 +108,12 @@ def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact
     strict = [row["strict"] for row in table if row["seed"] is None]
     interval = wilson(sum(strict), len(strict))
     every = [
-        Estimate("accuracy_greedy", greedy["value"], greedy["n"], greedy["low"], greedy["high"], "wilson"),
-        Estimate("accuracy_greedy_strict", greedy["strict"], greedy["n"], *interval, "wilson"),
+        Metric("accuracy_greedy", greedy["value"], greedy["n"], greedy["low"], greedy["high"], "wilson"),
+        Metric("accuracy_greedy_strict", greedy["strict"], greedy["n"], *interval, "wilson"),
     ]
     for metric, entry in found.items():
         bounds = (entry.get("low"), entry.get("high"), entry.get("interval"))
-        every.append(Estimate(metric, entry["value"], entry["n"], *bounds, entry.get("std"), seeds))
+        every.append(Metric(metric, entry["value"], entry["n"], *bounds, entry.get("std"), seeds))
     return every
 
 

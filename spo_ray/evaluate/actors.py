@@ -16,7 +16,7 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Answers, Likelihood, choose
+from spo_ray.model.completion import Generations, Likelihood, choose_engine
 from spo_ray.runtime.artifact import versions
 from spo_ray.runtime.cluster import engine_gpus
 
@@ -45,12 +45,12 @@ class Evaluator:
 
     def answer(
         self, path: str, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
-    ) -> list[list[Answers | str]]:
+    ) -> list[list[Generations | str]]:
         """For each pass one answer to every (id, prompt), or why there is none."""
         local = self._open(path)
-        found: list[list[Answers | str]] = []
+        found: list[list[Generations | str]] = []
         for seed, temperature in passes:
-            answers: list[Answers | str] = []
+            answers: list[Generations | str] = []
             for start in range(0, len(asked), batch_size):
                 part = [(prompt, row_seed("eval", seed, i)) for i, prompt in asked[start : start + batch_size]]
                 answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
@@ -109,7 +109,7 @@ class Actors:
     """At most ``config.replicas`` evaluators, each started when it is first needed."""
 
     def __init__(self, config: EngineConfig, chat_template: str | None) -> None:
-        self.kind, self.why = choose(config)
+        self.kind, self.why = choose_engine(config)
         self.replicas = config.replicas
         self.arguments = (self.kind, config, chat_template)
         resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}

@@ -15,12 +15,12 @@ from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Actors, Pass
 from spo_ray.evaluate.judge import Cache, Reply, Turns, ask_endpoint, fill, identity, read_reply, read_template
 from spo_ray.evaluate.statistics import mean_interval
-from spo_ray.evaluate.suite import Bench, Estimate, Results, Suite
+from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
 from spo_ray.evaluate.win_rates import win_rates
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, external, on_hub, require_rows, write_json, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, external, on_hub, require_rows, write_json, write_rows
 from spo_ray.runtime.map_rows import Row
-from spo_ray.runtime.run import Run, say
+from spo_ray.runtime.run import Run, log
 
 ANNOTATIONS = "annotations.json"
 HUB_FILE = "alpaca_eval_gpt4_baseline.json"
@@ -29,35 +29,35 @@ JUDGED_AT_ONCE = 64
 """Requests that a local judge answers before the replies are kept."""
 
 
-def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
+def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer the instructions (:class:`schema.Output`)."""
     config = _config(bench)
     settings = config.model_dump(include={"limit", "temperature", "max_tokens"})
     settings["batch_size"] = bench.run.config.eval.batch_size
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         table = read_instructions(config)
         asked = [(row["id"], row["instruction"]) for row in table]
-        ledger.facts |= bench.provenance(checkpoint, settings)
+        counts.facts |= bench.provenance(checkpoint, settings)
         seed = Pass(0 if config.temperature else None, config.temperature)
         limits = (config.max_tokens, bench.run.config.eval.batch_size)
         (answers,) = bench.call("answer", str(checkpoint.path), asked, [seed], *limits)
         kept = []
         for row, answer in zip(table, answers, strict=True):
             if isinstance(answer, str):
-                ledger.reject(row["id"], answer, row["instruction"])
+                counts.reject(row["id"], answer, row["instruction"])
             else:
                 (text,) = answer.completions
                 kept.append(row | {"checkpoint": name, "output": text.text.strip(), "finished": text.finished})
-        ledger.read, ledger.kept = len(table), len(kept)
-        require_rows(len(kept), f"instructions for alpaca_{name} that the engine can take", ledger)
+        counts.read, counts.kept = len(table), len(kept)
+        require_rows(len(kept), f"instructions for alpaca_{name} that the engine can take", counts)
         write_rows(out / "part-0.parquet", kept, schema.Output)
 
     inputs = {"model": checkpoint, "instructions": external(config.instructions)}
     return bench.run.stage(f"alpaca_{name}", build, config={**bench.identity, **settings}, inputs=inputs)
 
 
-def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
+def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
     """Every annotator's view of every checkpoint (:class:`schema.Judgement`, and AlpacaEval's annotations.json)."""
     config = _config(bench)
     found: dict[str, list[Artifact]] = {name: [] for name in measured}
@@ -111,14 +111,14 @@ def _asker(annotator: AnnotatorConfig) -> Generator[tuple[Ask, Artifact]]:
 
 
 def _judge(
-    bench: Bench,
+    bench: SuiteContext,
     annotator: AnnotatorConfig,
     template: Turns,
     outputs: Artifact,
     ask: Ask,
     model: Artifact,
     out: Path,
-    ledger: Ledger,
+    counts: RowCounts,
 ) -> None:
     """Ask for every output what the cache does not know, and write the judgements."""
     table = outputs.rows()
@@ -135,7 +135,7 @@ def _judge(
         if annotator.verdict != "weighted" or reply.logps:  # else there is nothing in it
             cache.put(keys[missing[index]], reply)
 
-    say(f"judge {annotator.name}", f"{len(missing)} requests, {len(replies)} are known")
+    log(f"judge {annotator.name}", f"{len(missing)} requests, {len(replies)} are known")
     failed = ask([prompts[number] for number in missing], keep) if missing else {}
     cache.close()
     reasons = {missing[index]: reason for index, reason in failed.items()}
@@ -144,15 +144,15 @@ def _judge(
     facts["with_logprobs"] = sum(reply.logps is not None for reply in replies.values())
     if annotator.price_per_million:
         facts["cost"] = sum(n * price / 1e6 for n, price in zip(tokens, annotator.price_per_million, strict=True))
-    ledger.facts |= facts | {"orders": annotator.orders}
+    counts.facts |= facts | {"orders": annotator.orders}
     judged = list(_judgements(table, asked, replies, reasons, annotator))
     unjudged = [row for row in judged if row["preference"] is None]
     for row in unjudged:
         kind, _, detail = row["reason"].partition(": ")
-        ledger.reject(row["id"], kind, detail)
+        counts.reject(row["id"], kind, detail)
     if len(unjudged) / len(judged) > _config(bench).max_unjudged:
         raise _too_many(bench.run, annotator, table[0]["checkpoint"], unjudged, len(judged))
-    ledger.read, ledger.kept = len(judged), len(judged) - len(unjudged)
+    counts.read, counts.kept = len(judged), len(judged) - len(unjudged)
     write_rows(out / "part-0.parquet", judged, schema.Judgement)
     write_json(out / ANNOTATIONS, [_record(row, j) for row, j in zip(table, judged, strict=True)])
 
@@ -281,11 +281,11 @@ def _from_hub(name: Path) -> Path:
         ) from error
 
 
-def estimate(config: EvalConfig, outputs: Artifact, judged: Sequence[Artifact]) -> list[Estimate]:
+def estimate(config: EvalConfig, outputs: Artifact, judged: Sequence[Artifact]) -> list[Metric]:
     """Win rates by annotator in percent, as AlpacaEval prints them, and the mean length of outputs in characters."""
     lengths = [len(text) for text in outputs.column("output")]
     control = config.alpaca.length_control if config.alpaca else "minimal"
-    found = [Estimate("average_length", fmean(lengths), len(lengths))]
+    found = [Metric("average_length", fmean(lengths), len(lengths))]
     for artifact in judged:
         records = json.loads((artifact.path / ANNOTATIONS).read_text())
         rates, name = win_rates(records, control), records[0]["annotator"]
@@ -296,14 +296,14 @@ def estimate(config: EvalConfig, outputs: Artifact, judged: Sequence[Artifact]) 
         ):
             bounds = mean_interval(values, "instructions", shares=True)
             low, high = (None if bound is None else 100 * bound for bound in (bounds.low, bounds.high))
-            found.append(Estimate(f"{name}/{key}", rates[key], len(values), low, high, bounds.method))
+            found.append(Metric(f"{name}/{key}", rates[key], len(values), low, high, bounds.method))
         n = len(wins)
         if rates["length_controlled_win_rate"] is not None:
-            found.append(Estimate(f"{name}/{rates['lc_method']}", rates["length_controlled_win_rate"], n))
+            found.append(Metric(f"{name}/{rates['lc_method']}", rates["length_controlled_win_rate"], n))
     return found
 
 
-def _config(bench: Bench) -> AlpacaConfig:
+def _config(bench: SuiteContext) -> AlpacaConfig:
     config = bench.run.config.eval.alpaca
     assert config is not None  # EvalConfig sees to that
     return config

@@ -12,14 +12,14 @@ from spo_ray.evaluate import accuracy, alpaca, health, lm_eval
 from spo_ray.evaluate.accuracy import by_item
 from spo_ray.evaluate.actors import Actors
 from spo_ray.evaluate.statistics import compare
-from spo_ray.evaluate.suite import Bench, Suite
+from spo_ray.evaluate.suite import Suite, SuiteContext
 from spo_ray.evaluate.win_rates import effective
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.cluster import room_beside
 from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.parallel import run_parallel
-from spo_ray.runtime.run import Run, say
+from spo_ray.runtime.run import Run, log
 
 SUITES = {"accuracy": accuracy.SUITE, "health": health.SUITE, "alpaca_eval": alpaca.SUITE}
 
@@ -58,14 +58,14 @@ class Evaluations:
         node = room_beside(config, config.engine) if config.eval.while_training else None
         if node is None:
             return
-        say("evaluate", f"{', '.join(checkpoints)} beside the next stages")
+        log("evaluate", f"{', '.join(checkpoints)} beside the next stages")
 
         def work() -> None:
             try:
                 for name, checkpoint in checkpoints.items():
                     self._measure(name, checkpoint, node)
             except Exception as error:  # finish tries again, and raises it if it lasts
-                say("evaluate", f"failed beside other stages, and is put off: {error}")
+                log("evaluate", f"failed beside other stages, and is put off: {error}")
 
         self.background = threading.Thread(target=work, daemon=True)
         self.background.start()
@@ -87,7 +87,7 @@ class Evaluations:
             if suite.conclude:
                 measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
                 with self.actors.lease() as call:
-                    bench = Bench(self.run, self.data, self.actors, call)
+                    bench = SuiteContext(self.run, self.data, self.actors, call)
                     for checkpoint, artifacts in suite.conclude(bench, checkpoints, measured).items():
                         concluded[name, checkpoint] = artifacts
         self.actors.close()
@@ -98,7 +98,7 @@ class Evaluations:
             for suite in self.names:
                 if (suite, name) not in self.measured:
                     sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
-                    bench = Bench(self.run, self.data, self.actors, call, sft)
+                    bench = SuiteContext(self.run, self.data, self.actors, call, sft)
                     self.measured[suite, name] = self.suites[suite].measure(bench, name, checkpoint)
 
     def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:
@@ -108,17 +108,17 @@ class Evaluations:
         alpaca_config = self.run.config.eval.alpaca if "alpaca_eval" in self.names else None
         settings = {"length_control": effective(alpaca_config.length_control)} if alpaca_config else {}
 
-        def score(out: Path, ledger: Ledger) -> None:
+        def score(out: Path, counts: RowCounts) -> None:
             table = []
             for name in names:
                 for suite in self.names:
                     table += self._scores(suite, name, concluded.get((suite, name), []))
-            ledger.read = ledger.kept = len(table)
+            counts.read = counts.kept = len(table)
             write_rows(out / "part-0.parquet", table, schema.Score)
 
-        def contrast(out: Path, ledger: Ledger) -> None:
+        def contrast(out: Path, counts: RowCounts) -> None:
             table = [row for metric, items in self._items(names, concluded).items() for row in compare(metric, items)]
-            ledger.read = ledger.kept = len(table)
+            counts.read = counts.kept = len(table)
             write_rows(out / "part-0.parquet", table, schema.Comparison)
 
         scores = self.run.stage("scores", score, config=settings, inputs=inputs)

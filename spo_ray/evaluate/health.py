@@ -9,9 +9,9 @@ from spo_ray.config.evaluate import EvalConfig
 from spo_ray.core.text_metrics import distinct, longest_run, repetition, words
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, wilson
-from spo_ray.evaluate.suite import Bench, Estimate, Results, Suite
+from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, require_rows, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
 from spo_ray.runtime.map_rows import Row
 
 SAMPLED = 0
@@ -21,16 +21,16 @@ UNCOMPARED = ("base", SFT)
 """Checkpoints whose probabilities are not compared with the SFT model's."""
 
 
-def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
+def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer prompts greedily and at temperature 1, and score the SFT model's samples (:class:`schema.HealthRow`)."""
     config = bench.run.config
     settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | config.eval.health.model_dump()
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         table = bench.data.rows()
         drawn = random.Random(config.seed).sample(table, min(config.eval.health.prompts, len(table)))
         passes = [Pass(None, 0.0), Pass(SAMPLED, 1.0)]
-        ledger.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
+        counts.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
         limits = (config.eval.max_tokens, config.eval.batch_size)
         found = bench.call("answer", str(checkpoint.path), [(r["id"], r["prompt"]) for r in drawn], passes, *limits)
         kept: list[Row] = []
@@ -43,9 +43,9 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
                     logps = {"logp": answer.logp, "logp_author": answer.logp}
                     kept.append(key | own | logps | {"prompt_ids": text.prompt_ids, "ids": list(answer.ids)})
                 elif seed is None:  # the same in every pass
-                    ledger.reject(row["id"], text, row["prompt"])
-        ledger.read, ledger.kept = len(drawn), len(drawn) - len(ledger.rejected)
-        require_rows(ledger.kept, f"prompts for health_{name} that the engine can take", ledger)
+                    counts.reject(row["id"], text, row["prompt"])
+        counts.read, counts.kept = len(drawn), len(drawn) - len(counts.rejected)
+        require_rows(counts.kept, f"prompts for health_{name} that the engine can take", counts)
         kept += _likelihoods(bench, name, checkpoint) if bench.sft else []
         write_rows(out / "part-0.parquet", kept, schema.HealthRow)
 
@@ -53,7 +53,7 @@ def measure(bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
     return bench.run.stage(f"health_{name}", build, config={**bench.identity, **settings}, inputs=inputs)
 
 
-def _likelihoods(bench: Bench, name: str, checkpoint: Artifact) -> list[Row]:
+def _likelihoods(bench: SuiteContext, name: str, checkpoint: Artifact) -> list[Row]:
     """The SFT model's samples with their log-probabilities under another checkpoint."""
     assert bench.sft
     texts = [row for row in bench.sft.rows() if row["seed"] == SAMPLED]
@@ -61,7 +61,7 @@ def _likelihoods(bench: Bench, name: str, checkpoint: Artifact) -> list[Row]:
     return [row | {"checkpoint": name, "logp": likelihood.logp} for row, likelihood in zip(texts, found, strict=True)]
 
 
-def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
+def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
     """What the SFT model says of the other checkpoints' samples (:class:`schema.ShiftRow`)."""
     judge = checkpoints.get(SFT)
     found: dict[str, list[Artifact]] = {}
@@ -69,14 +69,14 @@ def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str,
         if name in UNCOMPARED or judge is None:
             continue
 
-        def build(out: Path, ledger: Ledger, name: str = name, judge: Artifact = judge) -> None:
+        def build(out: Path, counts: RowCounts, name: str = name, judge: Artifact = judge) -> None:
             own = [r for r in measured[name].rows() if r["seed"] == SAMPLED and r["written_by"] == name]
             scores = bench.call("score", str(judge.path), [(row["prompt_ids"], row["ids"]) for row in own])
             table = [
                 {"id": row["id"], "checkpoint": name, "logp": row["logp"], "logp_sft": score.logp}
                 for row, score in zip(own, scores, strict=True)
             ]
-            ledger.read = ledger.kept = len(table)
+            counts.read = counts.kept = len(table)
             write_rows(out / "part-0.parquet", table, schema.ShiftRow)
 
         inputs = {"health": measured[name], "sft": judge}
@@ -84,7 +84,7 @@ def conclude(bench: Bench, checkpoints: Results, measured: Results) -> dict[str,
     return found
 
 
-def estimate(config: EvalConfig, measured: Artifact, shifted: Sequence[Artifact]) -> list[Estimate]:
+def estimate(config: EvalConfig, measured: Artifact, shifted: Sequence[Artifact]) -> list[Metric]:
     """Text figures of greedy answers and of samples; entropy; and the shift against the SFT model.
 
     Entropy and divergences (nats per response) are Monte-Carlo estimates over samples at temperature 1: the mean of
@@ -107,22 +107,22 @@ def estimate(config: EvalConfig, measured: Artifact, shifted: Sequence[Artifact]
     return found
 
 
-def _text(name: str, table: Sequence[Row]) -> list[Estimate]:
+def _text(name: str, table: Sequence[Row]) -> list[Metric]:
     texts = [words(row["response"]) for row in table]
     finished = sum(row["finished"] for row in table)
     n = len(table)
     return [
         _mean(f"{name}/length", [len(row["ids"]) for row in table]),
-        Estimate(f"{name}/unfinished", 1 - finished / n, n, *wilson(n - finished, n), "wilson"),
+        Metric(f"{name}/unfinished", 1 - finished / n, n, *wilson(n - finished, n), "wilson"),
         _mean(f"{name}/repetition_4", [repetition(text, 4) for text in texts], shares=True),
         _mean(f"{name}/longest_run", [longest_run(text) for text in texts]),
-        Estimate(f"{name}/distinct_1", distinct(texts, 1), n),
-        Estimate(f"{name}/distinct_2", distinct(texts, 2), n),
+        Metric(f"{name}/distinct_1", distinct(texts, 1), n),
+        Metric(f"{name}/distinct_2", distinct(texts, 2), n),
     ]
 
 
-def _mean(metric: str, values: Sequence[float], *, shares: bool = False) -> Estimate:
-    return Estimate(metric, fmean(values), len(values), *mean_interval(values, "prompts", shares=shares))
+def _mean(metric: str, values: Sequence[float], *, shares: bool = False) -> Metric:
+    return Metric(metric, fmean(values), len(values), *mean_interval(values, "prompts", shares=shares))
 
 
 SUITE = Suite(measure, estimate, conclude)

@@ -8,9 +8,9 @@ from pathlib import Path
 from spo_ray.config.evaluate import EvalConfig, LmEvalConfig
 from spo_ray.errors import UserError
 from spo_ray.evaluate.statistics import Z95
-from spo_ray.evaluate.suite import Bench, Estimate, Suite
+from spo_ray.evaluate.suite import Metric, Suite, SuiteContext
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, external, write_json, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, external, write_json, write_rows
 
 RESULTS = "results.json"
 
@@ -35,17 +35,17 @@ def known_task(task: str, settings: LmEvalConfig) -> None:
         raise UserError(f"lm-evaluation-harness has no task {task!r}: see its list, or eval.lm_eval.include_path")
 
 
-def _measure(task: str, bench: Bench, name: str, checkpoint: Artifact) -> Artifact:
+def _measure(task: str, bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """The harness's own results, as it prints them (results.json)."""
     settings: LmEvalConfig = bench.run.config.eval.lm_eval
     if settings.include_path:  # actors work elsewhere
         settings = settings.model_copy(update={"include_path": settings.include_path.absolute()})
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         sampling = settings.model_dump(mode="json", exclude={"include_path"}) | {"task": task}
-        ledger.facts |= bench.provenance(checkpoint, sampling)
+        counts.facts |= bench.provenance(checkpoint, sampling)
         found = bench.call("harness", str(checkpoint.path), task, settings, bench.run.config.seed)
-        ledger.read = ledger.kept = sum(found["n"].values())
+        counts.read = counts.kept = sum(found["n"].values())
         write_json(out / RESULTS, found)
         write_rows(out / "part-0.parquet", [], schema.Score)  # the harness keeps its rows to itself
 
@@ -56,7 +56,7 @@ def _measure(task: str, bench: Bench, name: str, checkpoint: Artifact) -> Artifa
     return bench.run.stage(f"lm_eval_{task}@{name}", build, config=identity, inputs=inputs)
 
 
-def _estimate(config: EvalConfig, measured: Artifact, concluded: Sequence[Artifact]) -> list[Estimate]:
+def _estimate(config: EvalConfig, measured: Artifact, concluded: Sequence[Artifact]) -> list[Metric]:
     found = json.loads((measured.path / RESULTS).read_text())
     estimates = []
     for task, metrics in found["results"].items():
@@ -69,5 +69,5 @@ def _estimate(config: EvalConfig, measured: Artifact, concluded: Sequence[Artifa
             if isinstance(error, int | float):
                 bounds = (value - Z95 * error, value + Z95 * error, "normal, the harness's standard error")
             name = metric if filtered == "none" else f"{metric}/{filtered}"
-            estimates.append(Estimate(f"{task}/{name}", value, found["n"].get(task, 0), *bounds))
+            estimates.append(Metric(f"{task}/{name}", value, found["n"].get(task, 0), *bounds))
     return estimates

@@ -10,7 +10,7 @@ from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 
 
-class Estimate(NamedTuple):
+class Metric(NamedTuple):
     """One figure, with its 95% interval where it has one; see :class:`spo_ray.runtime.schema.Score`."""
 
     metric: str
@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bench:
+class SuiteContext:
     """Where a checkpoint is measured."""
 
     run: Run
@@ -56,9 +56,9 @@ Results = Mapping[str, Artifact]
 class Suite:
     """Tests of checkpoints: each function makes or reads stages of the run."""
 
-    measure: Callable[[Bench, str, Artifact], Artifact]
+    measure: Callable[[SuiteContext, str, Artifact], Artifact]
     """One checkpoint by itself."""
-    estimate: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Estimate]]
+    estimate: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Metric]]
     """A checkpoint's figures, from what ``measure`` and ``conclude`` made."""
-    conclude: Callable[[Bench, Results, Results], dict[str, list[Artifact]]] | None = None
+    conclude: Callable[[SuiteContext, Results, Results], dict[str, list[Artifact]]] | None = None
     """From all checkpoints and what was measured of them: what needs another model, by checkpoint."""

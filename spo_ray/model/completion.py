@@ -34,7 +34,7 @@ class Likelihood(NamedTuple):
     """Whether every token is the most probable one."""
 
 
-class Answers(NamedTuple):
+class Generations(NamedTuple):
     """The responses to one question."""
 
     prompt_ids: list[int]
@@ -42,7 +42,7 @@ class Answers(NamedTuple):
     completions: list[Completion]
 
 
-def choose(config: EngineConfig) -> tuple[str, str]:
+def choose_engine(config: EngineConfig) -> tuple[str, str]:
     """(engine, why).
 
     Raises:
@@ -56,6 +56,6 @@ def choose(config: EngineConfig) -> tuple[str, str]:
     return ("vllm", "installed") if installed else ("transformers", "vLLM is not installed; expect it to be slow")
 
 
-def fits(prompt_ids: list[int], config: EngineConfig, answer: int = 1) -> bool:
+def fits_context(prompt_ids: list[int], config: EngineConfig, answer: int = 1) -> bool:
     """Whether an engine can take a prompt with an answer of so many tokens, and score both."""
     return len(prompt_ids) + answer < config.max_model_len

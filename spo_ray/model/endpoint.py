@@ -12,7 +12,7 @@ from typing import Any
 import openai
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
-from spo_ray.model.completion import Answers, Completion
+from spo_ray.model.completion import Completion, Generations
 
 REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """Errors of one request alone: a prompt that is too long, for instance."""
@@ -141,17 +141,17 @@ class EndpointAnswers:
         self.key = key
         self.logprobs: bool | None = None
 
-    def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Answers | str]:
+    def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Generations | str]:
         return asyncio.run(self._all(asked))
 
-    async def _all(self, asked: Sequence[tuple[str, int]]) -> list[Answers | str]:
+    async def _all(self, asked: Sequence[tuple[str, int]]) -> list[Generations | str]:
         async with ChatClient(self.config, self.key) as client:
             client.logprobs = self.logprobs
             found = await asyncio.gather(*(self._one(client, *question) for question in asked))
             self.logprobs = client.logprobs
             return list(found)
 
-    async def _one(self, client: ChatClient, prompt: str, seed: int) -> Answers | str:
+    async def _one(self, client: ChatClient, prompt: str, seed: int) -> Generations | str:
         try:
             response = await client.ask(
                 {"logprobs": True},
@@ -162,7 +162,7 @@ class EndpointAnswers:
                 max_tokens=self.sampling.max_tokens,
                 seed=seed,
             )
-            return Answers([], [_completion(choice) for choice in response.choices])
+            return Generations([], [_completion(choice) for choice in response.choices])
         except NonsenseError as error:
             return f"the endpoint gave {str(error)[:200]}"
         except openai.APIStatusError as error:

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from spo_ray.config.data import EngineConfig
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
-from spo_ray.model.completion import TEMPLATE_REFUSES, TOO_LONG, Answers, Completion, Likelihood, fits
+from spo_ray.model.completion import TEMPLATE_REFUSES, TOO_LONG, Completion, Generations, Likelihood, fits_context
 from spo_ray.model.export import read_probe
 from spo_ray.model.generate import generate
 from spo_ray.model.load import load_model
@@ -71,7 +71,7 @@ class LocalAnswers:
 
     def __call__(
         self, asked: Sequence[tuple[Any, int]], *, n: int, temperature: float, max_tokens: int
-    ) -> list[Answers | str]:
+    ) -> list[Generations | str]:
         """``n`` answers to every (prompt, seed), or why there are none."""
         prompts = [self.prompt_ids(prompt) for prompt, _ in asked]
         able = {i: ids for i, ids in enumerate(prompts) if not isinstance(ids, str)}
@@ -86,7 +86,7 @@ class LocalAnswers:
             seeds=[asked[i][1] for i in able],
         )
         for (i, ids), completions in zip(able.items(), answers, strict=True):
-            found[i] = Answers(ids, completions)
+            found[i] = Generations(ids, completions)
         return found
 
     def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | str:
@@ -95,7 +95,7 @@ class LocalAnswers:
             ids = self.chat.prompt_ids(prompt)
         except TemplateError as error:  # a system turn that the model does not know, for instance
             return f"{TEMPLATE_REFUSES}: {error}"
-        return ids if fits(ids, self.config, answer) else TOO_LONG
+        return ids if fits_context(ids, self.config, answer) else TOO_LONG
 
 
 class VllmEngine:

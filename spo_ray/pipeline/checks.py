@@ -9,9 +9,9 @@ from spo_ray.config.data import EndpointConfig, EngineConfig, TeacherModel
 from spo_ray.config.evaluate import LM_EVAL, AlpacaConfig
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.completion import choose
+from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import on_hub
-from spo_ray.runtime.console import say
+from spo_ray.runtime.console import log
 from spo_ray.runtime.tracking import check_trackers
 
 
@@ -39,8 +39,8 @@ def preflight(config: Config) -> None:
         raise UserError(f"{absent}the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
     if not is_hub_id:
         _check_files(config, path)
-    engine, why = choose(config.engine)
-    say("engine", f"{engine} ({why})")
+    engine, why = choose_engine(config.engine)
+    log("engine", f"{engine} ({why})")
     for teacher in config.sft_data.teachers:
         if isinstance(teacher, TeacherModel):
             _check_engine("teacher", teacher.model, teacher.engine)
@@ -69,7 +69,7 @@ def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) 
         if not local and engine.api_key_env not in os.environ:
             raise UserError(f"{what} {model} at {engine.url}: there is no key; export {engine.api_key_env}")
         return
-    choose(engine)
+    choose_engine(engine)
     if not on_hub(Path(model)) and not (Path(model) / "config.json").is_file():
         raise UserError(f"no {what} in {model} (no config.json there): set a directory or a hub id")
 

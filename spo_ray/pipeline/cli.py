@@ -15,7 +15,7 @@ from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import end_view, place, quieten, redact, say, set_verbosity
+from spo_ray.runtime.console import end_view, log, place, quieten, redact, set_verbosity
 from spo_ray.runtime.failure import AGAIN, card_on, recorded
 from spo_ray.runtime.run import Run
 
@@ -72,7 +72,7 @@ def follow(
         show_plan(run.config, stages)
         return
     if not run.config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        say(
+        log(
             "job",
             "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
         )
@@ -81,7 +81,7 @@ def follow(
         for stage in stages(run):
             if stage == until:
                 break
-    say("job", f"{until} finished; results in {place(run.root)}")
+    log("job", f"{until} finished; results in {place(run.root)}")
 
 
 def show_plan(config: Config, stages: Stages) -> None:

@@ -11,7 +11,7 @@ from spo_ray.pipeline.job import prepare
 from spo_ray.report.sweep import write_sweep_report
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import connect
-from spo_ray.runtime.console import say
+from spo_ray.runtime.console import log
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import Ranked, rows_of, winner, write_best, write_csv
 from spo_ray.sweep.space import listed_points, run_for, sweep_of
@@ -44,7 +44,7 @@ def stages(run: Run) -> Iterator[str]:
 def evaluate_best(run: Run, trials: Artifact, best: Ranked) -> Evaluation | None:
     """The winner's trials and the SFT model that they started from, on the test split; None where no trial finished."""
     if not best.finished:
-        say("best", "no trial finished: the test split stays untouched")
+        log("best", "no trial finished: the test split stays untouched")
         return None
     start = prepare(run_for(run, best.values))
     checkpoints = {"sft": start.sft} | {

@@ -20,7 +20,7 @@ from spo_ray.report.summary import summarise, versions_of
 from spo_ray.report.sweep import sensitivity_figures, values_in_words
 from spo_ray.report.sweep_figures import importances
 from spo_ray.runtime.artifact import write_text
-from spo_ray.runtime.console import place, say
+from spo_ray.runtime.console import log, place
 from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.run import NOTHING, leaves, shown
 from spo_ray.sweep.space import sweep_of, trial_config
@@ -61,7 +61,7 @@ def write_reports(folders: Sequence[Path], out: Path | None) -> None:
     file = out or found[0].run.root.parent / "report-comparison"
     file = file if file.suffix == ".html" else file / "index.html"
     write_comparison(dict(zip(labels(found), found, strict=True)), file)
-    say("report", place(file))
+    log("report", place(file))
 
 
 def write_comparison(runs: Runs, file: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from spo_ray.core.text_metrics import words
 from spo_ray.data.filter import Contamination
 from spo_ray.report import html
-from spo_ray.runtime.artifact import MANIFEST, REJECTED, Artifact, Ledger
+from spo_ray.runtime.artifact import MANIFEST, REJECTED, Artifact, RowCounts
 from spo_ray.runtime.run import Run
 
 SHOWN_DROPPED = 20
@@ -25,9 +25,9 @@ def pairs_section(run: Run, pairs: Artifact, held_out: Artifact) -> Iterator[str
     chosen, rejected = ([len(words(row[side])) for row in table] for side in ("chosen", "rejected"))
     longer = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / len(table)
     copies = Counter((str(row["prompt"]), row["chosen"], row["rejected"]) for row in table)
-    ledger = Ledger()
+    counts = RowCounts()
     template = getattr(run.config.data, "prompt", "")
-    clean = list(Contamination(held_out.rows(), SHARED_WORDS, template).keep_clean(table, ledger))
+    clean = list(Contamination(held_out.rows(), SHARED_WORDS, template).keep_clean(table, counts))
     link = html.link(f"{len(table)}", f"../{pairs.path.name}/")
     lines: list[list[str]] = [
         ["pairs", link],
@@ -43,7 +43,7 @@ def pairs_section(run: Run, pairs: Artifact, held_out: Artifact) -> Iterator[str
 
 
 def ledger_section(run: Run) -> Iterator[str]:
-    """The drop ledger: for each stage and reason the first rows, and where the others are."""
+    """The drop counts: for each stage and reason the first rows, and where the others are."""
     title = "<h2>Dropped rows</h2>"
     for file in sorted(run.root.glob(f"*/{REJECTED}"), key=lambda path: (path.parent / MANIFEST).stat().st_mtime):
         by_reason: dict[str, list[list[str]]] = {}

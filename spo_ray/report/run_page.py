@@ -23,8 +23,8 @@ from spo_ray.report.scores import (
     verdicts,
 )
 from spo_ray.report.summary import summarise
-from spo_ray.runtime.artifact import MANIFEST, Artifact, Ledger, write_json
-from spo_ray.runtime.console import place, say
+from spo_ray.runtime.artifact import MANIFEST, Artifact, RowCounts, write_json
+from spo_ray.runtime.console import log, place
 from spo_ray.runtime.run import Run
 from spo_ray.train.alarm import PREFIX, describe
 from spo_ray.train.spec import RESULT
@@ -42,8 +42,8 @@ def write_report(
     """
     summary = summarise(run, methods, evaluation)
 
-    def build(out: Path, ledger: Ledger) -> None:
-        ledger.facts["summary"] = "../summary.json"
+    def build(out: Path, row_counts: RowCounts) -> None:
+        row_counts.facts["summary"] = "../summary.json"
         sections = list(_sections(run, summary, methods, evaluation, pairs, held_out))
         sections += _record(run)
         footer = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
@@ -56,7 +56,7 @@ def write_report(
     write_json(run.root / "summary.json", summary)
     for line in text_table(summary["methods"], summary["comparisons"]):
         print(line)
-    say("report", place(report.path / "index.html"))
+    log("report", place(report.path / "index.html"))
 
 
 def _sections(

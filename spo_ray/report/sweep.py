@@ -19,8 +19,8 @@ from spo_ray.report.sweep_figures import (
     parallel_figure,
     sensitivity_figure,
 )
-from spo_ray.runtime.artifact import Artifact, Ledger, versions, write_json
-from spo_ray.runtime.console import place, say
+from spo_ray.runtime.artifact import Artifact, RowCounts, versions, write_json
+from spo_ray.runtime.console import log, place
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import BEST, Ranked, Row, one_each, rows_of
 from spo_ray.sweep.space import short_names, short_text, sweep_of
@@ -33,20 +33,20 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
     sweep, rows = sweep_of(run.config), rows_of(trials)
     summary = summarise(run, rows, best, tested)
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, row_counts: RowCounts) -> None:
         figures = dict(sensitivity_figures(rows, sweep, summary["importances"]))
         for title, chart in figures.items():
             (out / file_name(title)).write_text(svg(chart), encoding="utf-8")
         (out / "index.html").write_text(_page(run, rows, summary, figures), encoding="utf-8")
-        ledger.read = ledger.kept = len(rows)
+        row_counts.read = row_counts.kept = len(rows)
 
     inputs = {"trials": trials} | ({"scores": tested.scores, "comparisons": tested.comparisons} if tested else {})
     report = run.stage("report", build, config={}, inputs=inputs)
     write_json(run.root / "summary.json", summary)
-    say("best", f"{values_in_words(best.values)}; {BEST} is ready to run")
+    log("best", f"{values_in_words(best.values)}; {BEST} is ready to run")
     for line in _test_lines(summary["test"], names_of(sweep)):
-        say("test", " ".join(line))
-    say("report", place(report.path / "index.html"))
+        log("test", " ".join(line))
+    log("report", place(report.path / "index.html"))
 
 
 def file_name(title: str) -> str:

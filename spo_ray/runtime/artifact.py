@@ -75,7 +75,7 @@ class Artifact:
 
 
 @dataclass
-class Ledger:
+class RowCounts:
     """What a stage counts while it runs; ends up in its manifest."""
 
     read: int = 0
@@ -143,10 +143,10 @@ def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def require_rows(count: int, what: str, ledger: Ledger | None = None) -> None:
+def require_rows(count: int, what: str, row_counts: RowCounts | None = None) -> None:
     """Raise UserError where a stage has nothing to work on, with the reasons if it has dropped all itself."""
     if not count:
-        why = ledger.why() if ledger else ""
+        why = row_counts.why() if row_counts else ""
         raise UserError(f"no {what}: {why or 'see the drop reasons in the manifests of the stages before'}")
 
 

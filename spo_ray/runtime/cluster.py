@@ -12,7 +12,7 @@ import ray.data
 from spo_ray.config.data import EngineConfig, TeacherModel
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.runtime.console import redact, say
+from spo_ray.runtime.console import log, redact
 from spo_ray.runtime.failure import TOO_SLOW
 
 LOCAL_CPUS = 4
@@ -51,7 +51,7 @@ def connect(config: Config, training: bool = True) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_plan(config, nodes, training=training)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    say("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
 
 def _start(**options: Any) -> None:
@@ -61,7 +61,7 @@ def _start(**options: Any) -> None:
     except Exception as error:
         if TOO_SLOW not in str(error):
             raise
-        say("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
+        log("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
         ray.shutdown()
         ray.init(address="local", **options)
 

@@ -67,7 +67,7 @@ class _View:
 _view = _View()
 
 
-def say(stage: str, text: str) -> None:
+def log(stage: str, text: str) -> None:
     """One line of progress, without secrets."""
     line = f"[{time.strftime('%H:%M:%S')}] {stage}: {redact(text)}"
     shown = _view.progress
@@ -85,7 +85,7 @@ def progress(stage: str) -> Generator[Update]:
     def plain(done: int, total: int, text: str) -> None:
         nonlocal last
         if time.monotonic() - last > EVERY_S and done < total:
-            say(stage, text)
+            log(stage, text)
             last = time.monotonic()
 
     if not Console(file=sys.stdout).is_interactive:

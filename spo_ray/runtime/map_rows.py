@@ -16,8 +16,8 @@ import ray.data
 
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, Ledger, write_rows
-from spo_ray.runtime.console import progress, say
+from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_rows
+from spo_ray.runtime.console import log, progress
 
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[schema.Rejected]]
@@ -59,7 +59,7 @@ def map_shards(
     name: str,
     source: Artifact,
     out: Path,
-    ledger: Ledger,
+    row_counts: RowCounts,
     *,
     mapper: Callable[..., Mapper],
     kind: Any,
@@ -73,7 +73,7 @@ def map_shards(
         name: the stage, for progress lines.
         source: the stage to read.
         out: directory of the shards, and of ``rejected.parquet``.
-        ledger: receives the counts.
+        row_counts: receives the counts.
         mapper: makes the row mapper inside a task or, with ``pool``, once in each actor.
         kind: row class of the output, from :mod:`spo_ray.runtime.schema`.
         batch_size: rows per call, and input rows per shard.
@@ -85,22 +85,22 @@ def map_shards(
     for shard in every:
         part = _part(out, shard)
         if part.exists():
-            ledger.read += shard["rows"]
-            ledger.kept += pq.read_metadata(part).num_rows
+            row_counts.read += shard["rows"]
+            row_counts.kept += pq.read_metadata(part).num_rows
         else:
             shards.append(shard)
     if every and len(shards) < len(every):
-        say(name, f"{len(every) - len(shards)} of {len(every)} parts are there already")
+        log(name, f"{len(every) - len(shards)} of {len(every)} parts are there already")
     if shards:
-        _run(name, shards, ledger, mapper, pool, {"out": str(out), "kind": kind}, arguments)
+        _run(name, shards, row_counts, mapper, pool, {"out": str(out), "kind": kind}, arguments)
     for file in sorted(out.glob(REJECTED_PARTS)):
-        ledger.rejected += pq.read_table(file).to_pylist()
+        row_counts.rejected += pq.read_table(file).to_pylist()
 
 
 def _run(
     name: str,
     shards: list[Row],
-    ledger: Ledger,
+    row_counts: RowCounts,
     mapper: Callable[..., Mapper],
     pool: Pool | None,
     write: Row,
@@ -123,8 +123,8 @@ def _run(
         )
     total = sum(shard["rows"] for shard in shards)
     for done in _progress(name, stats.iter_rows(), total):
-        ledger.read += done["read"]
-        ledger.kept += done["kept"]
+        row_counts.read += done["read"]
+        row_counts.kept += done["kept"]
 
 
 class _Actor:

@@ -25,14 +25,14 @@ from spo_ray.runtime.artifact import (
     REJECTED,
     REJECTED_PARTS,
     Artifact,
-    Ledger,
+    RowCounts,
     _count,
     _sync,
     versions,
     write_json,
     write_rows,
 )
-from spo_ray.runtime.console import say
+from spo_ray.runtime.console import log
 
 STARTED = "started.json"
 """In an unfinished stage that can go on where it was cut off."""
@@ -47,7 +47,7 @@ class OpenStage:
     digest: str
     identity: dict[str, Any]
     scratch: Path
-    ledger: Ledger = field(default_factory=Ledger)
+    counts: RowCounts = field(default_factory=RowCounts)
     started: float = field(default_factory=time.time)
 
 
@@ -89,13 +89,13 @@ class Run:
     def stage(
         self,
         name: str,
-        build: Callable[[Path, Ledger], None],
+        build: Callable[[Path, RowCounts], None],
         *,
         config: Mapping[str, Any],
         inputs: Mapping[str, Artifact],
         resumable: bool = False,
     ) -> Artifact:
-        """Give the finished stage ``name``: reuse it, or call ``build(directory, ledger)`` and close it.
+        """Give the finished stage ``name``: reuse it, or call ``build(directory, counts)`` and close it.
 
         ``config`` is everything besides ``inputs`` that the output depends on. Whatever ``build`` raises leaves
         earlier stages, and an earlier version of this one, as they were. A ``resumable`` one finds what it has written
@@ -104,7 +104,7 @@ class Run:
         opened = self.open(name, config=config, inputs=inputs, resumable=resumable)
         if isinstance(opened, Artifact):
             return opened
-        build(opened.scratch, opened.ledger)
+        build(opened.scratch, opened.counts)
         return self.close(opened)
 
     def open(
@@ -120,14 +120,14 @@ class Run:
         if state == "reused":
             if _identity(scratch) == digest:  # it was cut off on the way to its place
                 self._put(name)
-            say(name, state)
+            log(name, state)
             return Artifact(self.root / name, digest)
         if state == "starts":
             if why:
-                say(name, f"made again: {why}")
+                log(name, f"made again: {why}")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-        say(name, state)
+        log(name, state)
         if resumable:
             write_json(scratch / STARTED, {"digest": digest})
         self.under_way.append(name)
@@ -161,14 +161,14 @@ class Run:
 
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
         """Write the manifest and put the stage in its place; ``wall_s`` if it is not the time since it was opened."""
-        ledger = stage.ledger
-        if ledger.rejected:
-            dropped = [{**row, "stage": stage.name} for row in ledger.rejected]
+        counts = stage.counts
+        if counts.rejected:
+            dropped = [{**row, "stage": stage.name} for row in counts.rejected]
             write_rows(stage.scratch / REJECTED, dropped, schema.Dropped)
         manifest = stage.identity | {
             "digest": stage.digest,
-            "rows": {"read": ledger.read, "kept": ledger.kept, "dropped": _count(ledger.rejected)},
-            "facts": ledger.facts,
+            "rows": {"read": counts.read, "kept": counts.kept, "dropped": _count(counts.rejected)},
+            "facts": counts.facts,
             "versions": versions(),
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
         }
@@ -176,14 +176,14 @@ class Run:
         self._put(stage.name)
         self.under_way.remove(stage.name)
         self.changed()
-        say(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(ledger)}")
+        log(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(counts)}")
         return Artifact(self.root / stage.name, stage.digest)
 
     def _put(self, name: str) -> None:
         """Move a stage that has its manifest to its place, without what it needed while it was built."""
         scratch = self.root / ".unfinished" / name
         (scratch / STARTED).unlink(missing_ok=True)
-        for file in scratch.glob(REJECTED_PARTS):  # they are in the ledger
+        for file in scratch.glob(REJECTED_PARTS):  # they are in the counts
             file.unlink()
         _replace(scratch, self.root / name)
 
@@ -199,11 +199,11 @@ def _identity(directory: Path, file: str = MANIFEST) -> str | None:
         return None
 
 
-def _summary(ledger: Ledger) -> str:
-    if not ledger.read:
+def _summary(counts: RowCounts) -> str:
+    if not counts.read:
         return ""
-    dropped = "".join(f", {n} dropped ({reason})" for reason, n in _count(ledger.rejected).items())
-    return f": {ledger.read} rows read, {ledger.kept} kept{dropped}"
+    dropped = "".join(f", {n} dropped ({reason})" for reason, n in _count(counts.rejected).items())
+    return f": {counts.read} rows read, {counts.kept} kept{dropped}"
 
 
 def _replace(scratch: Path, final: Path) -> None:

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from spo_ray.config.sweep import SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, write_json
-from spo_ray.runtime.console import say
+from spo_ray.runtime.console import log
 from spo_ray.runtime.run import OpenStage, Run
 from spo_ray.sweep.space import Point, point_key, short_names, short_text, sweep_of, trial_config, trial_count
 from spo_ray.sweep.trial import FAILED, TRAINING, TRIAL, folder_name, scores
@@ -62,7 +62,7 @@ class Progress(Callback):
         points = [point_key(row["values"]) for row in one_each(rows.values())]
         decided = [row for row in rows.values() if points.count(point_key(row["values"])) == len(set(self.sweep.seeds))]
         prune(self.folder, decided, rank(decided, self.sweep)[: self.sweep.keep])
-        say(f"trial {folders[trial].name}", f"{describe(rows[trial])}; {len(ended)} have ended")
+        log(f"trial {folders[trial].name}", f"{describe(rows[trial])}; {len(ended)} have ended")
 
 
 def describe(row: Row) -> str:
@@ -161,7 +161,7 @@ def strip(folder: Path) -> None:
 
 
 def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
-    """Write every trial's ``row.json``, delete what is not kept, and count in the stage's ledger.
+    """Write every trial's ``row.json``, delete what is not kept, and count in the stage's row_counts.
 
     Raises:
         RuntimeError: some trials have not ended.
@@ -198,10 +198,10 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
     for folder in stage.scratch.iterdir():  # begun, but lost with a killed driver before Ray Tune noted it
         if folder.is_dir() and folder.name not in known and (folder / TRIAL).exists():
             shutil.rmtree(folder)
-    stage.ledger.read = len(rows)
-    stage.ledger.kept = sum(row["status"] == "finished" for row in rows)
-    stage.ledger.facts["bytes"] = sum(row["bytes"] for row in rows)
-    stage.ledger.facts |= {s: sum(row["status"] == s for row in rows) for s in ("finished", "stopped", "failed")}
+    stage.counts.read = len(rows)
+    stage.counts.kept = sum(row["status"] == "finished" for row in rows)
+    stage.counts.facts["bytes"] = sum(row["bytes"] for row in rows)
+    stage.counts.facts |= {s: sum(row["status"] == s for row in rows) for s in ("finished", "stopped", "failed")}
     return rows
 
 

@@ -22,7 +22,7 @@ from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
 from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
-from spo_ray.evaluate.suite import Bench
+from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.space import Point, Shared, run_for, shared_values, sweep_of, trial_config
@@ -278,7 +278,7 @@ def score_texts(
         return ray.get(getattr(actor, method).remote(*arguments))
 
     actors: Any = OneActor(kind)
-    bench, record = Bench(own, data, actors, call), {}
+    bench, record = SuiteContext(own, data, actors, call), {}
     for suite_name in own.config.eval.chosen(own.config.data):
         suite = suite_of(suite_name)
         found = suite.measure(bench, name, checkpoint)

@@ -20,10 +20,10 @@ from spo_ray.config.schema import Config
 from spo_ray.config.sweep import Asha, LogUniform, OptunaSearch, Pbt, SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
-from spo_ray.model.completion import choose
+from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.runtime.cluster import engine_gpus, uses_gpu
-from spo_ray.runtime.console import say
+from spo_ray.runtime.console import log
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import (
@@ -75,9 +75,9 @@ def run_trials(run: Run, known: Mapping[str, Shared], prepare: Callable[[Run], S
     if isinstance(stage, Artifact):
         return stage
     room = _room_of_start(config, stage.scratch, nodes, room)
-    kind, _ = choose(config.engine)
+    kind, _ = choose_engine(config.engine)
     evaluators = _evaluators(config, kind)
-    say("trials", f"{room} at a time")
+    log("trials", f"{room} at a time")
     try:
         context = Context(run, prepare, stage.scratch, stage.digest, dict(known), evaluators, kind)
         results = _tuner(config, context, room).fit()

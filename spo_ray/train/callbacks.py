@@ -17,24 +17,24 @@ from spo_ray.model.collate import rows_at_once
 from spo_ray.model.generate import generate
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.train.alarm import LAMBDA, RULES, Alarm
-from spo_ray.train.data_loader import Table
-from spo_ray.train.distributed import Rank
+from spo_ray.train.data_loader import RowTable
+from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure, compute_type
-from spo_ray.train.loop import Hook
+from spo_ray.train.loop import Callback
 from spo_ray.train.method_state import Method
 from spo_ray.train.spec import Job
 
 SIDES = ("chosen", "rejected")
 
 
-class StepWatch(Hook):
+class DynamicsCallback(Callback):
     """Theorem 1 on real steps: what the optimizer's update should change to first order, and what it did.
 
     Every ``every`` steps it keeps a copy of the parameters and the gradients of both mean log-probabilities, for which
     plain SGD's forecast would be ``-alpha * <g, grad F>``; the optimizer's own is ``<g, update>``.
     """
 
-    def __init__(self, params: Sequence[Tensor], every: int | None, measure: Measure, table: Table) -> None:
+    def __init__(self, params: Sequence[Tensor], every: int | None, measure: Measure, table: RowTable) -> None:
         self.params, self.every, self.measure, self.table = params, every, measure, table
         self.gradients: dict[str, Gradients] = {}
         self.before: list[Tensor] = []
@@ -47,7 +47,7 @@ class StepWatch(Hook):
         self.before = [p.detach().clone() for p in self.params]
         return {"side_gradients": self.gradients}
 
-    def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
+    def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """Behind a watched step, from the batch's mean log-probabilities before and after it."""
         if not self.before:
             return {}
@@ -61,16 +61,16 @@ class StepWatch(Hook):
         return metrics
 
 
-class Probes(Hook):
+class ProbePairsCallback(Callback):
     """Log-probabilities of some fixed pairs, of y* where it is followed, and of the held-out pairs at scores."""
 
-    def __init__(self, job: Job, measure: Measure, table: Table, held_out: Table | None) -> None:
+    def __init__(self, job: Job, measure: Measure, table: RowTable, held_out: RowTable | None) -> None:
         self.measure, self.table, self.held_out, self.score_at = measure, table, held_out, job.score_at
         settings = job.config.preference
         self.every, self.pairs = settings.probe_every, range(min(len(table), settings.probe_pairs))
         self.tops = top_answers(measure, table.rows(self.pairs), settings.probe_top_tokens)
 
-    def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
+    def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """``probe/*``, and ``held_out/*``."""
         step, metrics = record["step"], {}
         if step % self.every == 0 or step == record["total_steps"] or step in self.score_at:
@@ -84,14 +84,14 @@ class Probes(Hook):
         return metrics
 
 
-class TextHealth(Hook):
+class TextHealthCallback(Callback):
     """Sampled answers to the first prompts, see :func:`text_health`."""
 
-    def __init__(self, job: Job, measure: Measure, table: Table) -> None:
+    def __init__(self, job: Job, measure: Measure, table: RowTable) -> None:
         self.measure, self.settings, self.seed = measure, job.config.preference, job.config.seed
         self.asked = table.rows(range(min(len(table), self.settings.health_prompts)))
 
-    def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
+    def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """``health/*``."""
         every, step, m = self.settings.health_every, record["step"], self.measure
         if not every or (step % every and step != record["total_steps"]):
@@ -101,13 +101,13 @@ class TextHealth(Hook):
         return m.rank.gather([found])[0]  # ranks may round differently, and must agree on an alarm
 
 
-class AlarmBell(Hook):
-    """Looks whether what the hooks before it measured sets off the alarm, and does what is configured for it."""
+class AlarmCallback(Callback):
+    """Looks whether what the callbacks before it measured sets off the alarm, and does what is configured for it."""
 
     def __init__(self, alarm: Alarm, method: Method) -> None:
         self.alarm, self.method = alarm, method
 
-    def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
+    def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """``alarm/*``."""
         found, config = self.alarm.check(record), self.alarm.config
         beyond = any(RULES[name].metric in record for name in self.alarm.sounding)
@@ -137,7 +137,7 @@ def top_answers(
     if not max_tokens:
         return []
     model, chat, rank = measure.model, measure.chat, measure.rank
-    own, valid = rank.share(table)
+    own, valid = rank.shard_with_padding(table)
     model.eval()
     size, answers = rows_at_once(measure.config.max_length + max_tokens), []
     for start in range(0, len(own), size):
@@ -168,7 +168,12 @@ class _Entropy(LogitsProcessor):
 
 @torch.no_grad()
 def text_health(
-    model: nn.Module, chat: ChatTokenizer, table: Sequence[Mapping[str, Any]], max_tokens: int, rank: Rank, seed: int
+    model: nn.Module,
+    chat: ChatTokenizer,
+    table: Sequence[Mapping[str, Any]],
+    max_tokens: int,
+    rank: Distributed,
+    seed: int,
 ) -> Metrics:
     """Signs of decay in an answer to each row's prompt, sampled at temperature 1; a collective, in which
     every rank does the same: which rank has which row must not change the answers.
@@ -197,7 +202,7 @@ def _generate(
     chat: ChatTokenizer,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    rank: Rank,
+    rank: Distributed,
     entropy: _Entropy | None = None,
 ) -> list[list[int]]:
     """Answers of all ranks at once, each with its end token: greedy, or sampled under the eyes of ``entropy``."""

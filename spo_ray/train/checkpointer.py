@@ -32,18 +32,23 @@ from torch.distributed.checkpoint.state_dict import (
 from spo_ray.config.train import CheckpointConfig
 from spo_ray.core.losses import Metrics
 from spo_ray.errors import TrainingError
-from spo_ray.train.distributed import Rank
+from spo_ray.train.distributed import Distributed
 
 STATE = "state.json"
 Extra = dict[str, Any]
 """What is not a tensor: JSON."""
 
 
-class Snapshots:
+class Checkpointer:
     """A job's checkpoints in its Ray Train run; jobs one after another share a run."""
 
     def __init__(
-        self, job: str, config: CheckpointConfig, rank: Rank, start_from: str | None = None, timeout_s: float = 1800.0
+        self,
+        job: str,
+        config: CheckpointConfig,
+        rank: Distributed,
+        start_from: str | None = None,
+        timeout_s: float = 1800.0,
     ) -> None:
         self.job, self.config, self.rank, self.start_from = job, config, rank, start_from
         # saving in the background must not get between the collectives of training
@@ -135,10 +140,10 @@ class Snapshots:
         return {"score": record[best.metric] * (1.0 if best.mode == "max" else -1.0)}
 
 
-class NoSnapshots(Snapshots):
+class NoSnapshots(Checkpointer):
     """For processes without Ray Train: nothing is kept."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Distributed) -> None:
         super().__init__("", CheckpointConfig(every=None), rank)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
@@ -146,7 +151,7 @@ class NoSnapshots(Snapshots):
         return {}
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: Rank) -> dict[str, Any]:
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: Distributed) -> dict[str, Any]:
     """A copy in main memory of this rank's tensors, which later steps do not touch."""
     on_cpu = rank.device.type == "cpu"
     state = _tensors(model, optimizer, StateDictOptions(cpu_offload=not on_cpu))
@@ -156,7 +161,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: Rank) -> d
     return _map(lambda tensor: tensor.detach().clone(), state | {"generators": generators})
 
 
-def write_state(folder: Path, tensors: Mapping[str, Any], extra: Extra, rank: Rank, group: Any = None) -> None:
+def write_state(folder: Path, tensors: Mapping[str, Any], extra: Extra, rank: Distributed, group: Any = None) -> None:
     """Tensors and ``state.json`` of a checkpoint; a collective of ``group``."""
     write_tensors(str(folder), tensors, group)
     if rank.index == 0:
@@ -168,7 +173,7 @@ def write_tensors(folder: str, tensors: Mapping[str, Any], group: Any = None) ->
     dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group)
 
 
-def load_tensors(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: Rank) -> None:
+def load_tensors(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: Distributed) -> None:
     """Load parameters and, unless None, optimizer states; random generators too, where as many ranks saved them."""
     reader = dcp.FileSystemReader(folder)
     known = reader.read_metadata().state_dict_metadata

@@ -14,7 +14,7 @@ Row = dict[str, Any]
 BLOCK_ROWS = 4096
 
 
-class Table:
+class RowTable:
     """Rows by their number; Arrow, of which Python sees only what it asks for."""
 
     def __init__(self, table: pa.Table) -> None:
@@ -28,7 +28,7 @@ class Table:
         return self.table.take(list(numbers)).to_pylist()
 
     @classmethod
-    def of(cls, artifact: Artifact) -> "Table":
+    def of(cls, artifact: Artifact) -> "RowTable":
         """A stage's rows in the order of their ids, read from its files."""
         return cls(artifact.table())
 
@@ -44,10 +44,10 @@ def dataset(artifact: Artifact) -> ray.data.Dataset:
 
 
 @cache
-def shared_table(name: str) -> Table:
+def shared_table(name: str) -> RowTable:
     """A dataset of this Ray Train run by its name, without copying it."""
     batches = ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow")
-    return Table(pa.concat_tables(list(batches)))
+    return RowTable(pa.concat_tables(list(batches)))
 
 
 def epoch_batches(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:

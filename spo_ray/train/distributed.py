@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Rank:
+class Distributed:
     """One worker of a data-parallel group."""
 
     index: int
@@ -22,7 +22,7 @@ class Rank:
     device: torch.device
 
     @classmethod
-    def current(cls) -> "Rank":
+    def current(cls) -> "Distributed":
         """That of the Ray Train worker that asks."""
         context = ray.train.get_context()
         return cls(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
@@ -58,7 +58,7 @@ class Rank:
         """A batch on this rank's device."""
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
-    def share(self, items: Sequence[T]) -> tuple[list[T], list[bool]]:
+    def shard_with_padding(self, items: Sequence[T]) -> tuple[list[T], list[bool]]:
         """Of what all ranks work on together, the part of this one, and which of it counts.
 
         The parts make up the whole, and are equally long: where it can't be divided, an item that does not count fills

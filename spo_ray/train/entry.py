@@ -43,19 +43,19 @@ def train_loop(arguments: dict[str, Any]) -> None:
     """Ray Train's entry: the jobs, one after another, but for those that an earlier start has finished."""
     import ray.train
 
-    from spo_ray.train.checkpointer import Snapshots
-    from spo_ray.train.data_loader import Table, shared_table
-    from spo_ray.train.distributed import Rank
+    from spo_ray.train.checkpointer import Checkpointer
+    from spo_ray.train.data_loader import RowTable, shared_table
+    from spo_ray.train.distributed import Distributed
     from spo_ray.train.score_gate import StoppedError
-    from spo_ray.train.worker import Held, check_room, run_job
+    from spo_ray.train.worker import RetainedMemory, check_room, run_job
 
-    rank, held = Rank.current(), Held()
-    table_of = Table.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
+    rank, held = Distributed.current(), RetainedMemory()
+    table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         done = [job.finished]
         if not any(rank.gather(done)):
             check_room(job, rank, held.now())
-            snapshots = Snapshots(job.key, job.checkpoint, rank, job.start_from, job.config.train.timeout_s)
+            snapshots = Checkpointer(job.key, job.checkpoint, rank, job.start_from, job.config.train.timeout_s)
             try:
                 run_job(job, rank, snapshots, table_of)
             except StoppedError:

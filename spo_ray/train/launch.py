@@ -24,7 +24,7 @@ from spo_ray.errors import UserError
 from spo_ray.model.memory import Device, memory_plan
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu
-from spo_ray.runtime.console import say
+from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.parallel import run_parallel
 from spo_ray.runtime.run import OpenStage, Run
@@ -112,7 +112,7 @@ def _train(
     jobs = []
     for stage in stages:
         method, start = starts[stage.name]
-        stage.ledger.read = stage.ledger.kept = start.rows.count
+        stage.counts.read = stage.counts.kept = start.rows.count
         key = f"{stage.name}_{stage.digest[:12]}"
         jobs.append(Job(run.config, str(start.model.path), start.rows, str(stage.scratch), key, method, held_out))
     closed = {}
@@ -125,8 +125,8 @@ def _train(
         for stage, job in zip(stages, jobs, strict=True):
             if job.finished:
                 result = json.loads((stage.scratch / RESULT).read_text())
-                stage.ledger.facts["restarts"] = sum(f["restart"] for f in failures_of(stage.scratch))
-                stage.ledger.facts["alarms"] = result.get("alarms", [])
+                stage.counts.facts["restarts"] = sum(f["restart"] for f in failures_of(stage.scratch))
+                stage.counts.facts["alarms"] = result.get("alarms", [])
                 closed[stage.name] = run.close(stage, wall_s=result["wall_s"])
     return closed
 
@@ -192,7 +192,7 @@ def _say_plan(jobs: list[Job], names: list[str], device: Device) -> None:
         method = None if job.method is None else job.config.methods[job.method]
         plans[name] = memory_plan(job.config, AutoConfig.from_pretrained(job.model), name, method, device)
     largest = max(plans, key=lambda name: plans[name].total)
-    say(largest, plans[largest].table())
+    log(largest, plans[largest].table())
 
 
 def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, str]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from spo_ray.core.losses import Metrics
 from spo_ray.errors import TrainingError
 from spo_ray.model.collate import TokenRow, collate, collate_pairs, rows_at_once
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.train.data_loader import Table
-from spo_ray.train.distributed import Rank
+from spo_ray.train.data_loader import RowTable
+from spo_ray.train.distributed import Distributed
 
 DRIFT_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
@@ -26,10 +26,10 @@ MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_reje
 class Measure:
     """A model's log-probabilities, measured by all ranks together: every method is a collective."""
 
-    def __init__(self, model: nn.Module, chat: ChatTokenizer, config: TrainConfig, rank: Rank) -> None:
+    def __init__(self, model: nn.Module, chat: ChatTokenizer, config: TrainConfig, rank: Distributed) -> None:
         self.model, self.chat, self.config, self.rank = model, chat, config, rank
 
-    def pair_means(self, table: Table, numbers: Sequence[int]) -> Metrics:
+    def pair_means(self, table: RowTable, numbers: Sequence[int]) -> Metrics:
         """Means over pairs: log-probabilities, their change since the reference, accuracy, share in which both fell."""
         sums = torch.zeros(len(MEANS), dtype=torch.float64, device=self.rank.device)
         for batch, valid in self.pairs(table, numbers):
@@ -51,7 +51,7 @@ class Measure:
         self.rank.all_reduce([total])
         return total.item() / len(table)
 
-    def check_reference(self, table: Table) -> None:
+    def check_reference(self, table: RowTable) -> None:
         """Before step 0 the policy is the reference: anything else means stale or mismatched log-probabilities.
 
         Raises:
@@ -70,14 +70,14 @@ class Measure:
                 "token: the reference log-probabilities belong to another model, tokenizer or precision"
             )
 
-    def pairs(self, table: Table, numbers: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def pairs(self, table: RowTable, numbers: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Some of a table's pairs in batches; see :meth:`batches`."""
         for own, valid in self.batches(numbers):
             yield self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id)), valid
 
     def batches(self, items: Sequence[Any]) -> Iterator[tuple[list[Any], Tensor]]:
         """Some items, the part of this rank, in batches for inference; and which of them count (0 or 1)."""
-        own, counts = self.rank.share(items)
+        own, counts = self.rank.shard_with_padding(items)
         size = rows_at_once(self.config.max_length)  # the same for all ranks, whatever their rows
         for start in range(0, len(own), size):
             valid = torch.tensor(counts[start : start + size], dtype=torch.float64, device=self.rank.device)
@@ -92,7 +92,7 @@ class Measure:
             return completion_logps(self.model, *(batch[f"{side}_{key}"] for key in keys))[0]
 
 
-def compute_type(model: nn.Module, config: TrainConfig, rank: Rank) -> AbstractContextManager[Any]:
+def compute_type(model: nn.Module, config: TrainConfig, rank: Distributed) -> AbstractContextManager[Any]:
     """Autocast to the compute type; a sharded model sees to that itself."""
     enabled = config.precision == "bfloat16" and not hasattr(model, "compute_dtype")
     return torch.autocast(rank.device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -17,39 +17,39 @@ from spo_ray.errors import TrainingError
 from spo_ray.model.optimizer import Group, learning_rates, make_optimizer
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.train.alarm import STOP
-from spo_ray.train.checkpointer import Extra, Snapshots
-from spo_ray.train.distributed import Rank
+from spo_ray.train.checkpointer import Checkpointer, Extra
+from spo_ray.train.distributed import Distributed
 from spo_ray.train.spec import Job
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Gradients by parameter name and metrics of a step (from 1) on a global batch of row numbers."""
 
 
-class Hook:
+class Callback:
     """What hangs on the training loop. Every method is a collective of all ranks; here they do nothing."""
 
-    def after(self, record: Metrics, indices: Sequence[int]) -> Metrics:
+    def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """Metrics about the state after a step on these rows, to be recorded with it; step 0 is the start."""
         return {}
 
-    def behind(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+    def on_step_logged(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
         """When a step is recorded; once more where it goes on from the job's checkpoint of that step.
 
         ``extra`` is what a checkpoint of it keeps beside tensors.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What the hook remembers between steps, for checkpoints; all hooks' keys differ."""
+        """What the callback remembers between steps, for checkpoints; all callbacks' keys differ."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with what all hooks remembered."""
+        """Continue with what all callbacks remembered."""
 
 
 class StepLog:
     """``log.jsonl``: one JSON line a step, and one for the state before step 0. Rank 0 writes it."""
 
-    def __init__(self, path: Path, rank: Rank) -> None:
+    def __init__(self, path: Path, rank: Distributed) -> None:
         self.path = path if rank.index == 0 else None
 
     def start(self, step: int) -> None:
@@ -72,15 +72,15 @@ def optimise(
     groups: Sequence[Group],
     batches: Sequence[Sequence[int]],
     gradients: GradientsOf,
-    rank: Rank,
-    snapshots: Snapshots,
-    hooks: Sequence[Hook] = (),
+    rank: Distributed,
+    snapshots: Checkpointer,
+    callbacks: Sequence[Callback] = (),
 ) -> float:
     """AdamW over the global batches, from the newest checkpoint on if there is one; gives the seconds it took in all.
 
     Raises:
         TrainingError: more steps in a row than configured without a finite gradient, or a checkpoint can't be written.
-        StoppedError: a hook says that the training ends here.
+        StoppedError: a callback says that the training ends here.
     """
     started, config, log = time.time(), job.config.train, StepLog(Path(job.out) / STEP_LOG, rank)
     optimizer = make_optimizer(groups, config.optimizer)
@@ -90,12 +90,12 @@ def optimise(
     log.start(first - 1)
 
     def watched(record: Metrics, indices: Sequence[int]) -> Metrics:
-        for hook in hooks:
-            record |= hook.after(record, indices)
+        for callback in callbacks:
+            record |= callback.on_step_end(record, indices)
         return record
 
     if extra:
-        _recall(hooks, optimizer, extra)
+        _recall(callbacks, optimizer, extra)
     else:
         log.write(watched({"step": 0, "total_steps": total}, []))
     ended = extra.get("ended") == job.key  # not: another job, whose state this one goes on from
@@ -117,30 +117,30 @@ def optimise(
         record |= {"skipped_steps": skipped, **metrics}
         log.write(watched(record, indices))
         state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "wall_s": before + time.time() - started}
-        state["remembered"] = {key: value for hook in hooks for key, value in hook.state_dict().items()}
+        state["remembered"] = {key: value for callback in callbacks for key, value in callback.state_dict().items()}
         state["ended"] = job.key if record.get(STOP) else None
         if snapshots.due(step, total):
             snapshots.save(model, optimizer, state, record)
-        for hook in hooks:
-            hook.behind(step, optimizer, state)
+        for callback in callbacks:
+            callback.on_step_logged(step, optimizer, state)
         if record.get(STOP):
             break
     snapshots.wait()
     return before + time.time() - started
 
 
-def _recall(hooks: Sequence[Hook], optimizer: torch.optim.Optimizer, extra: Extra) -> None:
-    """Put the hooks where a checkpoint was made; what happens behind its step may not have happened yet.
+def _recall(callbacks: Sequence[Callback], optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+    """Put the callbacks where a checkpoint was made; what happens behind its step may not have happened yet.
 
     Raises:
         StoppedError: it was decided that the training ends there.
     """
-    for hook in hooks:
-        hook.load_state_dict(extra["remembered"])
+    for callback in callbacks:
+        callback.load_state_dict(extra["remembered"])
     if "job" in extra:  # the job's own; a state that it has taken over from another one was made behind its step
         state = {key: value for key, value in extra.items() if key != "job"}
-        for hook in hooks:
-            hook.behind(extra["step"], optimizer, state)
+        for callback in callbacks:
+            callback.on_step_logged(extra["step"], optimizer, state)
 
 
 def clip(groups: Sequence[Group], grads: Mapping[str, Tensor]) -> dict[str, float]:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from spo_ray.config.base import Section
+from spo_ray.config.base import ConfigModel
 from spo_ray.config.methods import AlphaDpo, MethodConfig, Spo
 from spo_ray.core.losses import LOSSES, Loss
 from spo_ray.core.running_statistics import ReferenceStatistics, RunningStatistics
 from spo_ray.core.safe_region import DualVariable
-from spo_ray.train.loop import Hook
+from spo_ray.train.loop import Callback
 
 STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
     "corrected": RunningStatistics,
@@ -19,7 +19,7 @@ STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
 GAPS = {"reference": lambda metrics: -metrics["logps/chosen_change"], "inner": lambda m: m.get("spo/inner_gap", 0.0)}
 
 
-class Method(Hook):
+class Method(Callback):
     """A preference method in training: the step's arguments, and what it remembers between steps."""
 
     def __init__(self, config: MethodConfig) -> None:
@@ -75,7 +75,7 @@ SAME = {"lambda_sft", "gamma", "sft_reduction", "norm_scope", "norm_of", "hinge"
 """Fields that are arguments of the step."""
 
 
-def _loss(base: Section, statistics: RunningStatistics | None) -> Loss:
+def _loss(base: ConfigModel, statistics: RunningStatistics | None) -> Loss:
     """The loss of that name, with the section's fields for its parameters."""
     fields = base.model_dump()
     loss = LOSSES[fields.pop("type")]

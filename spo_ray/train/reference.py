@@ -9,7 +9,7 @@ from spo_ray.model.collate import collate, rows_at_once
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger
+from spo_ray.runtime.artifact import Artifact, RowCounts
 from spo_ray.runtime.cluster import uses_gpu
 from spo_ray.runtime.map_rows import Mapped, Pool, Row, map_shards
 from spo_ray.runtime.run import Run
@@ -22,13 +22,13 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
     """
     config = run.config
 
-    def build(out: Path, ledger: Ledger) -> None:
+    def build(out: Path, counts: RowCounts) -> None:
         map_shards(
             name,
             pairs,
             out,
-            ledger,
-            mapper=Scorer,
+            counts,
+            mapper=ReferenceLogps,
             kind=schema.ReferencedPair,
             batch_size=1024,
             pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(uses_gpu(config))),
@@ -41,7 +41,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
     return run.stage(name, build, config=settings, inputs={"model": model, "pairs": pairs}, resumable=True)
 
 
-class Scorer:
+class ReferenceLogps:
     """A mapper that holds the reference model."""
 
     def __init__(self, model: str, precision: str, max_length: int) -> None:

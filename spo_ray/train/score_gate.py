@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from spo_ray.runtime.artifact import write_json
 
 if TYPE_CHECKING:
-    from spo_ray.train.distributed import Rank
+    from spo_ray.train.distributed import Distributed
 
 
 POLL_S = 0.1
@@ -44,7 +44,7 @@ def decision(out: str | Path, step: int) -> bool | None:
     return json.loads(file.read_text())["go_on"] if file.exists() else None
 
 
-def pass_rung(out: str, step: int, rank: "Rank", export: Callable[[Path], None]) -> None:
+def wait_for_decision(out: str, step: int, rank: "Distributed", export: Callable[[Path], None]) -> None:
     """Let ``export`` write a checkpoint behind a step, and wait for the decision; a collective of all ranks.
 
     Raises:

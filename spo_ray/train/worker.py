@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from spo_ray.config.train import TrainConfig
 from spo_ray.core.batch_gradients import tokens_per_backward
-from spo_ray.core.gradients import Sink, pull
+from spo_ray.core.gradients import GradientAccumulator, accumulate
 from spo_ray.core.lm_head import base_of
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics
@@ -33,20 +33,20 @@ from spo_ray.model.optimizer import Group
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.train.alarm import Alarm
-from spo_ray.train.callbacks import AlarmBell, Probes, StepWatch, TextHealth
-from spo_ray.train.checkpointer import Extra, Snapshots, collect, write_state
-from spo_ray.train.data_loader import Table, epoch_batches
-from spo_ray.train.distributed import Rank
+from spo_ray.train.callbacks import AlarmCallback, DynamicsCallback, ProbePairsCallback, TextHealthCallback
+from spo_ray.train.checkpointer import Checkpointer, Extra, collect, write_state
+from spo_ray.train.data_loader import RowTable, epoch_batches
+from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure, compute_type
-from spo_ray.train.loop import Hook, optimise
+from spo_ray.train.loop import Callback, optimise
 from spo_ray.train.method_state import Method
-from spo_ray.train.score_gate import TRAINING_STATE, pass_rung
+from spo_ray.train.score_gate import TRAINING_STATE, wait_for_decision
 from spo_ray.train.spec import RESULT, Job
 
-TableOf = Callable[[Artifact], Table]
+TableOf = Callable[[Artifact], RowTable]
 
 
-class Held:
+class RetainedMemory:
     """What a worker's process has kept of the main memory that earlier jobs took, for the next one to use."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Held:
         return psutil.Process().memory_info().rss
 
 
-def check_room(job: Job, rank: Rank, held: int = 0) -> None:
+def check_room(job: Job, rank: Distributed, held: int = 0) -> None:
     """Compare the memory plan with what this worker has, before anything is allocated.
 
     ``held`` are bytes of main memory that this process has and does not use: on a CPU the allocator keeps them.
@@ -84,7 +84,7 @@ def check_room(job: Job, rank: Rank, held: int = 0) -> None:
     check_memory(plan, room, job.method or "sft")
 
 
-def run_job(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> None:
+def run_job(job: Job, rank: Distributed, snapshots: Checkpointer, table_of: TableOf) -> None:
     """One training run; leaves a merged checkpoint, ``log.jsonl`` and ``result.json``."""
     train = run_sft if job.method is None else run_preference
     result = train(job, rank, snapshots, table_of)
@@ -92,7 +92,7 @@ def run_job(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> No
         write_json(Path(job.out) / RESULT, result)
 
 
-def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> dict[str, Any]:
+def run_sft(job: Job, rank: Distributed, snapshots: Checkpointer, table_of: TableOf) -> dict[str, Any]:
     """SFT of theta, token-mean loss over the global batch."""
     config = job.config
     chat, table = ChatTokenizer.load(job.model, config.model.chat_template), table_of(job.rows)
@@ -100,13 +100,13 @@ def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> di
     params = trainable(model)
 
     def gradients(step: int, indices: Sequence[int]) -> tuple[dict[str, Tensor], Metrics]:
-        numbers, valid = rank.share(indices)
+        numbers, valid = rank.shard_with_padding(indices)
         rows = [(row["prompt_ids"], row["completion_ids"]) for row in table.rows(numbers)]
         counts = torch.tensor([len(completion) for _, completion in rows], dtype=torch.float64, device=rank.device)
         counts *= torch.tensor(valid, device=rank.device)
         loss, tokens = torch.zeros_like(counts[0]), counts.sum()
         rank.all_reduce([tokens])
-        sink = Sink(list(params.values()))
+        sink = GradientAccumulator(list(params.values()))
         size = rows_per_backward(rows, config.train, rank, is_sharded(params.values()))
         model.train()
         for start in range(0, len(rows), size):
@@ -114,7 +114,7 @@ def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> di
             weights = -(counts[start : start + size] > 0).double() / tokens
             with compute_type(model, config.train, rank):
                 logps, _ = completion_logps(model, batch["input_ids"], batch["labels"], batch["attention_mask"])
-            pull(logps, [(sink, weights)])
+            accumulate(logps, [(sink, weights)])
             loss += (logps.detach() * weights).sum()
         grads = sink.gradients()
         rank.all_reduce([loss] if is_sharded(grads) else [*grads, loss])
@@ -127,7 +127,7 @@ def run_sft(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> di
     return {"steps": len(batches), "wall_s": wall_s}
 
 
-def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf) -> dict[str, Any]:
+def run_preference(job: Job, rank: Distributed, snapshots: Checkpointer, table_of: TableOf) -> dict[str, Any]:
     """One preference method from the SFT checkpoint."""
     config = job.config
     method, settings = Method(config.methods[str(job.method)]), config.preference
@@ -139,13 +139,13 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
     backbone, adapters = parameter_groups(model)
     measure = Measure(model, chat, config.train, rank)
     measure.check_reference(table)
-    dynamics = StepWatch(list(params.values()), settings.dynamics_every, measure, table)
+    dynamics = DynamicsCallback(list(params.values()), settings.dynamics_every, measure, table)
     alarm = Alarm(settings.alarm)
-    probes, health = Probes(job, measure, table, held_out), TextHealth(job, measure, table)
-    hooks = [method, dynamics, probes, health, AlarmBell(alarm, method), Rungs(job, measure, text)]
+    probes, health = ProbePairsCallback(job, measure, table, held_out), TextHealthCallback(job, measure, table)
+    callbacks = [method, dynamics, probes, health, AlarmCallback(alarm, method), ScoreGate(job, measure, text)]
 
     def gradients(step: int, indices: Sequence[int]) -> tuple[Mapping[str, Tensor], Metrics]:
-        numbers, valid = rank.share(indices)
+        numbers, valid = rank.shard_with_padding(indices)
         rows = table.rows(numbers)
         batch = rank.to_device(collate_pairs(rows, chat.pad_id) | {"valid": torch.tensor(valid)})
         sides = [(row["prompt_ids"], row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")]
@@ -171,7 +171,7 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
         Group("phi", {name: params[name] for name in adapters}, settings.phi.model_copy(update=rate)),
     ]
     batches = list(epoch_batches(len(table), settings.batch_size, settings.epochs, config.seed))
-    wall_s = optimise(job, model, groups, batches, gradients, rank, snapshots, hooks)
+    wall_s = optimise(job, model, groups, batches, gradients, rank, snapshots, callbacks)
     best = snapshots.best()
     chosen = {"exported_step": snapshots.load(best, model, None)["step"]} if best else {}
     result: dict[str, Any] = {"train": measure.pair_means(table, range(len(table))), "steps": len(batches)} | chosen
@@ -184,13 +184,13 @@ def run_preference(job: Job, rank: Rank, snapshots: Snapshots, table_of: TableOf
     return result | {"wall_s": wall_s}
 
 
-class Rungs(Hook):
+class ScoreGate(Callback):
     """Checkpoints that are scored on the way, see :mod:`spo_ray.train.score_gate`."""
 
     def __init__(self, job: Job, measure: Measure, text: TokenRow) -> None:
         self.job, self.measure, self.text = job, measure, text
 
-    def behind(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+    def on_step_logged(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
         """Wait for the decision, where there is one to come."""
         job, rank, model = self.job, self.measure.rank, self.measure.model
         if step not in job.score_at[:-1]:
@@ -201,10 +201,10 @@ class Rungs(Hook):
             if job.keep_state:
                 write_state(folder / TRAINING_STATE, collect(model, optimizer, rank), extra, rank)
 
-        pass_rung(job.out, step, rank, export)
+        wait_for_decision(job.out, step, rank, export)
 
 
-def load_policy(job: Job, rank: Rank, *, with_phi: bool) -> nn.Module:
+def load_policy(job: Job, rank: Distributed, *, with_phi: bool) -> nn.Module:
     """The model as it is trained: in shards where there are several workers, unless configured otherwise."""
     config = job.config
     compute = getattr(torch, config.train.precision)
@@ -238,27 +238,27 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: named[name] for names in parameter_groups(model) for name in names}
 
 
-def rows_per_backward(rows: Sequence[TokenRow], config: TrainConfig, rank: Rank, sharded: bool) -> int:
+def rows_per_backward(rows: Sequence[TokenRow], config: TrainConfig, rank: Distributed, sharded: bool) -> int:
     """How many rows share a backward, the same on all ranks."""
     longest = rank.largest(max(len(prompt) + len(completion) for prompt, completion in rows))
     return config.pairs_per_backward or max(1, tokens_per_backward(rank.device.type, sharded) // longest)
 
 
-def global_mean(metrics: Metrics, local: int, total: int, rank: Rank) -> Metrics:
+def global_mean(metrics: Metrics, local: int, total: int, rank: Distributed) -> Metrics:
     """Means over the global batch of per-rank means."""
     values = torch.tensor([*metrics.values()], dtype=torch.float64, device=rank.device) * (local / total)
     rank.all_reduce([values])
     return dict(zip(metrics, values.tolist(), strict=True))
 
 
-def first_text(table: Table, side: str) -> TokenRow:
+def first_text(table: RowTable, side: str) -> TokenRow:
     """Prompt and completion of the first row, the probe text of checkpoints."""
     (row,) = table.rows([0])
     return row["prompt_ids"], row[side]
 
 
 def save(
-    model: nn.Module, job: Job, rank: Rank, chat: ChatTokenizer, text: TokenRow, folder: Path | None = None
+    model: nn.Module, job: Job, rank: Distributed, chat: ChatTokenizer, text: TokenRow, folder: Path | None = None
 ) -> None:
     """Export the model, with the log-probability of one row as its probe; a collective.
 

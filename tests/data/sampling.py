@@ -9,7 +9,7 @@ import sys
 def main(output, questions):
     import ray
 
-    from spo_ray.data.sample import Source, sample
+    from spo_ray.data.sample import SamplingJob, sample
     from spo_ray.data.sources import load_data
     from spo_ray.runtime.artifact import external
     from spo_ray.runtime.run import Run
@@ -20,7 +20,9 @@ def main(output, questions):
     run = Run(small_config(output, *sizes))
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    sample(run, "base_samples", Source.policy(run.config, external(run.config.model.path)), load_data(run, "train"))
+    sample(
+        run, "base_samples", SamplingJob.policy(run.config, external(run.config.model.path)), load_data(run, "train")
+    )
     print("FINISHED", flush=True)
 
 

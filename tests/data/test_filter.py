@@ -4,7 +4,7 @@ import pytest
 from spo_ray.data.filter import Contamination, clean_pairs
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
@@ -70,8 +70,8 @@ def test_what_is_dropped(in_root, tmp_path, overrides, dropped):
 )
 def test_the_first_of_duplicates_is_named(in_root, tmp_path, dedup, firsts):
     clean(tmp_path, TABLE, f"pairs.dedup={dedup}", "pairs.near_threshold=0.7")
-    ledger = pq.read_table(tmp_path / "quickstart" / "pairs" / "rejected.parquet").to_pylist()
-    assert {row["id"]: row["excerpt"].partition(":")[0] for row in ledger} == firsts
+    row_counts = pq.read_table(tmp_path / "quickstart" / "pairs" / "rejected.parquet").to_pylist()
+    assert {row["id"]: row["excerpt"].partition(":")[0] for row in row_counts} == firsts
 
 
 def test_nothing_left_is_refused(in_root, tmp_path):
@@ -88,21 +88,21 @@ def test_prompts_that_share_words_with_a_test_prompt():
         {"id": "d", "prompt": "Why not go there?"},
         {"id": "e", "prompt": "!!!"},
     ]
-    ledger = Ledger()
-    kept = [row["id"] for row in Contamination(others, 7).keep_clean(table, ledger)]
+    row_counts = RowCounts()
+    kept = [row["id"] for row in Contamination(others, 7).keep_clean(table, row_counts)]
     assert kept == ["b", "d", "e"]
-    assert [(row["id"], row["excerpt"][:2]) for row in ledger.rejected] == [("a", "t0"), ("c", "t1")]
+    assert [(row["id"], row["excerpt"][:2]) for row in row_counts.rejected] == [("a", "t0"), ("c", "t1")]
 
 
 def test_what_all_prompts_share_is_no_contamination():
     template = "Solve this.\n{question}\nThink step by step and give the answer as a number."
     asked = {key: template.replace("{question}", f"What is {key} and {key}?") for key in ("one", "two")}
-    ledger = Ledger()
+    row_counts = RowCounts()
     found = Contamination([{"id": "t", "prompt": asked["one"]}], 5, template)
-    assert list(found.keep_clean([{"id": key, "prompt": text} for key, text in asked.items()], ledger)) == [
+    assert list(found.keep_clean([{"id": key, "prompt": text} for key, text in asked.items()], row_counts)) == [
         {"id": "two", "prompt": asked["two"]}
     ]
     system = {"role": "system", "content": "You are a helpful assistant who answers all questions briefly."}
     table = [{"id": key, "prompt": [system, {"role": "user", "content": key}]} for key in ("one", "two")]
     found = Contamination(table[:1], 5)
-    assert list(found.keep_clean(table[1:], ledger)) == table[1:]
+    assert list(found.keep_clean(table[1:], row_counts)) == table[1:]

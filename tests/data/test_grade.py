@@ -4,7 +4,7 @@ from math import comb
 
 import pytest
 
-from spo_ray.data.grade import score
+from spo_ray.data.grade import grade_samples
 from spo_ray.data.pairs import pair_samples
 from spo_ray.data.sft_set import add_responses, choose_sft_questions
 from spo_ray.errors import UserError
@@ -45,7 +45,7 @@ def run(tmp_path, in_root, local_ray):
 
 
 def test_grades_and_pass_at_k(run, tmp_path):
-    scored = score(run(), "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
+    scored = grade_samples(run(), "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
     table = scored.rows()
     assert [sum(row["correct"]) for row in table] == [3, 3, 0, 4]
     assert [sum(row["strict"]) for row in table] == [2, 2, 0, 4]
@@ -69,7 +69,7 @@ def test_grades_and_pass_at_k(run, tmp_path):
 )
 def test_low_pass_questions(run, tmp_path, overrides, chosen, reason):
     mine = run(*overrides)
-    scored = score(mine, "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
+    scored = grade_samples(mine, "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
     questions = choose_sft_questions(mine, "sft_questions", scored, ["gold"], last=True)
     assert [row["id"] for row in questions.rows()] == chosen
     counts = questions.manifest["rows"]
@@ -79,7 +79,7 @@ def test_low_pass_questions(run, tmp_path, overrides, chosen, reason):
 
 def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
     mine = run("sft_data.max_pass=0.8", r"sft_data.strip=['^.*?</think>\s*', '<<[^>]*>>']")
-    scored = score(mine, "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
+    scored = grade_samples(mine, "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
     first = choose_sft_questions(mine, "sft_questions", scored, ["samples"], last=False)
     assert [row["response_sources"] for row in first.rows()] == [
         ["base_samples:0", "base_samples:2"],
@@ -87,7 +87,7 @@ def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
         [],
     ]
     answers = [["unused"], ["unused"], ["<think>2 + 1\nis 4?</think>\n2 + 1 = 3", "<think>It is 4</think>4"]]
-    taught = score(mine, "teacher1_scores", sampled(tmp_path, first.rows(), answers, "teacher1_samples"))
+    taught = grade_samples(mine, "teacher1_scores", sampled(tmp_path, first.rows(), answers, "teacher1_samples"))
     last = add_responses(mine, "teacher1_responses", taught, ["samples", "gold"], last=True).rows()
     assert last[2]["responses"] == ["2 + 1 = 3", "So 3.\n#### 3"]
     assert last[2]["response_sources"] == ["teacher1_samples:0", "gold"]
@@ -95,7 +95,7 @@ def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
 
 
 def test_no_response_is_a_reason(run, tmp_path):
-    scored = score(run("sft_data.max_pass=0"), "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
+    scored = grade_samples(run("sft_data.max_pass=0"), "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
     with pytest.raises(UserError, match="no questions for the SFT set"):
         choose_sft_questions(run("sft_data.max_pass=0"), "sft_questions", scored, ["samples"], last=True)
 
@@ -105,7 +105,7 @@ def test_pairs_can_be_traced(run, tmp_path):
     sources = [["gold", "t:1"], ["gold"], ["gold"], ["gold"]]
     table = sampled(tmp_path, QUESTIONS, SAMPLES, "sft_samples", responses=responses, response_sources=sources)
     mine = run("pairs.select=hardest", "pairs.per_question=2")
-    pairs = pair_samples(mine, "pair_candidates", score(mine, "sft_scores", table))
+    pairs = pair_samples(mine, "pair_candidates", grade_samples(mine, "sft_scores", table))
     found = [
         tuple(row[key] for key in ("id", "chosen", "rejected", "chosen_source", "rejected_source"))
         for row in pairs.rows()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig, TeacherModel
-from spo_ray.data.sample import Source, _Sampler, sample
+from spo_ray.data.sample import SamplingJob, _Sampler, sample
 from spo_ray.data.sft_set import teacher_groups
 from spo_ray.errors import UserError
 from spo_ray.model.endpoint import _wish
@@ -116,7 +116,7 @@ def endpoint(teacher):
 
 def served(url, **options):
     config = EndpointConfig(type="endpoint", url=url, **options)
-    return Source(Artifact("teacher", "t"), config, SamplingConfig(samples=2, temperature=0.6, max_tokens=9))
+    return SamplingJob(Artifact("teacher", "t"), config, SamplingConfig(samples=2, temperature=0.6, max_tokens=9))
 
 
 def test_an_endpoint_answers_after_refusals(teacher, endpoint):
@@ -202,7 +202,7 @@ def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, t
     engine = EndpointConfig(type="endpoint", url=endpoint, api_key_env="TEACHER_KEY")
     model = TeacherModel(model="r1", engine=engine, sampling=SamplingConfig(samples=2))
     run = Run(small_config(tmp_path, "sft_data.responses_per_question=2"))
-    artifact = sample(run, "teacher1_samples", Source.teacher(run.config, model), Artifact(tmp_path / "in", "in"))
+    artifact = sample(run, "teacher1_samples", SamplingJob.teacher(run.config, model), Artifact(tmp_path / "in", "in"))
     found = {row["prompt"]: row for row in artifact.rows()}
     assert {name: len(row["samples"]) for name, row in found.items()} == {"none": 2, "one": 2, "two": 0}
     assert found["two"]["seed"] is None
@@ -223,7 +223,7 @@ def test_a_teachers_refusals_are_counted_and_all_of_them_are_an_error(local_ray,
         table = [{"id": p, "prompt": p, "gold": "#### 1", "responses": [], "response_sources": []} for p in prompts]
         write_rows(folder / "part-0.parquet", table, schema.SftQuestion)
         run = Run(small_config(tmp_path))
-        return sample(run, "teacher1_samples", Source.teacher(run.config, teacher), Artifact(folder, folder.name))
+        return sample(run, "teacher1_samples", SamplingJob.teacher(run.config, teacher), Artifact(folder, folder.name))
 
     some = ask("fine", "too long")
     ((reason, count),) = some.manifest["facts"]["refused"].items()
@@ -247,7 +247,7 @@ def test_the_seed_of_a_question_depends_on_nothing_else():
         seen.append(dict(asked))
         return ["no"] * len(asked)
 
-    source = Source(Artifact("m", "m"), EndpointConfig(type="endpoint", url=""), SamplingConfig())
+    source = SamplingJob(Artifact("m", "m"), EndpointConfig(type="endpoint", url=""), SamplingConfig())
     batch = [{"id": str(i), "prompt": f"p{i}"} for i in range(3)]
     for part in (batch, batch[1:]):
         kept, rejected = _Sampler(answer, source, "0:base")(part)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from spo_ray.config.load import load
-from spo_ray.data.grade import score
+from spo_ray.data.grade import grade_samples
 from spo_ray.data.sources import load_data
 from spo_ray.data.verifiers import load_verifier, verifier_identity
 from spo_ray.errors import UserError
@@ -67,6 +67,6 @@ def test_a_task_of_ones_own(local_ray, in_root, tmp_path):
     assert [row["prompt"] for row in questions.rows()] == [f"Choose. {row['q']}" for row in rows[:4]]
     assert questions.manifest["rows"]["dropped"] == {"no gold answer": 1}
     answers = sampled(tmp_path, questions.rows(), ["Answer: A", "B"])
-    graded = score(run, "scores", answers).rows()
+    graded = grade_samples(run, "scores", answers).rows()
     assert [row["correct"] for row in graded] == [[True, False], [False, True]] * 2
     assert [row["strict"] for row in graded] == [[True, False], [False, False]] * 2

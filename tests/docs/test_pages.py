@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from spo_ray.config.base import Section
+from spo_ray.config.base import ConfigModel
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.data.preference_formats import preference
@@ -123,7 +123,7 @@ def test_every_page_is_in_the_index():
 
 
 def sections(annotation):
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, ConfigModel):
         yield annotation
     for part in get_args(annotation):
         yield from sections(part)

@@ -19,7 +19,7 @@ from spo_ray.evaluate.actors import Evaluator
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
 from spo_ray.evaluate.statistics import wilson
-from spo_ray.evaluate.suite import Bench
+from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.model.collate import collate
 from spo_ray.model.export import is_adapter, merge_adapter
 from spo_ray.model.load import load_model
@@ -244,7 +244,7 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
     write_rows(tmp_path / "in" / "part-0.parquet", table, schema.Prompt)
     actors = SimpleNamespace(kind="transformers")
-    bench = Bench(
+    bench = SuiteContext(
         Run(config), Artifact(tmp_path / "in", "in"), actors, lambda method, *more: getattr(evaluator, method)(*more)
     )
     reasons = {

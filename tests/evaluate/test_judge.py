@@ -15,7 +15,7 @@ from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig
 from spo_ray.errors import UserError
 from spo_ray.evaluate import alpaca
 from spo_ray.evaluate.judge import Reply, fill, read_reply, read_template
-from spo_ray.evaluate.suite import Bench
+from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
 from spo_ray.runtime.run import Run
@@ -87,7 +87,7 @@ def judged(folder, settings, **alpaca_options):
     section = AlpacaConfig(annotators=[settings], **alpaca_options)
     config = small_config(folder / "runs")
     run = Run(config.model_copy(update={"eval": config.eval.model_copy(update={"alpaca": section})}))
-    bench = Bench(run, Artifact(outputs, ""), NoActors(), None)
+    bench = SuiteContext(run, Artifact(outputs, ""), NoActors(), None)
     found = alpaca.conclude(bench, {}, {"spo": Artifact(outputs, "outputs")})
     return found["spo"][0]
 

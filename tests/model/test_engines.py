@@ -7,10 +7,10 @@ import torch
 
 from spo_ray.config.data import EngineConfig, SamplingConfig
 from spo_ray.core.logps import completion_logps
-from spo_ray.data.sample import Source, _answering
+from spo_ray.data.sample import SamplingJob, _answering
 from spo_ray.errors import UserError
 from spo_ray.model.collate import collate
-from spo_ray.model.completion import choose
+from spo_ray.model.completion import choose_engine
 from spo_ray.model.engines import open_engine
 from spo_ray.model.export import PROBE, Probe, export
 from spo_ray.model.load import load_model
@@ -140,13 +140,13 @@ def test_stale_weights_are_refused(kind, checkpoints, chat, tmp_path):
 
 
 def test_the_choice_of_an_engine_is_explained(monkeypatch):
-    assert choose(EngineConfig(type="transformers")) == ("transformers", "as configured")
+    assert choose_engine(EngineConfig(type="transformers")) == ("transformers", "as configured")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    kind, why = choose(EngineConfig())
+    kind, why = choose_engine(EngineConfig())
     assert kind == "transformers"
     assert "not installed" in why
     with pytest.raises(UserError, match=r"engine\.type=vllm, but vLLM is not installed"):
-        choose(EngineConfig(type="vllm"))
+        choose_engine(EngineConfig(type="vllm"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -161,7 +161,7 @@ def test_arguments_reach_vllm(checkpoints, chat):
 
 def test_more_engines_than_the_first_are_an_option():
     config = EngineConfig(replicas=2, max_replicas=3, cpus=0.5, gpus=0.0)
-    source = Source(Artifact("m", "m"), config, SamplingConfig())
+    source = SamplingJob(Artifact("m", "m"), config, SamplingConfig())
     assert _answering(source, "seed")[1] == Pool(2, 0.5, 0.0, most=3)
     with pytest.raises(ValueError, match="max_replicas=1 is below replicas=2"):
         EngineConfig(replicas=2, max_replicas=1)

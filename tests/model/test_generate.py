@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 
 from spo_ray.model.load import load_model
 from spo_ray.train.callbacks import _Entropy, _generate
-from spo_ray.train.distributed import Rank
+from spo_ray.train.distributed import Distributed
 
-RANK = Rank(0, 1, torch.device("cpu"))
+RANK = Distributed(0, 1, torch.device("cpu"))
 
 
 def answers(model, chat):

@@ -18,8 +18,8 @@ from spo_ray.runtime.run import Run
 from ..helpers import small_config
 
 
-def build(out, ledger):
-    ledger.read = ledger.kept = 1
+def build(out, counts):
+    counts.read = counts.kept = 1
     write_rows(out / "part-0.parquet", [{"id": "a", "prompt": "p", "gold": "g"}], schema.Prompt)
 
 

@@ -42,11 +42,11 @@ def made_up_sweep(root, name, right, questions=12, finish=True):
     test, sft = start(run, questions)
     table = []
 
-    def build(out, ledger):
+    def build(out, counts):
         for number, value in enumerate(lambdas):
             trial = f"{number:05d}"
             (out / trial).mkdir()
-            trained("spo")(out / trial / "training", ledger)
+            trained("spo")(out / trial / "training", counts)
             scores = {"accuracy_greedy": {"value": 0.5 + 0.1 * number}, "accuracy_sampled": {"value": 0.4}}
             row = {"trial": trial, "values": {"methods.spo.lambda_sft": value}, "seed": 0}
             row |= {"status": "finished" if finish else "stopped", "reason": "", "steps": STEPS, "share": 1.0}
@@ -67,7 +67,7 @@ def made_up_sweep(root, name, right, questions=12, finish=True):
 def start(run, questions):
     """The test questions, and an empty SFT checkpoint."""
 
-    def ask(out, ledger):
+    def ask(out, counts):
         found = problems("test", run.config.seed)
         table = [next(found) for _ in range(questions)]
         prompts = [{"id": f"test-{i}", "prompt": p.question, "gold": p.solution} for i, p in enumerate(table)]
@@ -75,17 +75,17 @@ def start(run, questions):
 
     return (
         run.stage("data_test", ask, config={"questions": questions}, inputs={}),
-        run.stage("sft", lambda out, ledger: None, config={}, inputs={}),
+        run.stage("sft", lambda out, counts: None, config={}, inputs={}),
     )
 
 
 def write_pairs(run):
-    def build(out, ledger):
+    def build(out, counts):
         text = {"chosen": "2 + 3 = 5.", "rejected": "2 + 3 = 6, and more.", "source_id": "q"}
         sources = {"chosen_source": "gold", "rejected_source": "sft_samples:0"}
         turn = [{"role": "user", "content": "How much are 2 and 3?"}]
         table = [{"id": f"p{i}", "prompt": turn, **text, **sources} for i in range(3)]
-        ledger.reject("p9", "no wrong sample", "<b>excerpt</b>")
+        counts.reject("p9", "no wrong sample", "<b>excerpt</b>")
         write_rows(out / "part-0.parquet", table, schema.Pair)
 
     return run.stage("pairs", build, config={}, inputs={})
@@ -94,7 +94,7 @@ def write_pairs(run):
 def trained(name):
     """A training's log and result: log pi of the chosen answers moves by +1 (spo) or -2 nats."""
 
-    def build(out, ledger):
+    def build(out, counts):
         out.mkdir(exist_ok=True)
         gain = 1.0 if name == "spo" else -2.0
         log = []
@@ -121,7 +121,7 @@ def measure(run, test, models, rights):
     evaluations = Evaluations(run, test)
     for name, model in models.items():
 
-        def build(out, ledger, name=name):
+        def build(out, counts, name=name):
             table = []
             for seed in (None, *SEEDS):
                 for i, row in enumerate(test.rows()):
@@ -130,7 +130,7 @@ def measure(run, test, models, rights):
                     answer = {"id": row["id"], "method": name, "seed": seed, "response": text, "extracted": None}
                     table.append(answer | {"correct": right, "strict": right})
             random.Random(0).shuffle(table)
-            ledger.facts["provenance"] = dict.fromkeys(("model", "tokenizer", "template", "engine"), "x") | {
+            counts.facts["provenance"] = dict.fromkeys(("model", "tokenizer", "template", "engine"), "x") | {
                 "sampling": {}
             }
             write_rows(out / "part-0.parquet", table, schema.EvalRow)

@@ -23,7 +23,7 @@ def test_alarms_are_told(run):
 def test_ungraded_answers_come_from_text_health(run):
     for name in ("sft", "dpo"):
 
-        def build(out, ledger, name=name):
+        def build(out, counts, name=name):
             row = dict.fromkeys(("logp", "logp_author"), -1.0) | {"finished": True, "prompt_ids": [1], "ids": [2]}
             row |= {"id": "q", "checkpoint": name, "seed": None}
             table = [row | {"written_by": name, "response": f"<i>{name}</i> says 5"}]

@@ -12,7 +12,7 @@ from spo_ray.errors import UserError
 from spo_ray.pipeline.cli import guarded
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_rows
-from spo_ray.runtime.console import redact, say
+from spo_ray.runtime.console import log, redact
 from spo_ray.runtime.failure import STATUS, TRACEBACK, card_of, command_line, recorded
 from spo_ray.runtime.map_rows import each_row, map_shards
 from spo_ray.runtime.run import Run
@@ -48,14 +48,14 @@ def stumbling():
 
 
 def failing_stage(run):
-    def prompts(out, ledger):
+    def prompts(out, counts):
         table = [{"id": f"q-{i}", "prompt": "p", "gold": "g"} for i in range(5)]
         write_rows(out / "part-0.parquet", table, schema.Prompt)
 
     source = run.stage("source", prompts, config={}, inputs={})
 
-    def build(out, ledger):
-        map_shards("grading", source, out, ledger, mapper=stumbling, kind=schema.Prompt, batch_size=4)
+    def build(out, counts):
+        map_shards("grading", source, out, counts, mapper=stumbling, kind=schema.Prompt, batch_size=4)
 
     run.stage("grading", build, config={}, inputs={"rows": source})
 
@@ -143,7 +143,7 @@ def test_status_of_runs_that_do_not_fail(run, capsys, error, state, code):
 
     def work():
         seen.append(status_of(run)["state"])
-        run.stage("s", lambda out, ledger: seen.append(status_of(run)["stages"]), config={}, inputs={})
+        run.stage("s", lambda out, counts: seen.append(status_of(run)["stages"]), config={}, inputs={})
         if error:
             raise error
 
@@ -186,7 +186,7 @@ def test_secrets_are_struck_out_of_progress_and_tracebacks(monkeypatch, capsys):
     monkeypatch.setenv("JUDGE_API_KEY", "longkeyvalue")
 
     def work():
-        say("stage", "sent longkeyvalue")
+        log("stage", "sent longkeyvalue")
         raise RuntimeError("longkeyvalue")
 
     assert guarded(work) == 1

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, Ledger, write_rows
+from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.map_rows import Pool, RowRejectedError, each_row, map_shards
 
 
@@ -32,10 +32,10 @@ def lengths(every=7):
 
 
 def run(source, tmp_path, mapper, **options):
-    out, ledger = tmp_path / "out", Ledger()
+    out, row_counts = tmp_path / "out", RowCounts()
     out.mkdir()
-    map_shards("test", source, out, ledger, mapper=mapper, kind=schema.Prompt, **options)
-    return Artifact(out, ""), ledger
+    map_shards("test", source, out, row_counts, mapper=mapper, kind=schema.Prompt, **options)
+    return Artifact(out, ""), row_counts
 
 
 def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, monkeypatch, capsys):
@@ -47,12 +47,12 @@ def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, 
 
 @pytest.mark.parametrize("pool", [None, Pool(2, 1)])
 def test_every_row_comes_out_once_or_is_quarantined(local_ray, source, tmp_path, pool):
-    artifact, ledger = run(source, tmp_path, lengths, batch_size=16, pool=pool, every=5)
+    artifact, row_counts = run(source, tmp_path, lengths, batch_size=16, pool=pool, every=5)
     kept = artifact.rows()
     assert [row["id"] for row in kept] == [f"q{i:03d}" for i in range(100) if i % 5]
     assert all(row["gold"] == str(int(row["id"][1:])) for row in kept)
-    assert (ledger.read, ledger.kept, len(ledger.rejected)) == (100, 80, 20)
-    assert ledger.rejected[0]["reason"] == "multiple of 5"
+    assert (row_counts.read, row_counts.kept, len(row_counts.rejected)) == (100, 80, 20)
+    assert row_counts.rejected[0]["reason"] == "multiple of 5"
     sizes = [pq.read_metadata(part).num_rows for part in artifact.parts]
     assert len(sizes) == 7
     assert sum(sizes) == 80
@@ -72,10 +72,10 @@ class Dying:
 
 
 def test_a_killed_actor_loses_and_repeats_no_row(local_ray, source, tmp_path):
-    artifact, ledger = run(source, tmp_path, partial(Dying, tmp_path / "killed"), batch_size=10, pool=Pool(1, 1))
+    artifact, row_counts = run(source, tmp_path, partial(Dying, tmp_path / "killed"), batch_size=10, pool=Pool(1, 1))
     assert (tmp_path / "killed").exists()
     assert [row["id"] for row in artifact.rows()] == [f"q{i:03d}" for i in range(100)]
-    assert ledger.read == ledger.kept == 100
+    assert row_counts.read == row_counts.kept == 100
 
 
 class Counting:
@@ -97,10 +97,10 @@ def test_a_stage_goes_on_with_the_parts_that_are_missing(local_ray, source, tmp_
     out.mkdir()
 
     def stage():
-        ledger = Ledger()
+        row_counts = RowCounts()
         arguments = {"mapper": partial(Counting, calls), "kind": schema.Prompt, "batch_size": 20, "pool": pool}
-        map_shards("test", source, out, ledger, **arguments)
-        assert (ledger.read, ledger.kept, len(ledger.rejected)) == (100, 95, 5)
+        map_shards("test", source, out, row_counts, **arguments)
+        assert (row_counts.read, row_counts.kept, len(row_counts.rejected)) == (100, 95, 5)
         return Artifact(out, "").rows()
 
     first = stage()

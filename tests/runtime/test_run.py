@@ -10,7 +10,7 @@ import pytest
 
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Ledger, external, write_json, write_rows
+from spo_ray.runtime.artifact import RowCounts, external, write_json, write_rows
 from spo_ray.runtime.failure import STATUS, recorded
 from spo_ray.runtime.run import Run
 
@@ -23,11 +23,11 @@ def run(in_root, tmp_path):
 
 
 def counting(calls, rejected=0):
-    def build(out, ledger):
+    def build(out, counts):
         calls.append(out)
-        ledger.read, ledger.kept = 2 + rejected, 2
+        counts.read, counts.kept = 2 + rejected, 2
         for i in range(rejected):
-            ledger.reject(f"bad-{i}", "malformed", {"x": i})
+            counts.reject(f"bad-{i}", "malformed", {"x": i})
         write_rows(out / "part-0.parquet", [{"id": i, "prompt": "p", "gold": "g"} for i in "ba"], schema.Prompt)
 
     return build
@@ -65,8 +65,8 @@ def test_a_failed_stage_leaves_the_finished_one_alone(run):
     calls = []
     first = run.stage("s", counting(calls), config={"k": 1}, inputs={})
 
-    def broken(out, ledger):
-        counting(calls)(out, ledger)
+    def broken(out, counts):
+        counting(calls)(out, counts)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -79,9 +79,9 @@ def test_a_stage_that_was_cut_off_on_the_way_to_its_place_is_finished(run, monke
     """Between the manifest and the renaming: nothing is built again, and no rejected row is lost."""
     calls = []
 
-    def build(out, ledger):
-        counting(calls, rejected=1)(out, ledger)
-        write_rows(out / "rejected-00000.parquet", ledger.rejected, schema.Rejected)
+    def build(out, counts):
+        counting(calls, rejected=1)(out, counts)
+        write_rows(out / "rejected-00000.parquet", counts.rejected, schema.Rejected)
 
     def cut_off(self, name):
         raise KeyboardInterrupt
@@ -147,12 +147,12 @@ def test_no_rows_is_an_error_that_points_at_the_manifests():
 
     with pytest.raises(UserError, match=r"no pairs: see the drop reasons"):
         require_rows([], "pairs")
-    ledger = Ledger()
+    counts = RowCounts()
     for i, reason in enumerate(["a", "b", "b", "c", "d"]):
-        ledger.reject(str(i), reason, f"row {i}")
+        counts.reject(str(i), reason, f"row {i}")
     told = r"no pairs: 5 dropped: 2 b \(first: row 1\); 1 a \(first: row 0\); 1 c \(first: row 3\)$"
     with pytest.raises(UserError, match=told):
-        require_rows(0, "pairs", ledger)
+        require_rows(0, "pairs", counts)
 
 
 def test_threads_write_the_same_file_one_after_the_other(tmp_path):

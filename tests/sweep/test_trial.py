@@ -20,7 +20,7 @@ from spo_ray.sweep.space import Shared
 from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of, percent, steps_of
 from spo_ray.sweep.tuner import _scheduler
 from spo_ray.train import launch
-from spo_ray.train.score_gate import StoppedError, decide, decision, pass_rung, rung_folder
+from spo_ray.train.score_gate import StoppedError, decide, decision, rung_folder, wait_for_decision
 
 from .driver import small_run
 from .test_space import LAMBDA, TOY
@@ -54,7 +54,7 @@ def stage(tmp_path, monkeypatch, in_root):
         found.keys.append(job.key)
         for step in job.score_at[:-1]:
             try:
-                pass_rung(job.out, step, OneRank(), lambda folder: folder.mkdir(parents=True))
+                wait_for_decision(job.out, step, OneRank(), lambda folder: folder.mkdir(parents=True))
             except StoppedError:
                 return
         (Path(job.out) / "result.json").write_text("{}")
@@ -186,7 +186,7 @@ def test_training_waits_at_a_rung_for_the_decision(tmp_path):
         exported.append(folder)
 
     def train():
-        pass_rung(str(tmp_path), 4, OneRank(), export)
+        wait_for_decision(str(tmp_path), 4, OneRank(), export)
         passed.set()
 
     threading.Thread(target=train, daemon=True).start()
@@ -196,8 +196,8 @@ def test_training_waits_at_a_rung_for_the_decision(tmp_path):
     decide(tmp_path, 4, go_on=True)
     assert passed.wait(5)
     assert decision(tmp_path, 4) is True
-    pass_rung(str(tmp_path), 4, OneRank(), export)  # after a restart: decided already
+    wait_for_decision(str(tmp_path), 4, OneRank(), export)  # after a restart: decided already
     assert len(exported) == 1
     decide(tmp_path, 8, go_on=False)
     with pytest.raises(StoppedError):
-        pass_rung(str(tmp_path), 8, OneRank(), export)
+        wait_for_decision(str(tmp_path), 8, OneRank(), export)

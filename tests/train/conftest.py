@@ -42,9 +42,9 @@ def sft_rows(pairs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def referenced(pairs, toy_base, tmp_path_factory):
     """The pairs with the toy base's own log-probabilities as reference."""
-    from spo_ray.train.reference import Scorer
+    from spo_ray.train.reference import ReferenceLogps
 
     folder = tmp_path_factory.mktemp("referenced")
-    table, _ = Scorer(str(toy_base), "float32", 1024)(pairs.rows())
+    table, _ = ReferenceLogps(str(toy_base), "float32", 1024)(pairs.rows())
     write_rows(folder / "part-0.parquet", table, schema.ReferencedPair)
     return Artifact(folder, "referenced")

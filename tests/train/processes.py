@@ -13,8 +13,8 @@ from spo_ray.config.load import load
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.train import worker
 from spo_ray.train.checkpointer import STATE, NoSnapshots, collect, load_tensors, write_tensors
-from spo_ray.train.data_loader import Table
-from spo_ray.train.distributed import Rank
+from spo_ray.train.data_loader import RowTable
+from spo_ray.train.distributed import Distributed
 from spo_ray.train.spec import Job
 
 from ..conftest import ROOT
@@ -64,7 +64,7 @@ def _process(index, size, start, rows, out, overrides, method, model, snapshots)
     os.chdir(ROOT)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{start}", rank=index, world_size=size)
-    rank = Rank(index, size, torch.device("cpu"))
+    rank = Distributed(index, size, torch.device("cpu"))
     config = load("configs/quickstart.yaml", overrides)
     save = worker.save
 
@@ -76,5 +76,5 @@ def _process(index, size, start, rows, out, overrides, method, model, snapshots)
 
     worker.save = save_whole
     job = Job(config, model, Artifact(Path(rows), "rows"), out, "job", method)
-    worker.run_job(job, rank, FolderSnapshots(rank, **snapshots), Table.of)
+    worker.run_job(job, rank, FolderSnapshots(rank, **snapshots), RowTable.of)
     dist.destroy_process_group()

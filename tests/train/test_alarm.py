@@ -11,8 +11,8 @@ from spo_ray.config.train import AlarmConfig
 from spo_ray.core.text_metrics import distinct, repetition
 from spo_ray.errors import UserError
 from spo_ray.train.alarm import Alarm, describe
-from spo_ray.train.callbacks import AlarmBell, text_health
-from spo_ray.train.distributed import Rank
+from spo_ray.train.callbacks import AlarmCallback, text_health
+from spo_ray.train.distributed import Distributed
 
 from ..helpers import SMALL
 from .processes import log_of, train
@@ -114,9 +114,9 @@ def test_lambda_is_raised_at_every_measurement_beyond_a_limit(referenced, tmp_pa
 def test_lambda_is_raised_where_what_is_beyond_its_limit_was_measured():
     alarm, raised = Alarm(AlarmConfig(max_repetition=0.5, on_alarm="increase_lambda")), []
     method = SimpleNamespace(raise_lambda=lambda factor, most: raised.append(factor) or 2.0)
-    bell = AlarmBell(alarm, method)
+    bell = AlarmCallback(alarm, method)
     records = [{"health/repetition": 0.9}, {"probe/delta_logp_chosen": 0.0}, {"health/repetition": 0.8}, {}]
-    found = [bell.after({"step": step} | record, []) for step, record in enumerate(records)]
+    found = [bell.on_step_end({"step": step} | record, []) for step, record in enumerate(records)]
     assert ["alarm/lambda" in metrics for metrics in found] == [True, False, True, False]
 
 
@@ -149,7 +149,7 @@ def test_text_health_is_that_of_the_models_own_samples(toy_base, referenced, cha
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(toy_base, dtype=torch.float32).eval()
-    rank, table = Rank(0, 1, torch.device("cpu")), referenced.rows()[:6]
+    rank, table = Distributed(0, 1, torch.device("cpu")), referenced.rows()[:6]
     before = torch.get_rng_state()
     one = text_health(model, chat, table, 1, rank, seed=0)
     assert torch.equal(torch.get_rng_state(), before)

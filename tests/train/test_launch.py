@@ -9,7 +9,7 @@ from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.run import Run
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.spec import Job, Start
-from spo_ray.train.worker import Held
+from spo_ray.train.worker import RetainedMemory
 
 from ..helpers import small_config
 
@@ -56,7 +56,7 @@ def test_sft_has_no_best_checkpoint(in_root, referenced, tmp_path):
 
 
 def test_what_an_earlier_job_took_is_there_for_the_next():
-    held, size = Held(), 2**29
+    held, size = RetainedMemory(), 2**29
     taken = torch.ones(size // 4)
     assert held.now() >= 0.9 * size
     del taken

@@ -9,8 +9,8 @@ from spo_ray.model.optimizer import Group
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.train.alarm import STOP
 from spo_ray.train.checkpointer import NoSnapshots
-from spo_ray.train.distributed import Rank
-from spo_ray.train.loop import Hook, optimise
+from spo_ray.train.distributed import Distributed
+from spo_ray.train.loop import Callback, optimise
 from spo_ray.train.score_gate import StoppedError
 from spo_ray.train.spec import Job
 
@@ -24,7 +24,7 @@ class OneSnapshot(NoSnapshots):
     """Behind step 3, in memory."""
 
     def __init__(self, extra=None):
-        super().__init__(Rank(0, 1, torch.device("cpu")))
+        super().__init__(Distributed(0, 1, torch.device("cpu")))
         self.extra = extra or {}
 
     def restore(self, model, optimizer):
@@ -37,16 +37,16 @@ class OneSnapshot(NoSnapshots):
         self.extra = extra | {"job": "own"}
 
 
-class Seen(Hook):
+class Seen(Callback):
     """Notes what it is called with; is killed or stopped behind a step, and sets off the alarm at one."""
 
     def __init__(self, error=None, alarm=None):
         self.error, self.alarm, self.behinds = error, alarm, []
 
-    def after(self, record, indices):
+    def on_step_end(self, record, indices):
         return {STOP: 1.0} if record["step"] == self.alarm else {}
 
-    def behind(self, step, optimizer, extra):
+    def on_step_logged(self, step, optimizer, extra):
         self.behinds.append(step)
         assert "job" not in extra, "a job that takes this state over would take it for its own"
         if step == 3 and self.error:
@@ -55,16 +55,16 @@ class Seen(Hook):
 
 @pytest.fixture
 def loop(in_root, tmp_path):
-    """Trains from a snapshot on, with a hook."""
+    """Trains from a snapshot on, with a callback."""
     config = small_config(tmp_path)
     job = Job(config, "model", Artifact(tmp_path, "rows"), str(tmp_path), "own")
 
-    def run(snapshots, hook, key="own"):
+    def run(snapshots, callback, key="own"):
         model = torch.nn.Linear(1, 1)
         groups = [Group("theta", dict(model.named_parameters()), config.sft)]
         gradients = lambda step, indices: ({n: torch.ones_like(p) for n, p in model.named_parameters()}, {"loss": 1.0})  # noqa: E731
         batches = [[i] for i in range(TOTAL)]
-        optimise(replace(job, key=key), model, groups, batches, gradients, snapshots.rank, snapshots, [hook])
+        optimise(replace(job, key=key), model, groups, batches, gradients, snapshots.rank, snapshots, [callback])
 
     return run
 
