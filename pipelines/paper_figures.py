@@ -31,7 +31,7 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
 from spo_ray.runtime.failure import recorded
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage
 from spo_ray.train.launch import train_methods
 from spo_ray.train.reference import reference_logps
 from spo_ray.train.spec import Start
@@ -134,7 +134,9 @@ def _questions(run: Run, scored: Artifact) -> Artifact:
         counts.read, counts.kept = scored.count, len(kept)
         write_rows(out / "part-0.parquet", kept, schema.Prompt)
 
-    return run.stage("probe_mass_questions", build, config={"candidates": CANDIDATES}, inputs={"scored": scored})
+    return run.execute(
+        Stage("probe_mass_questions", build, config={"candidates": CANDIDATES}, inputs={"scored": scored})
+    )
 
 
 def _groups(run: Run, graded: Artifact) -> Artifact:
@@ -165,7 +167,7 @@ def _groups(run: Run, graded: Artifact) -> Artifact:
             "wrong one the most probable: ask for more --samples, or set another seed="
         )
 
-    return run.stage("probe_mass_pairs", build, config={"group": GROUP}, inputs={"graded": graded})
+    return run.execute(Stage("probe_mass_pairs", build, config={"group": GROUP}, inputs={"graded": graded}))
 
 
 class Ranked(NamedTuple):
@@ -220,7 +222,7 @@ def _write(
         write_json(out / "series.json", series)
         (out / "figure.svg").write_text(_figure(series, panels), encoding="utf-8")
 
-    run.stage(stage, build, config={}, inputs=dict(trained))
+    run.execute(Stage(stage, build, config={}, inputs=dict(trained)))
 
 
 def _figure(series: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.runtime.cluster import engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, never_built
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import (
     Shared,
@@ -71,7 +71,7 @@ def run_trials(run: Run, known: Mapping[str, Shared], prepare: Callable[[Run], S
         "run": config.model_dump(mode="json", exclude={"name", "output", "ray", "sweep", "methods", "tracking"}),
         "method": config.methods[sweep.method].model_dump(mode="json"),
     }
-    stage = run.open("trials", config=settings, inputs=inputs, resumable=True)
+    stage = run.open(Stage("trials", never_built, config=settings, inputs=inputs, resumable=True))
     if isinstance(stage, Artifact):
         return stage
     room = _room_of_start(config, stage.scratch, nodes, room)

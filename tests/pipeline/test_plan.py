@@ -13,7 +13,7 @@ from spo_ray.pipeline.plan import plan
 from spo_ray.pipeline.rehearsal import rehearse
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_rows
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage
 
 from ..helpers import small_config
 
@@ -26,12 +26,14 @@ def build(out, counts):
 def job(run):
     """Two stages, of which the second reads what the first has written."""
     config = run.config
-    first = run.stage("first", build, config={"samples": config.sampling.samples}, inputs={})
+    first = run.execute(Stage("first", build, config={"samples": config.sampling.samples}, inputs={}))
     yield "data"
     lr = {"train": {"lr": config.sft.lr}}
-    second = run.stage("second", build, config=lr | {"teachers": config.sft_data.teachers}, inputs={"rows": first})
+    second = run.execute(
+        Stage("second", build, config=lr | {"teachers": config.sft_data.teachers}, inputs={"rows": first})
+    )
     yield "sft"
-    run.stage("third", build, config={}, inputs={"model": second})
+    run.execute(Stage("third", build, config={}, inputs={"model": second}))
     yield "evaluate"
     raise AssertionError("the report needs results")
 
