@@ -25,8 +25,9 @@ from spo_ray.data.grade import grade_samples
 from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.data.tokenize import tokenise_pairs
 from spo_ray.errors import UserError
+from spo_ray.pipeline import Part
 from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded
-from spo_ray.pipeline.job import stages
+from spo_ray.pipeline.job import run_job
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
@@ -249,7 +250,7 @@ def _figure(series: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Sequen
     return vl_convert.vegalite_to_svg(whole.to_json())
 
 
-def _probe(config: Path, overrides: tuple[str, ...], until: str, work: Callable[[Run], Any], **preference: Any) -> int:
+def _probe(config: Path, overrides: tuple[str, ...], until: Part, work: Callable[[Run], Any], **preference: Any) -> int:
     """Run the job up to a part, then an experiment, and print what it found."""
 
     def follow_probe() -> None:
@@ -258,9 +259,7 @@ def _probe(config: Path, overrides: tuple[str, ...], until: str, work: Callable[
         if until == "pairs" and run.config.data.type == "preference":
             raise UserError("mass-shift follows right and wrong samples: take data of questions, or dynamics")
         with run.locked(), recorded(run):
-            for part in stages(run):
-                if part == until:
-                    break
+            run_job(run, until)
             found = work(run)
         print(json.dumps(found, indent=2))
         log("probe", f"figure and series in {place(run.root)}/probe_*")

@@ -68,7 +68,7 @@ def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> di
     failed: list[str] = []
     bench.actors.close()  # local judges take their place
     for annotator in config.annotators:
-        template = "" if bench.run.mode == "read" else read_template(annotator)
+        template: Turns = [] if bench.run.mode == "read" else read_template(annotator)
         requests = 2 if annotator.orders == "both" else 1
         note, where = f"verdicts of {annotator.model}, {requests} requests each", "the engine of eval.alpaca.annotators"
         work = engine_work(annotator.engine, where, note, rows=config.limit)

@@ -43,7 +43,7 @@ class SuiteContext:
         engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
         return {"engine": self.actors.kind, "chat_template": config.model.chat_template, **engine}
 
-    def work(self, note: str, **bounds: int | None) -> Work:
+    def work(self, note: str, **bounds: Any) -> Work:
         """Return the work of a stage that asks the policy's engines, with its ``bounds``: rows, out and tokens."""
         return engine_work(self.run.config.engine, "engine.replicas, engine.cpus", note, **bounds)
 

@@ -6,7 +6,6 @@ Every stage lands in a folder of its own and is reused as long as everything it 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import ValidationConfig
@@ -17,6 +16,7 @@ from spo_ray.data.sources import load_data
 from spo_ray.data.tokenize import tokenise_pairs, tokenise_sft
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
+from spo_ray.pipeline import Part
 from spo_ray.pipeline.checks import preflight
 from spo_ray.report.run_page import write_report
 from spo_ray.runtime import schema
@@ -26,10 +26,6 @@ from spo_ray.runtime.run import PlannedRun, Run
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
 from spo_ray.train.spec import Prepared, Start
-
-Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate", "report"]
-PARTS: tuple[Part, ...] = get_args(Part)
-"""The parts of a job, in their order."""
 
 
 @dataclass

@@ -106,7 +106,7 @@ class RowCounts:
 
 
 def on_hub(path: Path) -> bool:
-    """Return True if a path can mean ``organisation/name`` on the hub: nothing here has that name, and it is no file."""
+    """Return True if it can mean ``organisation/name`` on the hub: it is no file, and nothing here has that name."""
     if path.suffix in DATA_FILES or path.is_absolute():
         return False
     return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()

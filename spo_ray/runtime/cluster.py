@@ -35,7 +35,9 @@ def connect(config: Config, planned: Sequence[PlannedStage]) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if ray.is_initialized():  # in a trial, which runs on the sweep's cluster
+        pass
+    elif address:
         _check_reachable(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": passed_env(config)}, **quiet)
@@ -124,7 +126,7 @@ def room_beside(planned: Sequence[PlannedStage], engine: EngineConfig) -> str | 
     return None
 
 
-def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str, **bounds: int | None) -> Work:
+def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str, **bounds: Any) -> Work:
     """Return the work of a stage that asks engines, or an endpoint, with its ``bounds``: rows, out and tokens."""
     if isinstance(engine, EndpointConfig):
         return Work(note=f"{note}, {engine.concurrency} requests at a time to {engine.url}", **bounds)
@@ -132,7 +134,7 @@ def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str,
     return Work(settings=settings, note=note, **held, **bounds)
 
 
-def worker_work(config: Config, note: str, groups: int = 1, trains: str | None = None, **bounds: int | None) -> Work:
+def worker_work(config: Config, note: str, groups: int = 1, trains: str | None = None, **bounds: Any) -> Work:
     """Return the work of a stage on ``groups`` groups of training workers, with its ``bounds``: rows and tokens."""
     train = config.train
     held: dict[str, Any] = {"actors": train.num_workers * groups, "cpus": train.cpus_per_worker}
