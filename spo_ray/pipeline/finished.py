@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
+from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.pipeline.job import run_job
 from spo_ray.pipeline.sweep_job import run_sweep
 from spo_ray.report.finished import Finished, Trials
@@ -27,7 +28,8 @@ def read_finished(folder: Path) -> Finished:
     own.root = found.root  # wherever it was moved to: the configuration's output and name are not followed
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
-        return Finished(own, job.methods, job.evaluation, job.pairs, job.test)
+        methods = {name: artifact.present() for name, artifact in job.methods.items()}
+        return Finished(own, methods, _present(job.evaluation), job.pairs.present(), job.test.present())
     if found.config.sweep is None:
         raise UserError(f"{found.root} has a sweep's results.csv, but its {CONFIG} has no section sweep")
     for path in (found.root / "trials").glob(f"*/{ROW}"):
@@ -35,7 +37,14 @@ def read_finished(folder: Path) -> Finished:
             raise UserError(f"{path} leads out of its folder: it is not followed")
     sweep = run_sweep(found)
     trials = Trials(sweep.trials, rows_of(sweep.trials), sweep.best)
-    return Finished(own, sweep.checkpoints, sweep.evaluation, None, sweep.start.test, trials)
+    return Finished(own, sweep.checkpoints, _present(sweep.evaluation), None, sweep.start.test.present(), trials)
+
+
+def _present(evaluation: Evaluation | None) -> Evaluation | None:
+    if evaluation is None:
+        return None
+    answers = {name: artifact.present() for name, artifact in evaluation.answers.items()}
+    return Evaluation(evaluation.scores.present(), evaluation.comparisons.present(), answers)
 
 
 def _config(folder: Path) -> Config:

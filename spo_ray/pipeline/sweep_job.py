@@ -51,7 +51,7 @@ def run_sweep(run: Run) -> Sweep:
     if run.mode == "plan":  # which checkpoints are evaluated depends on the trials
         run.execute(Stage("report", never_built, inputs={"trials": sweep.trials}, work=Work(note="a page")))
         return sweep
-    rows = rows_of(sweep.trials)
+    rows = rows_of(sweep.trials.present())
     sweep.best = rank(rows, sweep_of(run.config))[0]
     if run.mode == "execute":
         write_csv(run.root / "results.csv", rows, sweep_of(run.config))

@@ -41,6 +41,10 @@ class Artifact:
         """The stage's manifest."""
         return json.loads((self.path / MANIFEST).read_text())
 
+    def present(self) -> "Artifact":
+        """Return this artifact; one that is missing from a finished run raises a UserError instead."""
+        return self
+
     @property
     def parts(self) -> list[str]:
         """The data files."""
@@ -69,6 +73,27 @@ class Artifact:
     def max_rows(self) -> int | None:
         """Upper bound of the number of rows, which also a planned artifact has; None: unknown."""
         return self.count
+
+
+@dataclass(frozen=True)
+class MissingArtifact(Artifact):
+    """A stage that a finished run does not have on disk (any more); reading it raises a UserError."""
+
+    why: str = ""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Raise a UserError: there is no manifest."""
+        raise UserError(self.why)
+
+    @property
+    def parts(self) -> list[str]:
+        """Raise a UserError: there are no files."""
+        raise UserError(self.why)
+
+    def present(self) -> Artifact:
+        """Raise a UserError: the stage is missing."""
+        raise UserError(self.why)
 
 
 @dataclass(frozen=True)

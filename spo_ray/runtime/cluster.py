@@ -23,7 +23,7 @@ REACH_S = 10.0
 """How long to wait for an answer from a cluster's address."""
 
 
-def connect(config: Config, planned: Sequence[PlannedStage]) -> None:
+def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     """Join ``ray.address`` or ``RAY_ADDRESS``, else start a local cluster; then check that the planned stages fit.
 
     Raises:

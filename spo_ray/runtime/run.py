@@ -30,6 +30,7 @@ from spo_ray.runtime.artifact import (
     REJECTED,
     REJECTED_PARTS,
     Artifact,
+    MissingArtifact,
     PlannedArtifact,
     RowCounts,
     _count,
@@ -295,17 +296,17 @@ class FinishedRun(Run):
         self.root = root.resolve()
 
     def open(self, stage: Stage) -> Artifact:
-        """Return a stage that is on disk and was made from the inputs that are on disk.
+        """Return a stage as it is on disk; a missing one can't be read, but does no harm where nobody needs it.
 
         Raises:
-            UserError: it is missing, unreadable, leads out of the run's folder, or is older than one of its inputs.
+            UserError: it is unreadable, leads out of the run's folder, or is older than one of its inputs.
         """
         folder = self.root / stage.name
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
             name, digest, inputs = manifest["stage"], str(manifest["digest"]), manifest["inputs"]
-        except FileNotFoundError as error:
-            raise UserError(self._unfinished(f"it has no stage {stage.name}")) from error
+        except FileNotFoundError:
+            return MissingArtifact(folder, "", self._unfinished(f"it has no stage {stage.name}"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST} can't be read: {type(error).__name__}: {error}") from error
         if name != stage.name:
@@ -313,8 +314,8 @@ class FinishedRun(Run):
         for path in (folder, *folder.iterdir()):
             if not path.resolve().is_relative_to(self.root):
                 raise UserError(f"{path} leads out of the run's folder, to {path.resolve()}: it is not followed")
-        own = {key: a.digest for key, a in stage.inputs.items() if a.path.is_relative_to(self.root)}
-        if any(inputs.get(key) != digest for key, digest in own.items()):
+        own = {k: a for k, a in stage.inputs.items() if a.path.is_relative_to(self.root)}
+        if any(inputs.get(k) != a.digest for k, a in own.items() if not isinstance(a, MissingArtifact)):
             raise UserError(self._unfinished(f"{stage.name} is older than what it was made from"))
         return Artifact(folder, digest)
 

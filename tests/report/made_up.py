@@ -55,7 +55,7 @@ def made_up_sweep(root, name, right, questions=12, finish=True):
             write_json(out / trial / "row.json", row)
             table.append(row)
 
-    trials = run.execute(Stage("trials", build, config={}, inputs={"sft": sft}))
+    trials = run.execute(Stage("trials", build, config={}, inputs={"0sft": sft}))
     write_csv(run.root / "results.csv", table, config.sweep)
     if finish:
         best = type(trials)(trials.path / "00003" / "training", f"{trials.digest}/00003")
@@ -118,7 +118,7 @@ def trained(name):
 
 def measure(run, test, models, rights):
     """Graded answers, and what the evaluation makes of them: the first so many questions are answered rightly."""
-    evaluations = Evaluations(run, test)
+    evaluations = Evaluations(run)
     for name, model in models.items():
 
         def build(out, counts, name=name):
