@@ -14,6 +14,7 @@ import ray
 from spo_ray.config.load import load
 from spo_ray.data.toy import problems
 from spo_ray.pipeline.cli import guarded
+from spo_ray.pipeline.job import prepare
 from spo_ray.report.sweep import write_sweep_report
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_rows
@@ -65,7 +66,7 @@ def sweep(output, referenced, *overrides):
 def _stages(run, output, referenced):
     pairs, questions = start(output, referenced)
     shared = Shared(run.config, external("assets/toy_base"), pairs, pairs, questions, questions)
-    trials = run_trials(run, {key_of({}): shared})
+    trials = run_trials(run, {key_of({}): shared}, prepare)
     write_csv(run.root / "results.csv", rows_of(trials), run.config.sweep)
     best = winner(run, trials)
     write_best(run, best)

@@ -12,6 +12,7 @@ import pytest
 
 from spo_ray.config.load import load
 from spo_ray.errors import UserError
+from spo_ray.pipeline.job import prepare
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 from spo_ray.sweep import trial as module
@@ -45,7 +46,7 @@ def stage(tmp_path, monkeypatch, in_root):
     run: Run = small_run(tmp_path)
     artifact = Artifact(tmp_path, "digest")
     shared = Shared(run.config, artifact, Pairs(tmp_path, "pairs"), None, artifact, artifact)
-    context = Context(run, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
+    context = Context(run, prepare, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
     found = SimpleNamespace(reports=[], fits=0, falls=Counter(), context=context, scored=[], keys=[])
 
     def train(run, jobs, names, group, **options):
