@@ -15,6 +15,7 @@ import pytest
 
 from spo_ray.config.load import load
 from spo_ray.errors import UserError
+from spo_ray.pipeline import cli
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.cli import guarded
 from spo_ray.pipeline.finished import read_finished

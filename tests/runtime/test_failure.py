@@ -68,7 +68,7 @@ def test_a_failure_in_a_task_names_stage_row_code_and_what_to_do(local_ray, run,
     assert "\nerror: ZeroDivisionError: cannot grade with the key [MY_API_KEY]\n" in f"\n{text}", text
     assert "  stage   grading\n" in text
     assert "  where   row q-3; shard 00000, rows q-0 to q-3\n" in text
-    assert "tests/test_failure.py" in text
+    assert "tests/runtime/test_failure.py" in text
     assert "in stumble: raise ZeroDivisionError" in text
     assert "spo-ray run --config 'my file.yaml' note=[MY_API_KEY]" in text
     assert "Traceback" not in text
