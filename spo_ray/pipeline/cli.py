@@ -5,6 +5,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import end_view, log, place, quieten, redact, set_verbosity
+from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity
 from spo_ray.runtime.failure import AGAIN, card_on, recorded
 from spo_ray.runtime.run import Run
 
@@ -29,8 +30,23 @@ Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/, or one of your own.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan, and do nothing.")]
-Verbose = Annotated[bool, Parameter(negative="", help="Show what vLLM, Ray and the workers print.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Output:
+    """Options of every command that runs stages."""
+
+    verbose: Annotated[bool, Parameter(alias="-v", negative="", help="Show what vLLM, Ray and the workers print.")] = (
+        False
+    )
+    quiet: Annotated[bool, Parameter(alias="-q", negative="", help="Log warnings and errors only.")] = False
+    log_json: Annotated[bool, Parameter(negative="", help="Log JSON lines to stderr: time, level, stage, message.")] = (
+        False
+    )
+
+
 USAGE = "Overrides are dotted keys of the configuration: methods.spo.lambda_sft=5"
 EXAMPLES = """Examples:
 
@@ -48,10 +64,10 @@ def script(stages: Stages, until: Part, description: str, outline: Outline | Non
     app = App(help=f"{description}\n\n{USAGE}", version=__version__)
 
     @app.default
-    def command(*overrides: Overrides, config: ConfigPath, dry_run: DryRun = False, verbose: Verbose = False) -> int:
+    def command(*overrides: Overrides, config: ConfigPath, dry_run: DryRun = False, output: Output = Output()) -> int:
         if dry_run and outline:
             return guarded(lambda: print(outline(Run(load(config, overrides)))))
-        return guarded(lambda: follow(stages, config, overrides, until, dry_run, verbose))
+        return guarded(lambda: follow(stages, config, overrides, until, dry_run, output.verbose), output)
 
     command.__doc__ = f"{description} Finished stages are reused."
     return int(app() or 0)
@@ -66,7 +82,6 @@ def follow(
     verbose: bool = False,
 ) -> None:
     """Load the configuration and run the job's stages up to the named one, or print what they would be."""
-    set_verbosity(verbose)
     run = Run(load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides))
     if dry_run:
         show_plan(run.config, stages)
@@ -98,24 +113,25 @@ def show_plan(config: Config, stages: Stages) -> None:
         raise UserError(problem)
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run and translate the outcome into an exit code; bad input gives its message without a traceback."""
-    try:
-        work()
-    except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
-        print(f"stopped; {AGAIN}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        card = card_on(error)
-        if not card.details:
-            print(redact(traceback.format_exc()), file=sys.stderr)
-        print(card.text(), file=sys.stderr)
-        return 1
-    finally:
-        end_view()
+def guarded(work: Callable[[], None], output: Output = Output()) -> int:
+    """Run a command's work with log output on the terminal, and return the exit code.
+
+    Bad input ends with its message, any other error with its card; the traceback is shown if no file holds it.
+    """
+    set_verbosity(output.verbose)
+    with installed(output.quiet, output.log_json):
+        try:
+            work()
+        except UserError as error:
+            LOGGER.error(f"error: {error}")
+            return 2
+        except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
+            LOGGER.error(f"stopped; {AGAIN}")
+            return 130
+        except Exception as error:
+            card = card_on(error)
+            LOGGER.error(card.text() if card.details else f"{traceback.format_exc()}\n{card.text()}")
+            return 1
     return 0
 
 
@@ -127,7 +143,11 @@ app.register_install_completion_command()
 
 @app.command
 def run(
-    *overrides: Overrides, config: ConfigPath, until: Part = "report", dry_run: DryRun = False, verbose: Verbose = False
+    *overrides: Overrides,
+    config: ConfigPath,
+    until: Part = "report",
+    dry_run: DryRun = False,
+    output: Output = Output(),
 ) -> int:
     """Run the whole job, or the job up to a stage; finished stages are reused.
 
@@ -136,7 +156,7 @@ def run(
     until
         The part of the job to stop after.
     """
-    return guarded(lambda: follow(whole_job, config, overrides, until, dry_run, verbose))
+    return guarded(lambda: follow(whole_job, config, overrides, until, dry_run, output.verbose), output)
 
 
 def whole_job(run: Run) -> Iterator[str]:
@@ -170,7 +190,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         loaded = load(config, overrides) if config else None
     except UserError as error:
         problem = str(error)
-    with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the answer
+    with contextlib.redirect_stdout(sys.stderr), installed():  # what is printed on the way is no part of the answer
         checks = examine(loaded, problem)
     print(redact(as_json(checks) if json else table(checks)))
     return 0 if passed(checks) else 1
@@ -202,7 +222,10 @@ def inspect(
 
 @app.command
 def evaluate(
-    *overrides: str, config: ConfigPath, checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])]
+    *overrides: str,
+    config: ConfigPath,
+    checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])],
+    output: Output = Output(),
 ) -> int:
     """Measure checkpoints by the suites of a configuration; results land in OUTPUT/NAME-evaluation.
 
@@ -225,11 +248,11 @@ def evaluate(
             raise UserError("checkpoints look like NAME=PATH, each with a name of its own")
         evaluate_apart(load(config, overrides), named)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
 @app.command
-def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
+def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Output = Output()) -> int:
     """Try many settings of a method with Ray Tune; the same command goes on with an unfinished sweep.
 
     Parameters
@@ -246,13 +269,14 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
 
     if dry_run:
         return guarded(lambda: print(sweep_outline(Run(load(config, overrides)))))
-    return guarded(lambda: follow(stages, config, overrides, "report"))
+    return guarded(lambda: follow(stages, config, overrides, "report", verbose=output.verbose), output)
 
 
 @app.command
 def report(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs or sweeps, such as runs/quickstart.")],
     out: Path | None = None,
+    output: Output = Output(),
 ) -> int:
     """Write a finished run's page anew, or with several runs one page that compares them; no cluster is started.
 
@@ -269,10 +293,9 @@ def report(
     def work() -> None:
         from spo_ray.report.comparison import write_reports
 
-        set_verbosity(False)
         write_reports(runs, out)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
 score = App(name="score", help="Grade responses that were made elsewhere.")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from spo_ray.config.schema import Config
 from spo_ray.config.train import TrackingConfig
 from spo_ray.errors import UserError
-from spo_ray.runtime.console import log
+from spo_ray.runtime.console import warn
 from spo_ray.runtime.run import Run
 
 INSTALL = "pip install 'spo-ray[tracking]'"
@@ -70,7 +70,7 @@ class Several:
         except Exception as error:
             self.trackers.pop(name, None)
             text = str(error).splitlines()[0] if str(error) else ""
-            log(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {text}")
+            warn(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {text}")
 
 
 class TensorBoard:
