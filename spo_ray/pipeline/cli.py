@@ -1,4 +1,4 @@
-"""Command lines: ``spo-ray`` and the scripts in ``pipelines/``. Exit codes: 0, 1 failure, 2 bad input, 130 stopped."""
+"""Command lines of ``spo-ray`` and of the scripts in ``pipelines/``."""
 
 import contextlib
 import json
@@ -16,35 +16,33 @@ from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity
+from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity, warn
 from spo_ray.runtime.failure import AGAIN, card_on, recorded
 from spo_ray.runtime.run import Run
 
-quieten()  # before the heavy imports of whoever imports this
-
+quieten()  # before the importing program loads the libraries
 
 Stages = Callable[[Run], Iterator[str]]
 Outline = Callable[[Run], str]
-"""What ``--dry-run`` prints."""
+"""Returns the text that ``--dry-run`` prints."""
 Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate", "report"]
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
-ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/, or one of your own.")]
-DryRun = Annotated[bool, Parameter(negative="", help="Print the plan, and do nothing.")]
+ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
+DryRun = Annotated[bool, Parameter(negative="", help="Print the plan and do nothing.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
 
 
-@Parameter(name="*")
+@Parameter(name="*", negative="")
 @dataclass(frozen=True)
 class Output:
     """Options of every command that runs stages."""
 
-    verbose: Annotated[bool, Parameter(alias="-v", negative="", help="Show what vLLM, Ray and the workers print.")] = (
-        False
-    )
-    quiet: Annotated[bool, Parameter(alias="-q", negative="", help="Log warnings and errors only.")] = False
-    log_json: Annotated[bool, Parameter(negative="", help="Log JSON lines to stderr: time, level, stage, message.")] = (
-        False
-    )
+    verbose: Annotated[bool, Parameter(alias="-v")] = False
+    """Show what vLLM, Ray and the workers print."""
+    quiet: Annotated[bool, Parameter(alias="-q")] = False
+    """Log warnings and errors only."""
+    log_json: bool = False
+    """Log JSON lines to stderr: time, level, stage, message."""
 
 
 USAGE = "Overrides are dotted keys of the configuration: methods.spo.lambda_sft=5"
@@ -60,7 +58,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 
 def script(stages: Stages, until: Part, description: str, outline: Outline | None = None) -> int:
-    """The command line of one script in ``pipelines/``: run the job up to a stage; gives the exit code."""
+    """Run the command line of a script in ``pipelines/``, which runs a job up to a part, and return the exit code."""
     app = App(help=f"{description}\n\n{USAGE}", version=__version__)
 
     @app.default
@@ -74,23 +72,15 @@ def script(stages: Stages, until: Part, description: str, outline: Outline | Non
 
 
 def follow(
-    stages: Stages,
-    config: Path,
-    overrides: tuple[str, ...],
-    until: Part,
-    dry_run: bool = False,
-    verbose: bool = False,
+    stages: Stages, config: Path, overrides: tuple[str, ...], until: Part, dry_run: bool = False, verbose: bool = False
 ) -> None:
-    """Load the configuration and run the job's stages up to the named one, or print what they would be."""
+    """Load the configuration and run the job up to a part, or print the plan of the run."""
     run = Run(load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides))
     if dry_run:
         show_plan(run.config, stages)
         return
     if not run.config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        log(
-            "job",
-            "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
-        )
+        warn("job", "output is relative to the submitted job's own folder: set output=/some/shared/folder")
     with run.locked(), recorded(run):
         write_json(run.root / "config.json", run.config.model_dump(mode="json"))
         for stage in stages(run):
@@ -100,7 +90,7 @@ def follow(
 
 
 def show_plan(config: Config, stages: Stages) -> None:
-    """Print what a run would do.
+    """Print the plan of a run.
 
     Raises:
         UserError: the run would be refused.
@@ -136,8 +126,6 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
 
 
 app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", help_epilogue=EXAMPLES, version=__version__)
-
-
 app.register_install_completion_command()
 
 
@@ -160,7 +148,7 @@ def run(
 
 
 def whole_job(run: Run) -> Iterator[str]:
-    """The stages of ``pipelines/full.py``, whose imports take seconds."""
+    """Run the stages of the whole job; they are imported here, because that takes seconds."""
     from spo_ray.pipeline.job import stages
 
     return stages(run)
@@ -180,7 +168,7 @@ def plan(*overrides: Overrides, config: ConfigPath) -> int:
 def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json = False) -> int:
     """Check Python, packages, GPU, vLLM, ports and authentication; with a configuration also disk, hub and cluster.
 
-    Every failed check says what to do, and makes the exit code 1. Example: spo-ray doctor -c configs/quickstart.yaml
+    A failed check says what to do, and makes the exit code 1. Example: spo-ray doctor -c configs/quickstart.yaml
     """
     from spo_ray.pipeline.doctor import as_json, examine, passed, table
 
@@ -190,7 +178,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         loaded = load(config, overrides) if config else None
     except UserError as error:
         problem = str(error)
-    with contextlib.redirect_stdout(sys.stderr), installed():  # what is printed on the way is no part of the answer
+    with contextlib.redirect_stdout(sys.stderr), installed():  # stdout holds only the answer
         checks = examine(loaded, problem)
     print(redact(as_json(checks) if json else table(checks)))
     return 0 if passed(checks) else 1
@@ -200,14 +188,14 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
 def inspect(
     *overrides: Overrides, config: ConfigPath = Path("configs/quickstart.yaml"), data: Path | None = None, rows: int = 3
 ) -> int:
-    """Show what training sees of preference data: tokens, masks, lengths, and what would be dropped.
+    """Show how training reads preference data: tokens, masks, lengths, and which rows would be dropped.
 
     Parameters
     ----------
     data
         A .jsonl or .parquet file, a folder with train.jsonl, or a dataset on the hub.
     rows
-        Rows to show.
+        Number of rows to show.
     """
 
     def work() -> None:
@@ -227,17 +215,17 @@ def evaluate(
     checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])],
     output: Output = Output(),
 ) -> int:
-    """Measure checkpoints by the suites of a configuration; results land in OUTPUT/NAME-evaluation.
+    """Evaluate checkpoints with the suites of a configuration; results are written to OUTPUT/NAME-evaluation.
 
     Parameters
     ----------
     overrides
         Dotted keys of the configuration, such as eval.suites=[accuracy].
     config
-        Where the data, the engine and the suites are taken from.
+        The file with the data, the engine and the suites.
     checkpoint
-        NAME=PATH, as often as wanted: a folder (a model, or a PEFT adapter) or a hub id. The one that is named sft is
-        what the others' probabilities are compared with.
+        NAME=PATH, once for each checkpoint: a folder (a model or a PEFT adapter) or a hub id. The probabilities of the
+        others are compared with those of the checkpoint named sft.
     """
 
     def work() -> None:
@@ -245,7 +233,7 @@ def evaluate(
 
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
-            raise UserError("checkpoints look like NAME=PATH, each with a name of its own")
+            raise UserError("checkpoints are given as NAME=PATH, each with a different name")
         evaluate_apart(load(config, overrides), named)
 
     return guarded(work, output)
@@ -298,20 +286,18 @@ def report(
     return guarded(work, output)
 
 
-score = App(name="score", help="Grade responses that were made elsewhere.")
-
-
+score = App(name="score", help="Grade responses of other programs.")
 app.command(score)
 
 
 @score.command
 def gsm8k(file: Path) -> int:
-    """Grade a JSONL file with question, answer and response; writes FILE.scored.jsonl and prints the accuracy.
+    """Grade a JSONL file with question, answer and response; write FILE.scored.jsonl and print the accuracy.
 
     Parameters
     ----------
     file
-        JSONL; answers are GSM8K solutions or numbers.
+        JSONL file; answers are GSM8K solutions or numbers.
     """
 
     def work() -> None:
@@ -327,15 +313,15 @@ def gsm8k(file: Path) -> int:
 
 @score.command(name="alpaca-eval")
 def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> int:
-    """Win rates of AlpacaEval's annotations.json, as JSON.
+    """Print the win rates of AlpacaEval's annotations.json as JSON.
 
     Parameters
     ----------
     annotations
         Records with instruction, output_1, output_2, generator_1, generator_2 and preference (1 to 2, or null).
     lc
-        Formula of the length-controlled win rate. The leaderboard's, v1, needs a table from the hub; where that can't
-        be had, the result is of the minimal one, and lc_method says so.
+        Formula of the length-controlled win rate. v1, the leaderboard's, needs a table from the hub; without it the
+        minimal formula is used, and lc_method in the result says so.
     """
 
     def work() -> None:
@@ -347,11 +333,14 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
         if unjudged:
             print(f"{unjudged} records without a preference are left out", file=sys.stderr)
         if not result["lc_method"].endswith(lc):
-            print("v1's table can't be had: length-controlled by the minimal formula, not by v1", file=sys.stderr)
+            print(
+                "the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1",
+                file=sys.stderr,
+            )
 
     return guarded(work)
 
 
 def main() -> None:
-    """Console script."""
+    """Run the ``spo-ray`` command line and exit with its code."""
     sys.exit(app() or 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, progress, warn
-from spo_ray.runtime.tracking import Tracker, Trackers
+from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import describe
 from spo_ray.train.spec import FAILURES, Job
 
@@ -37,7 +37,7 @@ class JobView:
         self.job, self.name, self.trackers = job, name, trackers
         self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
         self.failures.new()  # those of an earlier start were told then
-        self.tracker: Tracker | None = None
+        self.tracker: TrackerGroup | None = None
         self.last = -1
 
     def look(self, update: Update) -> None:
