@@ -234,7 +234,8 @@ def evaluate(
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
             raise UserError("checkpoints are given as NAME=PATH, each with a different name")
-        evaluate_apart(load(config, overrides), named)
+        shown = ["ray.worker_logs=true"] if output.verbose else []
+        evaluate_apart(load(config, [*overrides, *shown]), named)
 
     return guarded(work, output)
 
