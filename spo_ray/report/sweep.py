@@ -3,15 +3,15 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.evaluate.statistics import in_words
-from spo_ray.report import html
 from spo_ray.report.figures import spec, svg
+from spo_ray.report.page import Table, render
+from spo_ray.report.scores import with_interval
 from spo_ray.report.sweep_figures import (
     heat_figure,
     importance_figure,
@@ -37,7 +37,8 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
         figures = dict(sensitivity_figures(rows, sweep, summary["importances"]))
         for title, chart in figures.items():
             (out / file_name(title)).write_text(svg(chart), encoding="utf-8")
-        (out / "index.html").write_text(_page(run, rows, summary, figures), encoding="utf-8")
+        page = render("sweep.html.j2", **_content(run, rows, summary, figures))
+        (out / "index.html").write_text(page, encoding="utf-8")
         row_counts.read = row_counts.kept = len(rows)
 
     inputs = {"trials": trials} | ({"scores": tested.scores, "comparisons": tested.comparisons} if tested else {})
@@ -103,34 +104,28 @@ def sensitivity_figures(rows: Sequence[Row], sweep: SweepConfig, found: dict[str
     return figures
 
 
-def _page(run: Run, rows: Sequence[Row], summary: dict[str, Any], figures: Mapping[str, Any]) -> str:
-    sweep, counts = sweep_of(run.config), summary["trials"]
-    told = ", ".join(f"{n} {name}" for name, n in counts.items())
-    sections = [
-        f"<h1>{escape(run.config.name)}</h1>",
-        f"<p class=note>{len(rows)} trials of {escape(sweep.method)}: {told}. Searcher {sweep.searcher.type}, "
-        f"scheduler {sweep.scheduler.type}, seeds {', '.join(map(str, sweep.seeds))}. Scored on "
-        f"{_validation(run, sweep)}, which no trial was trained on.</p>",
-        "<h2>Best</h2>",
-        f"<p>{escape(values_in_words(summary['best']['values']))}. Ready to run: <code>{BEST}</code>.</p>",
-        html.table(["on", *names_of(sweep)], _best_lines(summary, sweep)),
-        *(f"<p class=note>Test split, {row['metric']}: {escape(in_words(row))}.</p>" for row in summary["comparisons"]),
-        "<h2>Sensitivity</h2>",
-        "<p class=note>A point is one setting: the mean over its seeds with the 95% interval (Student's t over seeds; "
-        "with one seed the interval of the score itself). Hollow: not all of its trials reached the end, and their "
-        "last score is shown. Heat maps average over everything else.</p>",
-    ]
-    for title, chart in figures.items():
-        sections += [f"<h3>{escape(title)}</h3>", html.figure(spec(chart))]
-    sections += ["<h2>Trials</h2>", html.table(*_trial_table(rows, sweep))]
-    footer = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
-    return html.page(f"{run.config.name}: spo_ray sweep", sections, footer)
+def _content(run: Run, rows: Sequence[Row], summary: dict[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of ``sweep.html.j2``."""
+    sweep = sweep_of(run.config)
+    return {
+        "name": run.config.name,
+        "versions": summary["versions"],
+        "sweep": sweep,
+        "counts": summary["trials"],
+        "validation": _validation(run, sweep),
+        "best": values_in_words(summary["best"]["values"]),
+        "best_file": BEST,
+        "scores": Table(["on", *names_of(sweep)], _best_lines(summary, sweep)),
+        "tests": [f"Test split, {row['metric']}: {in_words(row)}." for row in summary["comparisons"]],
+        "figures": [(title, spec(chart)) for title, chart in figures.items()],
+        "trials": _trial_table(rows, sweep),
+    }
 
 
 def _validation(run: Run, sweep: SweepConfig) -> str:
     questions = "" if run.config.data.type == "preference" else f"{sweep.validation.questions} validation questions"
     pairs = f"{sweep.validation.pairs} held-out pairs" if sweep.validation.pairs else ""
-    return " and ".join(part for part in (questions, pairs) if part) or "the probe pairs"
+    return " and ".join(part for part in (questions, pairs) if part)
 
 
 def _best_lines(summary: Mapping[str, Any], sweep: SweepConfig) -> list[list[str]]:
@@ -140,10 +135,10 @@ def _best_lines(summary: Mapping[str, Any], sweep: SweepConfig) -> list[list[str
 
 
 def _test_lines(tested: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
-    return [[name, *(_with_interval(entry.get(key)) for key in names)] for name, entry in tested.items()]
+    return [[name, *(with_interval(entry.get(key), ".3f") for key in names)] for name, entry in tested.items()]
 
 
-def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> tuple[list[str], list[list[str]]]:
+def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     header = ["trial", *short_names(sweep.space).values(), "seed", "status", "steps", "seconds", "bytes", *names]
     lines = []
@@ -151,15 +146,10 @@ def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> tuple[list[str], li
         values = [short_text(row["values"].get(key)) for key in sweep.space]
         status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
         plain = [str(row["seed"]), status, str(row["steps"]), f"{row['seconds']:.0f}", f"{row['bytes']:,}"]
-        lines.append([row["trial"], *values, *plain, *(_with_interval(row["scores"].get(name)) for name in names)])
-    return header, lines
-
-
-def _with_interval(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    interval = f" ({entry['low']:.3f} – {entry['high']:.3f})" if "low" in entry else ""
-    return f"{entry['value']:.3f}{interval}"
+        lines.append(
+            [row["trial"], *values, *plain, *(with_interval(row["scores"].get(name), ".3f") for name in names)]
+        )
+    return Table(header, lines)
 
 
 def values_in_words(values: Mapping[str, Any]) -> str:
