@@ -11,13 +11,13 @@ from spo_ray import __version__
 from spo_ray.errors import UserError
 from spo_ray.evaluate.accuracy import by_item
 from spo_ray.evaluate.statistics import compare, holm
+from spo_ray.report import scores
 from spo_ray.report.figures import overlaid_figure, spec
 from spo_ray.report.finished import Finished, labels, read, rewrite
 from spo_ray.report.page import Link, Table, render
-from spo_ray.report.scores import comparison_tables, linked, results, results_table, verdict
 from spo_ray.report.summary import summarise, versions_of
-from spo_ray.report.sweep import sensitivity_figures, values_in_words
-from spo_ray.report.sweep_figures import importances
+from spo_ray.report.sweep import values_in_words
+from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import write_text
 from spo_ray.runtime.console import log, place
 from spo_ray.runtime.map_rows import Row
@@ -70,7 +70,7 @@ def write_comparison(runs: Runs, file: Path) -> None:
         "runs": list(runs),
         "versions": {"spo_ray": __version__},
         "results": _results(runs, file.parent),
-        "sweeps": [_sweep(label, found) for label, found in runs.items() if found.trials],
+        "sweeps": _sweeps(runs),
         **_tests(runs),
         "trajectories": overlaid_figure(_trainings(runs)),
         "differing": Table(["key", *runs], [[key, *map(shown, values)] for key, values in _differing(runs).items()]),
@@ -87,29 +87,27 @@ def _results(runs: Runs, folder: Path) -> Table:
         own = Link(label, f"{prefix}/report/index.html") if (root / "report" / "index.html").exists() else label
         for line in _lines(found):
             path = found.methods[line["method"]].path if line["method"] in found.methods else None
-            lines.append({"run": own} | linked(line, root, prefix, path))
-    return results_table(lines, ("run", "method"))
+            lines.append({"run": own} | scores.linked(line, root, prefix, path))
+    return scores.results_table(lines, ("run", "method"))
 
 
-def _sweep(label: str, found: Finished) -> dict[str, Any]:
-    """Return the best point and the sensitivity figures of a sweep."""
-    assert found.trials
-    sweep, rows = sweep_of(found.run.config), found.trials.rows
-    figures = sensitivity_figures(rows, sweep, importances(rows, sweep))
-    return {
-        "label": label,
-        "method": sweep.method,
-        "measured": bool(found.methods),
-        "best": values_in_words(found.trials.best.values),
-        "trials": len(rows),
-        "figures": [(title, spec(chart)) for title, chart in figures],
-    }
+def _sweeps(runs: Runs) -> list[dict[str, Any]]:
+    """Return the best point and the sensitivity figures of each sweep."""
+    sweeps = []
+    for label, found in runs.items():
+        if found.trials:
+            sweep, rows = sweep_of(found.run.config), found.trials.rows
+            best = values_in_words(found.trials.best.values)
+            own = {"label": label, "method": sweep.method, "measured": bool(found.methods), "best": best}
+            figures = sensitivity_figures(rows, sweep, importances(rows, sweep))
+            sweeps.append(own | {"trials": len(rows), "figures": [(title, spec(chart)) for title, chart in figures]})
+    return sweeps
 
 
 def _lines(found: Finished) -> list[dict[str, str]]:
     if found.evaluation:
         summary = summarise(found.run, found.methods, found.evaluation)
-        return results(summary["methods"], summary["comparisons"])
+        return scores.results(summary["methods"], summary["comparisons"])
     return [{"method": "best point"}]
 
 
@@ -130,7 +128,7 @@ def _tests(runs: Runs) -> dict[str, Any]:
         rows = [row for row in compared if row["metric"] == metric]
         for row, adjusted in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
             row["p_adjusted"] = adjusted
-        tests.append((verdict(rows, metric), comparison_tables(rows)))
+        tests.append((scores.verdict(rows, metric), scores.comparison_tables(rows)))
     other = [key for key in _differing(runs) if key.startswith(MEASURING)]
     return {"untested": untested, "tests": tests, "measured_differently": other}
 
@@ -200,7 +198,6 @@ def _differing(runs: Runs) -> dict[str, list[Any]]:
             config = trial_config(config, found.trials.best.values, config.seed)
         tree = config.model_dump(mode="json", exclude={"name", "output", "tracking"})
         trees.append(dict(leaves(tree | {"versions": versions_of(found.run)})))
-    table = {
-        key: [tree.get(key, NOTHING) for tree in trees] for key in dict.fromkeys(k for tree in trees for k in tree)
-    }
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    table = {key: [tree.get(key, NOTHING) for tree in trees] for key in keys}
     return {key: values for key, values in table.items() if any(value != values[0] for value in values)}

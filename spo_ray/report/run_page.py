@@ -3,25 +3,18 @@
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from spo_ray.core.text_metrics import words
+from spo_ray.data.filter import Contamination
 from spo_ray.evaluate.evaluations import Evaluation
-from spo_ray.report import figures
-from spo_ray.report.data_section import dropped_tables, pairs_table
+from spo_ray.report import figures, scores
 from spo_ray.report.page import Cell, Link, Table, differing, render
-from spo_ray.report.scores import (
-    COLUMNS,
-    REFERENCE,
-    comparison_tables,
-    linked,
-    other_suites,
-    results,
-    results_table,
-    text_table,
-    verdict,
-)
 from spo_ray.report.summary import summarise
-from spo_ray.runtime.artifact import MANIFEST, Artifact, RowCounts, write_json
+from spo_ray.runtime.artifact import MANIFEST, REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place
 from spo_ray.runtime.run import Run
 from spo_ray.train.alarm import PREFIX, describe
@@ -29,6 +22,10 @@ from spo_ray.train.spec import RESULT
 
 SHOWN_PROMPTS = 8
 """Number of held-out prompts whose answers are shown."""
+SHOWN_DROPPED = 20
+"""Number of dropped rows that the page lists for each stage and reason."""
+SHARED_WORDS = 13
+"""Number of consecutive words shared with a held-out prompt that count as contamination."""
 NOTED = ("requests", "cost", "restarts")
 """Facts of a stage that the table of stages shows."""
 
@@ -51,7 +48,7 @@ def write_report(
     inputs |= {"questions": held_out, "scores": evaluation.scores, "comparisons": evaluation.comparisons}
     report = run.stage("report", build, config={}, inputs=inputs | {"pairs": pairs})
     write_json(run.root / "summary.json", summary)
-    for line in text_table(summary["methods"], summary["comparisons"]):
+    for line in scores.text_table(summary["methods"], summary["comparisons"]):
         print(line)
     log("report", place(report.path / "index.html"))
 
@@ -67,16 +64,15 @@ def _content(
     """Return the data of ``run.html.j2``."""
     table, compared = summary["methods"], summary["comparisons"]
     paths = {name: artifact.path for name, artifact in methods.items()}
-    lines = [linked(line, run.root, "..", paths.get(line["method"])) for line in results(table, compared)]
-    shown = results_table(lines)
+    lines = scores.results(table, compared)
+    cells = [scores.linked(line, run.root, "..", paths.get(line["method"])) for line in lines]
     return {
         "config": run.config,
         "versions": summary["versions"],
-        "results": shown,
-        "column_notes": [note for name, (_, note) in COLUMNS.items() if note and name in shown.header],
+        "results": scores.results_table(cells),
         "alarms": _alarms(run, paths),
-        "verdict": verdict(compared),
-        "comparisons": comparison_tables(compared),
+        "verdict": scores.verdict(compared),
+        "comparisons": scores.comparison_tables(compared),
         "smoothing": figures.EMA,
         "figures": {
             "accuracy": figures.accuracy_figure(table) if evaluation.answers else None,
@@ -86,12 +82,12 @@ def _content(
             "dynamics": figures.dynamics_figure(paths),
             "health": figures.health_figure(paths),
         },
-        "suites": other_suites(table, run.root),
+        "suites": scores.other_suites(table, run.root),
         "answers": _answers(_greedy(run, table, evaluation.answers), held_out),
-        "reference": REFERENCE,
-        "pairs": pairs_table(run, pairs, held_out),
+        "reference": scores.REFERENCE,
+        "pairs": _pairs(run, pairs, held_out),
         "stages": _stages(run),
-        "dropped": dropped_tables(run),
+        "dropped": _dropped(run),
         "settings": json.dumps(run.config.model_dump(mode="json"), indent=2),
     }
 
@@ -125,7 +121,7 @@ def _answers(greedy: dict[str, dict[str, Any]], held_out: Artifact) -> dict[str,
     prompts = {row["id"]: row["prompt"] for row in held_out.rows()}
     lines = []
     for row_id in (disputed or list(first))[:SHOWN_PROMPTS]:
-        reference = greedy.get(REFERENCE, first)[row_id]["response"]
+        reference = greedy.get(scores.REFERENCE, first)[row_id]["response"]
         answers = [
             {"pieces": differing(rows[row_id]["response"], reference), "correct": rows[row_id].get("correct")}
             for rows in greedy.values()
@@ -158,3 +154,38 @@ def _stages(run: Run) -> Table:
 
 def _noted(facts: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:.4g}" for key, value in facts.items() if value)
+
+
+def _pairs(run: Run, pairs: Artifact, held_out: Artifact) -> Table:
+    """Return length bias, duplicates and contamination of the training pairs."""
+    rows = pairs.rows()
+    chosen, rejected = ([len(words(row[side])) for row in rows] for side in ("chosen", "rejected"))
+    longer = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / len(rows)
+    different = Counter((str(row["prompt"]), row["chosen"], row["rejected"]) for row in rows)
+    template = getattr(run.config.data, "prompt", "")
+    clean = list(Contamination(held_out.rows(), SHARED_WORDS, template).keep_clean(rows, RowCounts()))
+    lines = [
+        ["pairs", Link(f"{len(rows)}", f"../{pairs.path.name}/")],
+        ["mean words, chosen", f"{fmean(chosen):.1f}"],
+        ["mean words, rejected", f"{fmean(rejected):.1f}"],
+        ["chosen longer than rejected", f"{longer:.1%}"],
+        ["different prompts", f"{len({str(row['prompt']) for row in rows})}"],
+        ["exact duplicates", f"{len(rows) - len(different)}"],
+        [f"sharing {SHARED_WORDS} consecutive words, or all, with a held-out prompt", f"{len(rows) - len(clean)}"],
+    ]
+    return Table(["", ""], lines)
+
+
+def _dropped(run: Run) -> list[tuple[str, Table]]:
+    """Return a title and the first dropped rows for each stage and reason."""
+    found = []
+    for file in sorted(run.root.glob(f"*/{REJECTED}"), key=lambda path: (path.parent / MANIFEST).stat().st_mtime):
+        stage = file.parent.name
+        reasons: dict[str, list[list[str]]] = {}
+        for row in pq.read_table(file).to_pylist():
+            reasons.setdefault(row["reason"], []).append([row["id"], row["excerpt"]])
+        for reason, rows in reasons.items():
+            shown = rows[:SHOWN_DROPPED]
+            more = "" if shown == rows else f"; the first {len(shown)} of them, all in {stage}/{REJECTED}"
+            found.append((f"{stage}: {len(rows)} {reason}{more}", Table(["row", "excerpt"], shown)))
+    return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from spo_ray.config.evaluate import LM_EVAL
@@ -14,56 +14,20 @@ from spo_ray.train.spec import RESULT
 REFERENCE = "sft"
 """Checkpoint that methods are compared with in the table of results."""
 COLUMNS = {
-    "greedy, 95%": ("eval", "greedy: accuracy of greedy answers, in brackets with Wilson's 95% interval."),
-    "sampled ± sd, 95%": (
-        "eval",
-        "sampled: mean accuracy of sampled answers ± standard deviation over seeds; the interval is over questions.",
-    ),
-    "p against sft": (
-        "comparisons",
-        "p: paired test of the greedy answers against those of sft, adjusted by Holm's method.",
-    ),
-    "Δ log π chosen": (
-        "method",
-        "Δ log π: mean change of the log-probability on the training pairs, in nats, from the SFT checkpoint to the "
-        "end of the method's training. Red: chosen answers lost probability.",
-    ),
-    "Δ log π rejected": ("method", ""),
-    "held-out reward accuracy, 95%": (
-        "method",
-        "held-out reward accuracy: share of held-out pairs whose chosen answer has the higher implicit reward.",
-    ),
+    "greedy, 95%": "eval",
+    "sampled ± sd, 95%": "eval",
+    "p against sft": "comparisons",
+    "Δ log π chosen": "method",
+    "Δ log π rejected": "method",
+    "held-out reward accuracy, 95%": "method",
 }
-"""Columns of the results: the kind of stage with the rows of a column, and the column's explanation."""
-TITLES = {"health": "Text health", "alpaca_eval": "AlpacaEval"}
-"""Headings of suites; other suites have their name as heading."""
-NOTES = {
-    "health": (
-        "Measured on greedy answers and on samples at temperature 1. length: in tokens. unfinished: share of answers "
-        "cut off by eval.max_tokens. repetition_4: share of an answer's 4-word sequences that occur earlier in it. "
-        "longest_run: words in the longest part that repeats itself. distinct_1, distinct_2: share of different words, "
-        "or word pairs, among all of them. entropy and kl: in nats per answer. logp_of_sft_samples: log-probability of "
-        "the SFT model's samples under this checkpoint. logp_sft_of_samples: log-probability of this checkpoint's "
-        "samples under the SFT model."
-    ),
-    "alpaca_eval": "average_length: in characters. Rates: wins against the baseline's answers, in percent.",
-}
-"""Explanations of the suites' metrics."""
+"""Kind of stage with the rows of each column of the results."""
 SHIFTED = ("logp_sft_of_samples", "kl_checkpoint_to_sft")
 """Text health metrics that the stage ``shift`` computes."""
 PART = "part-0.parquet"
 Methods = Mapping[str, Any]
 """Results by checkpoint; ``methods`` of ``summary.json``."""
 Rows = Sequence[Mapping[str, Any]]
-
-
-class Suite(NamedTuple):
-    """Metrics of one evaluation suite for all checkpoints."""
-
-    title: str
-    table: Table
-    note: str
-    """Explanation of the metrics; may be empty."""
 
 
 def results(methods: Methods, compared: Rows) -> list[dict[str, str]]:
@@ -119,7 +83,7 @@ def linked(line: Mapping[str, str], root: Path, prefix: str, trained: Path | Non
     targets = {"eval": f"eval_{name}/{PART}", "comparisons": f"comparisons/{PART}", "method": ""}
     if trained:
         targets["method"] = f"{trained.relative_to(root)}/{RESULT}"
-    places = {"method": targets["eval"]} | {column: targets[stage] for column, (stage, _) in COLUMNS.items()}
+    places = {"method": targets["eval"]} | {column: targets[stage] for column, stage in COLUMNS.items()}
     return {column: _link(value, root, prefix, places[column]) for column, value in line.items()}
 
 
@@ -168,22 +132,17 @@ def verdict(compared: Rows, metric: str = "accuracy_greedy") -> str:
     return f"{metric}: {told} {len(found) - len(sure)} of {len(found)} differences are not distinguishable from noise."
 
 
-def other_suites(methods: Methods, root: Path) -> list[Suite]:
-    """Return the metrics of all suites except accuracy, with a column for each checkpoint."""
+def other_suites(methods: Methods, root: Path) -> dict[str, Table]:
+    """Return the metrics of each suite except accuracy, with a column for each checkpoint."""
     keys = dict.fromkeys(key for entry in methods.values() for key in entry["scores"])
     suites: dict[str, list[list[Cell]]] = {}
     for suite, _, metric in (key.partition("/") for key in keys if not key.startswith("accuracy/")):
+        values = {name: entry["scores"].get(f"{suite}/{metric}") for name, entry in methods.items()}
         cells = [
-            _link(
-                with_interval(entry["scores"].get(f"{suite}/{metric}"), ".3g"), root, "..", _rows(suite, metric, name)
-            )
-            for name, entry in methods.items()
+            _link(with_interval(value, ".3g"), root, "..", _rows(suite, metric, name)) for name, value in values.items()
         ]
         suites.setdefault(suite, []).append([metric, *cells])
-    return [
-        Suite(TITLES.get(suite, suite), Table(["", *methods], rows), NOTES.get(suite, ""))
-        for suite, rows in suites.items()
-    ]
+    return {suite: Table(["", *methods], lines) for suite, lines in suites.items()}
 
 
 def _rows(suite: str, metric: str, name: str) -> str:

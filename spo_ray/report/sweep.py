@@ -1,9 +1,9 @@
-"""The sensitivity report: one self-contained page, its figures, and the table of the trials."""
+"""The sweep page: one self-contained HTML file, its figures as SVG, and ``summary.json``."""
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from spo_ray.config.sweep import SweepConfig, names_of
@@ -12,24 +12,16 @@ from spo_ray.evaluate.statistics import in_words
 from spo_ray.report.figures import spec, svg
 from spo_ray.report.page import Table, render
 from spo_ray.report.scores import with_interval
-from spo_ray.report.sweep_figures import (
-    heat_figure,
-    importance_figure,
-    importances,
-    parallel_figure,
-    sensitivity_figure,
-)
+from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import Artifact, RowCounts, versions, write_json
 from spo_ray.runtime.console import log, place
 from spo_ray.runtime.run import Run
-from spo_ray.sweep.results import BEST, Ranked, Row, one_each, rows_of
+from spo_ray.sweep.results import BEST, Ranked, Row, rows_of
 from spo_ray.sweep.space import short_names, short_text, sweep_of
-
-MOST_MAPS = 6
 
 
 def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluation | None) -> None:
-    """Write ``report/index.html`` with the figures beside it, and ``summary.json``."""
+    """Write ``report/index.html`` with its figures, and ``summary.json``."""
     sweep, rows = sweep_of(run.config), rows_of(trials)
     summary = summarise(run, rows, best, tested)
 
@@ -45,20 +37,26 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
     report = run.stage("report", build, config={}, inputs=inputs)
     write_json(run.root / "summary.json", summary)
     log("best", f"{values_in_words(best.values)}; {BEST} is ready to run")
-    for line in _test_lines(summary["test"], names_of(sweep)):
+    for line in _test_lines(summary, names_of(sweep)):
         log("test", " ".join(line))
     log("report", place(report.path / "index.html"))
 
 
 def file_name(title: str) -> str:
-    """A figure's, whatever the names of scores and parameters in its title."""
+    """Return the file name of a figure; names of scores and parameters in its title can hold any character."""
     return f"{re.sub(r'[^a-z0-9.-]+', '_', title.lower())}.svg"
 
 
 def summarise(run: Run, rows: Sequence[Row], best: Ranked, tested: Evaluation | None) -> dict[str, Any]:
-    """What ``summary.json`` has."""
+    """Return the content of ``summary.json``; ``test`` holds scores on the test split by checkpoint and name."""
     sweep = sweep_of(run.config)
     status = [row["status"] for row in rows]
+    test: dict[str, dict[str, Any]] = {}
+    for score in tested.scores.rows() if tested else []:
+        name = score["metric"] if score["suite"] == "accuracy" else f"{score['suite']}/{score['metric']}"
+        entry = {key: score[key] for key in ("value", "low", "high", "n") if score[key] is not None}
+        test.setdefault(score["checkpoint"], {})[name] = entry
+    without = [row["bytes"] for row in rows if not row["checkpoint"]]
     return {
         "run": run.config.name,
         "seed": run.config.seed,
@@ -68,74 +66,45 @@ def summarise(run: Run, rows: Sequence[Row], best: Ranked, tested: Evaluation | 
             "trials": [row["trial"] for row in best.rows],
             "validation": dict(zip(names_of(sweep), best.means, strict=False)),
         },
-        "test": _tested(tested),
+        "test": test,
         "comparisons": tested.comparisons.rows() if tested else [],
         "importances": importances(rows, sweep),
-        "bytes": {"trials": sum(row["bytes"] for row in rows), "without_checkpoint": _median_bytes(rows)},
+        "bytes": {
+            "trials": sum(row["bytes"] for row in rows),
+            "without_checkpoint": median_high(without) if without else None,
+        },
         "versions": versions(),
     }
-
-
-def _tested(tested: Evaluation | None) -> dict[str, dict[str, Any]]:
-    """Scores on the test split by checkpoint, then by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for score in tested.scores.rows() if tested else []:
-        name = score["metric"] if score["suite"] == "accuracy" else f"{score['suite']}/{score['metric']}"
-        entry = {key: score[key] for key in ("value", "low", "high", "n") if score[key] is not None}
-        found.setdefault(score["checkpoint"], {})[name] = entry
-    return found
-
-
-def _median_bytes(rows: Sequence[Row]) -> int | None:
-    sizes = sorted(row["bytes"] for row in rows if not row["checkpoint"])
-    return sizes[len(sizes) // 2] if sizes else None
-
-
-def sensitivity_figures(rows: Sequence[Row], sweep: SweepConfig, found: dict[str, float]) -> list[tuple[str, Any]]:
-    """The first objective against each parameter and pair of them, all parameters at once, and importances."""
-    objective, names = names_of(sweep)[0], short_names(sweep.space)
-    scored = one_each(row for row in rows if objective in row["scores"])
-    figures = [(f"{objective} against {name}", sensitivity_figure(scored, key, sweep)) for key, name in names.items()]
-    for first, second in list(itertools.combinations(sweep.space, 2))[:MOST_MAPS]:
-        figures.append((f"{names[first]} x {names[second]}", heat_figure(scored, first, second, sweep)))
-    figures.append(("Parallel coordinates", parallel_figure(scored, sweep)))
-    if found:
-        figures.append(("Importance", importance_figure(found)))
-    return figures
 
 
 def _content(run: Run, rows: Sequence[Row], summary: dict[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     """Return the data of ``sweep.html.j2``."""
     sweep = sweep_of(run.config)
     return {
-        "name": run.config.name,
-        "versions": summary["versions"],
+        "config": run.config,
         "sweep": sweep,
-        "counts": summary["trials"],
-        "validation": _validation(run, sweep),
+        "summary": summary,
+        "versions": summary["versions"],
         "best": values_in_words(summary["best"]["values"]),
         "best_file": BEST,
-        "scores": Table(["on", *names_of(sweep)], _best_lines(summary, sweep)),
+        "scores": _best_table(summary, names_of(sweep)),
         "tests": [f"Test split, {row['metric']}: {in_words(row)}." for row in summary["comparisons"]],
         "figures": [(title, spec(chart)) for title, chart in figures.items()],
         "trials": _trial_table(rows, sweep),
     }
 
 
-def _validation(run: Run, sweep: SweepConfig) -> str:
-    questions = "" if run.config.data.type == "preference" else f"{sweep.validation.questions} validation questions"
-    pairs = f"{sweep.validation.pairs} held-out pairs" if sweep.validation.pairs else ""
-    return " and ".join(part for part in (questions, pairs) if part)
+def _best_table(summary: Mapping[str, Any], names: Sequence[str]) -> Table:
+    found = summary["best"]["validation"]
+    validation = ["validation", *(f"{found[name]:.4g}" if name in found else "" for name in names)]
+    test = [[f"test, {line[0]}", *line[1:]] for line in _test_lines(summary, names)]
+    return Table(["on", *names], [validation, *test])
 
 
-def _best_lines(summary: Mapping[str, Any], sweep: SweepConfig) -> list[list[str]]:
-    lines = [["validation", *(f"{value:.4g}" for value in summary["best"]["validation"].values())]]
-    lines += [[f"test, {line[0]}", *line[1:]] for line in _test_lines(summary["test"], names_of(sweep))]
-    return [line + [""] * (1 + len(sweep.objectives) - len(line)) for line in lines]
-
-
-def _test_lines(tested: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
-    return [[name, *(with_interval(entry.get(key), ".3f") for key in names)] for name, entry in tested.items()]
+def _test_lines(summary: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Return checkpoints with their scores on the test split."""
+    tested = summary["test"]
+    return [[name, *(with_interval(scores.get(key), ".3f") for key in names)] for name, scores in tested.items()]
 
 
 def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> Table:
@@ -146,12 +115,11 @@ def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> Table:
         values = [short_text(row["values"].get(key)) for key in sweep.space]
         status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
         plain = [str(row["seed"]), status, str(row["steps"]), f"{row['seconds']:.0f}", f"{row['bytes']:,}"]
-        lines.append(
-            [row["trial"], *values, *plain, *(with_interval(row["scores"].get(name), ".3f") for name in names)]
-        )
+        scores = [with_interval(row["scores"].get(name), ".3f") for name in names]
+        lines.append([row["trial"], *values, *plain, *scores])
     return Table(header, lines)
 
 
 def values_in_words(values: Mapping[str, Any]) -> str:
-    """A point of the search space."""
+    """Return a point of the search space as text."""
     return ", ".join(f"{key} {short_text(value)}" for key, value in values.items())

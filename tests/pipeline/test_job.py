@@ -18,7 +18,7 @@ from spo_ray.errors import UserError
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.cli import follow, guarded
 from spo_ray.report.comparison import write_reports
-from spo_ray.report.data_section import SHOWN_DROPPED
+from spo_ray.report.run_page import SHOWN_DROPPED
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import check_plan
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from spo_ray.report.figures import _smoothed, batch_figure, ratio_figure
 from spo_ray.report.page import Link, Table, differing, environment
+from spo_ray.report.scores import COLUMNS
 
 from ..conftest import ROOT
 
@@ -54,6 +55,11 @@ def test_signs_have_colours_where_asked():
     table = Table(["m", "change"], [["a", "-1"], ["-b", Link("+1", "rows")], ["c", ""]])
     found = laid_out('{{ table(content, signs="change") }}', content=table)
     assert re.findall('<td class="(.*?)">(.*?)</td>', found) == [("fell", "-1"), ("rose", '<a href="rows">+1</a>')]
+
+
+def test_explained_columns_are_columns_of_the_results():
+    explained = environment().get_template("explanations.j2").make_module().columns
+    assert explained.keys() == COLUMNS.keys() - {"Δ log π rejected"}  # explained with that of the chosen answers
 
 
 def test_the_wheel_has_the_templates(tmp_path):
