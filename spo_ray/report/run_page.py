@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ from spo_ray.report.page import Cell, Link, Table, differing, render
 from spo_ray.report.summary import summarise
 from spo_ray.runtime.artifact import MANIFEST, REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.train.alarm import PREFIX, describe
 from spo_ray.train.spec import RESULT
 
@@ -37,18 +38,20 @@ def write_report(
 
     ``pairs`` are the training pairs as text, ``held_out`` the questions or pairs of the evaluation.
     """
-    summary = summarise(run, methods, evaluation)
+    summary = cache(partial(summarise, run, methods, evaluation))
 
     def build(out: Path, row_counts: RowCounts) -> None:
         row_counts.facts["summary"] = "../summary.json"
-        page = render("run.html.j2", **_content(run, summary, methods, evaluation, pairs, held_out))
+        page = render("run.html.j2", **_content(run, summary(), methods, evaluation, pairs, held_out))
         (out / "index.html").write_text(page, encoding="utf-8")
 
     inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in evaluation.answers.items()}
     inputs |= {"questions": held_out, "scores": evaluation.scores, "comparisons": evaluation.comparisons}
-    report = run.stage("report", build, config={}, inputs=inputs | {"pairs": pairs})
-    write_json(run.root / "summary.json", summary)
-    for line in scores.text_table(summary["methods"], summary["comparisons"]):
+    report = run.execute(Stage("report", build, {}, inputs | {"pairs": pairs}, Work(note="a page")))
+    if run.mode == "plan":
+        return
+    write_json(run.root / "summary.json", summary())
+    for line in scores.text_table(summary()["methods"], summary()["comparisons"]):
         print(line)
     log("report", place(report.path / "index.html"))
 

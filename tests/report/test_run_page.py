@@ -5,17 +5,18 @@ import shutil
 
 import pytest
 
-from spo_ray.report.finished import read
+from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.run_page import _alarms, _answers, _greedy
 from spo_ray.report.scores import comparison_tables, other_suites, results
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
+from spo_ray.runtime.run import Stage
 
 
 @pytest.fixture
 def run(folder, tmp_path):
-    return read(shutil.copytree(folder / "a", tmp_path / "a")).run
+    return read_finished(shutil.copytree(folder / "a", tmp_path / "a")).run
 
 
 def test_alarms_are_told(run):
@@ -38,7 +39,7 @@ def test_ungraded_answers_come_from_text_health(run):
             table += [row | {"written_by": "sft", "response": "not its own", "seed": 0}] if name == "dpo" else []
             write_rows(out / "part-0.parquet", table, schema.HealthRow)
 
-        run.stage(f"health_{name}", build, config={}, inputs={})
+        run.execute(Stage(f"health_{name}", build, config={}, inputs={}))
     prompts = [{"id": "q", "prompt": [{"role": "user", "content": "How <many>?"}]}]
     held_out = type("Prompts", (), {"rows": lambda self: prompts})()
     greedy = _greedy(run, {"base": {}, "sft": {}, "dpo": {}}, {})
