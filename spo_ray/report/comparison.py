@@ -176,13 +176,10 @@ def _compared(first: Mapping[str, list[Measured]], second: Mapping[str, list[Mea
                 yield from compare(metric, {one.title: one.values[metric], other.title: other.values[metric]})
 
 
-def _trainings(runs: Runs) -> dict[str, dict[str, list[Path]]]:
-    """Return the folders of each run's trainings by method."""
-    folders: dict[str, dict[str, list[Path]]] = {}
-    for label, found in runs.items():
-        for name, artifact in found.methods.items():
-            folders.setdefault(label, {}).setdefault(_method(found, name), []).append(artifact.path)
-    return folders
+def _trainings(runs: Runs) -> list[tuple[str, str, Path]]:
+    """Return label of the run, method and folder of each training."""
+    found = [(label, each, name) for label, each in runs.items() for name in each.methods]
+    return [(label, _method(each, name), each.methods[name].path) for label, each, name in found]
 
 
 def _differing(runs: Runs) -> dict[str, list[Any]]:

@@ -76,19 +76,17 @@ def health_figure(trainings: Paths) -> Spec | None:
     return _lines(records, SIGNS, "", apart=True) if records else None
 
 
-def overlaid_figure(runs: Mapping[str, Mapping[str, Sequence[Path]]]) -> Spec:
+def overlaid_figure(trainings: Sequence[tuple[str, str, Path]]) -> Spec:
     """Plot the mean log pi of the probe pairs' responses by run, one panel for each method; dashed: rejected.
 
-    ``runs`` holds each run's trainings by method; several trainings of one method have the same colour.
+    ``trainings`` holds run, method and folder; several trainings of one run and method have the same colour.
     """
     records = [
         record | {"series": run, "side": record["series"], "number": number}
-        for run, methods in runs.items()
-        for method, paths in methods.items()
-        for number, path in enumerate(paths)
+        for number, (run, method, path) in enumerate(trainings)
         for record in _series({method: path}, PROBE)
     ]
-    panels = dict.fromkeys(method for methods in runs.values() for method in methods)
+    panels = dict.fromkeys(method for _, method, _ in trainings)
     return _lines(records, panels, "mean log π(y|x), nats", dashed="side")
 
 
