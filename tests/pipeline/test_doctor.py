@@ -4,14 +4,16 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from spo_ray.config.load import load
 from spo_ray.pipeline import cli, doctor
+from spo_ray.pipeline.job import plan_job
 
 QUICKSTART = "configs/quickstart.yaml"
-NO_PLAN = PlannedRun(load(QUICKSTART))
+NO_PLAN = SimpleNamespace(planned=[])
 
 
 def by_name(checks):
