@@ -14,7 +14,7 @@ from .processes import log_of, train
 
 BASE = ["preference.epochs=4", "sft.epochs=4", "sft.batch_size=4", "preference.dynamics_every=10"]
 RATES = ["preference.theta.lr=1e-4", "preference.phi.lr=1e-4"]
-SPO = "methods.spo={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 2, eta: 1e-3}}}}"
+SPO = "methods.spo={{type: spo, base: {{type: dpo, beta: 0.5}}, gamma: {}, inner: {{steps: 2, eta: 1e-3}}}}"
 CASES = {
     "sft": (None, [], 1e-5),
     "dpo": ("dpo", [], 1e-5),
@@ -79,7 +79,7 @@ def test_whole_copies_take_the_steps_of_one_too(referenced, tmp_path):
 def test_resume_on_one_and_on_four_what_two_have_saved(referenced, tmp_path):
     """The optimizer's states, SPO's running statistics and lambda, and the place in the data go along."""
     method = (
-        "methods.spo={type: spo, base: alpha_dpo, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
+        "methods.spo={type: spo, base: {type: alpha_dpo}, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
         "inner: {steps: 1, eta: 1e-3}}"
     )
     overrides = [*BASE, *RATES, method]
