@@ -133,28 +133,3 @@ class TrainConfig(ConfigModel):
     """Seconds that a worker waits for the others before they count as lost."""
     memory_check: bool = True
     """Refuse a training whose planned memory is beyond the worker's."""
-
-
-class WandbConfig(ConfigModel):
-    """Weights & Biases; the key is ``WANDB_API_KEY``, and ``WANDB_MODE=offline`` writes files alone."""
-
-    project: str = "spo-ray"
-    entity: str | None = None
-    """Team or user; None: the key's own."""
-
-
-class MlflowConfig(ConfigModel):
-    """MLflow."""
-
-    uri: str | None = None
-    """Server, database or folder; None: ``MLFLOW_TRACKING_URI``, else MLflow's own default."""
-    experiment: str = "spo-ray"
-
-
-class TrackingConfig(ConfigModel):
-    """Where training curves go besides ``log.jsonl``; None and false: nowhere."""
-
-    tensorboard: bool = False
-    """Event files in the run's folder ``tensorboard``."""
-    wandb: WandbConfig | None = None
-    mlflow: MlflowConfig | None = None
