@@ -42,7 +42,7 @@ class SamplingJob(NamedTuple):
         served = isinstance(teacher.engine, EndpointConfig)
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
         enough = config.sft_data.responses_per_question
-        return cls(model, teacher.engine, teacher.sampling, teacher.chat_template, enough)
+        return cls(model, teacher.engine, teacher.sampling, None, enough)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -24,11 +24,11 @@ UNCOMPARED = ("base", SFT)
 def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer prompts greedily and at temperature 1, and score the SFT model's samples (:class:`schema.HealthRow`)."""
     config = bench.run.config
-    settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | config.eval.health.model_dump()
+    settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | {"prompts": config.eval.health_prompts}
 
     def build(out: Path, counts: RowCounts) -> None:
         table = bench.data.rows()
-        drawn = random.Random(config.seed).sample(table, min(config.eval.health.prompts, len(table)))
+        drawn = random.Random(config.seed).sample(table, min(config.eval.health_prompts, len(table)))
         passes = [Pass(None, 0.0), Pass(SAMPLED, 1.0)]
         counts.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
         limits = (config.eval.max_tokens, config.eval.batch_size)

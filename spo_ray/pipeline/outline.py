@@ -78,7 +78,7 @@ def _sft_set(config: Config, train: int | None) -> Generator[Line, None, int | N
 
 def _evaluations(config: Config, test: int | None) -> Iterator[Line]:
     checkpoints, engines, tokens = ("base", "sft", *config.methods), _engines(config.engine), config.eval.max_tokens
-    prompts = config.eval.health.prompts if test is None else min(test, config.eval.health.prompts)
+    prompts = config.eval.health_prompts if test is None else min(test, config.eval.health_prompts)
     for suite in config.eval.chosen(config.data):
         for name in checkpoints:
             compared = name not in ("base", "sft")
