@@ -17,10 +17,12 @@ from spo_ray.config.load import load
 from spo_ray.errors import UserError
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.cli import follow, guarded
+from spo_ray.pipeline.finished import read_finished
+from spo_ray.pipeline.job import plan_job
 from spo_ray.report.comparison import write_reports
 from spo_ray.report.data_section import SHOWN_DROPPED
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.cluster import check_plan
+from spo_ray.runtime.cluster import check_resources
 
 from ..cluster import head, submit
 from ..helpers import SMALL
@@ -161,9 +163,9 @@ def test_a_finished_run_gets_its_page_again_and_is_compared_without_a_cluster(fi
     page = (root / "report" / "index.html").read_text()
     shutil.rmtree(root / "report")
     other = shutil.copytree(root, tmp_path / "other")
-    assert guarded(lambda: write_reports([root], None)) == 0
+    assert guarded(lambda: write_reports([read_finished(root)], None)) == 0
     assert (root / "report" / "index.html").read_text() == page
-    assert guarded(lambda: write_reports([root, other], tmp_path / "both.html")) == 0
+    assert guarded(lambda: write_reports([read_finished(root), read_finished(other)], tmp_path / "both.html")) == 0
     assert "ray: started" not in capsys.readouterr().out
     both = (tmp_path / "both.html").read_text()
     for label in ("quickstart", "other"):
@@ -182,12 +184,12 @@ def test_progress_is_reported_while_sampling_and_training(finished):
 def test_the_same_command_reuses_everything_and_a_change_redoes_its_part_only(finished):
     _, arguments, _ = finished
     again = run([*FULL, *arguments]).stdout
-    assert not re.search(r": starts$", again, re.M)
+    assert not re.search(r": build$", again, re.M)
     plan = run([*FULL, *arguments, "--dry-run", "methods.spo.lambda_sft=2"]).stdout
-    assert re.findall(r"^(\w+) +again ", plan, re.M) == REDONE
+    assert re.findall(r"^(\w+) +build ", plan, re.M) == REDONE
     assert re.search(r"^  method_spo +method\.lambda_sft 1\.0 -> 2\.0$", plan, re.M)
     changed = run([*TRAIN, *arguments, "methods.spo.lambda_sft=2"]).stdout
-    assert re.findall(r"(\w+): starts$", changed, re.M) == ["method_spo"]
+    assert re.findall(r"(\w+): build$", changed, re.M) == ["method_spo"]
 
 
 def test_the_exported_model_loads_anywhere(finished):
@@ -220,7 +222,7 @@ def interrupted(arguments, line):
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
     arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
-    code, errors = interrupted(arguments, "base_samples: starts")
+    code, errors = interrupted(arguments, "base_samples: build")
     assert code == 130, errors[-2000:]
     assert "finished stages are kept" in errors
     assert finished_stages(tmp_path) == ["data_test", "data_train"]
@@ -233,7 +235,7 @@ def finished_stages(output):
 def test_an_interrupt_while_methods_train(finished):
     root, arguments, _ = finished
     before = finished_stages(root.parent)
-    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: starts")
+    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: build")
     assert code == 130, errors[-2000:]
     assert finished_stages(root.parent) == before
 
@@ -289,28 +291,28 @@ def test_a_model_without_chat_template_is_refused(in_root, tmp_path, toy_base):
     ("overrides", "nodes", "message"),
     [
         ([], [{"CPU": 2.0}], None),
-        ([], [{"CPU": 1.0}], "sampling needs 1 actors of 1 CPUs and 0 GPUs and 1 CPU for data tasks"),
-        (["train.num_workers=3", "train.parallel_methods=2"], [{"CPU": 4.0}], "training needs 6 actors"),
+        ([], [{"CPU": 1.0}], "base_samples needs 1 actors of 1 CPUs and 0 GPUs and 1 CPU for data tasks"),
+        (["train.num_workers=3", "train.parallel_methods=2"], [{"CPU": 4.0}], "method_nll needs 6 actors"),
         (["train.num_workers=3", "train.parallel_methods=1"], [{"CPU": 2.0}, {"CPU": 2.0}], None),
         (
             ["train.num_workers=2", "train.cpus_per_worker=2", "train.parallel_methods=1"],
             [{"CPU": 3.0}, {"CPU": 1.0}],
-            "training needs 2 actors",
+            "sft needs 2 actors",
         ),
         (["engine.gpus=1"], [{"CPU": 8.0}], "the cluster has 8 CPUs and 0 GPUs"),
-        ([TEACHER], [{"CPU": 8.0}], "a teacher needs 1 actors of 1 CPUs and 2 GPUs"),
+        ([TEACHER], [{"CPU": 8.0}], "teacher1_samples needs 1 actors of 1 CPUs and 2 GPUs"),
         ([TEACHER, "train.use_gpu=false", "engine.gpus=0"], [{"CPU": 8.0, "GPU": 2.0}], None),
-        (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "training needs 2 actors"),
+        (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "sft needs 2 actors"),
         (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 2.0}], None),
     ],
 )
-def test_plans_are_compared_with_the_cluster(in_root, overrides, nodes, message):
-    config = load(FULL[-1], overrides)
+def test_plans_are_compared_with_the_cluster(in_root, tmp_path, overrides, nodes, message):
+    planned = plan_job(load(FULL[-1], [*overrides, f"output={tmp_path}"])).planned
     if message is None:
-        check_plan(config, nodes)
+        check_resources(planned, nodes)
     else:
         with pytest.raises(UserError) as caught:
-            check_plan(config, nodes)
+            check_resources(planned, nodes)
         assert message in str(caught.value)
 
 
