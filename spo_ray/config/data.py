@@ -85,16 +85,23 @@ class PreferenceData(FileData):
 DataConfig = Annotated[ToyData | QuestionData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
-class SamplingConfig(ConfigModel):
+class GenerationConfig(ConfigModel):
+    """How a model's responses are generated."""
+
+    temperature: PositiveFloat = 0.7
+    """Sampling temperature."""
+    max_tokens: PositiveInt = 256
+    """Longest response, in tokens."""
+    batch_size: PositiveInt = 256
+    """Prompts per engine call; of sampling also per output file, which is made again if an engine dies. An engine waits
+    for the last answers of a batch, so small batches are slow."""
+
+
+class SamplingConfig(GenerationConfig):
     """Sampling a model, for the SFT set and for the rejected responses."""
 
     samples: PositiveInt = 8
     """Responses per question, the K of pass@K."""
-    temperature: PositiveFloat = 0.7
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 256
-    """Questions per engine call, and per output file: what is made again if an engine dies. An engine waits for the
-    last answers of a batch, so that small ones are slow."""
 
 
 class EngineConfig(ConfigModel):

@@ -6,9 +6,6 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, mod
 
 from spo_ray.config.base import ConfigModel
 
-SftReduction = Literal["sum", "token_mean"]
-FlipRate = Annotated[float, Field(ge=0.0, lt=0.5)]
-
 
 class Trained(ConfigModel):
     """What every method has."""
@@ -17,35 +14,49 @@ class Trained(ConfigModel):
     """Peak learning rate of theta and phi; None: those of ``preference``."""
 
 
-class Nll(Trained):
-    """-log pi(y_w) alone."""
+class WithSftLoss(ConfigModel):
+    """Fields of the methods that have the SFT loss L_SFT, -log pi(y_w), as a term."""
 
-    type: Literal["nll"]
-    sft_reduction: SftReduction = "sum"
+    sft_reduction: Literal["sum", "token_mean"] = "sum"
+    """L_SFT summed over a completion's tokens, or their mean."""
 
 
-class Dpo(Trained):
-    """DPO."""
+class Scaled(Trained):
+    """Fields of DPO and the losses derived from it."""
 
-    type: Literal["dpo"]
     beta: PositiveFloat = 0.5
+    """Factor of the log-ratios of policy and reference; the smaller, the further from the reference may the policy be."""
 
 
-class CDpo(Trained):
-    """Conservative DPO."""
+class Smoothed(Scaled):
+    """Fields of the losses that take some labels for wrong."""
 
-    type: Literal["cdpo"]
-    beta: PositiveFloat = 0.5
-    label_smoothing: FlipRate = 0.1
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
     """Share of pairs believed to be the wrong way round."""
 
 
-class RobustDpo(Trained):
-    """Robust DPO: without bias under flipped labels."""
+class Nll(Trained, WithSftLoss):
+    """The SFT loss alone: -log pi(y_w)."""
+
+    type: Literal["nll"]
+
+
+class Dpo(Scaled):
+    """DPO: direct preference optimization."""
+
+    type: Literal["dpo"]
+
+
+class CDpo(Smoothed):
+    """Conservative DPO: cross-entropy with smoothed labels."""
+
+    type: Literal["cdpo"]
+
+
+class RobustDpo(Smoothed):
+    """Robust DPO: an unbiased estimate of DPO's loss where labels are flipped at random."""
 
     type: Literal["robust_dpo"]
-    beta: PositiveFloat = 0.5
-    label_smoothing: FlipRate = 0.1
 
 
 class Ipo(Trained):
@@ -58,27 +69,33 @@ class Ipo(Trained):
     """Log-ratios per token, or summed (the paper)."""
 
 
-class SimPo(Trained):
-    """SimPO; the margin is absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
+class LengthNormalised(Trained):
+    """Fields of the losses on mean log-probabilities per token."""
+
+    beta: PositiveFloat = 2.0
+    """Factor of the difference of the two completions' mean log-probabilities per token."""
+    margin: NonNegativeFloat = 1.0
+    """Target margin, absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
+
+
+class SimPo(LengthNormalised):
+    """SimPO: no reference model."""
 
     type: Literal["simpo"]
-    beta: PositiveFloat = 2.0
-    margin: NonNegativeFloat = 1.0
 
 
-class AlphaDpo(Trained):
-    """AlphaDPO; alpha is beta times the alpha of its public trainer."""
+class AlphaDpo(LengthNormalised):
+    """AlphaDPO: SimPO with a margin of its own for each pair, from policy and reference."""
 
     type: Literal["alpha_dpo"]
-    beta: PositiveFloat = 2.0
-    margin: NonNegativeFloat = 1.0
     alpha: NonNegativeFloat = 0.5
+    """Weight of the pair's own part of the margin: beta times the alpha of the public trainer."""
     statistics: Literal["corrected", "reference_exact"] = "corrected"
     """Running statistics of the z-score: corrected for their start, or just as in the public trainer."""
 
 
 class Dpop(Trained):
-    """DPO-Positive."""
+    """DPO-Positive: DPO with a penalty where log pi(y_w) falls below the reference's."""
 
     type: Literal["dpop"]
     beta: PositiveFloat = 0.3
@@ -86,13 +103,12 @@ class Dpop(Trained):
     """Weight of a fall of log pi(y_w), inside beta."""
 
 
-class DpoNll(Trained):
+class DpoNll(Scaled, WithSftLoss):
     """DPO + mu * L_SFT, on all parameters."""
 
     type: Literal["dpo_nll"]
-    beta: PositiveFloat = 0.5
     mu: NonNegativeFloat = 1.0
-    sft_reduction: SftReduction = "sum"
+    """Weight of the SFT loss."""
 
 
 Base = Dpo | CDpo | RobustDpo | Ipo | SimPo | AlphaDpo | Dpop
@@ -124,7 +140,7 @@ class SafeRegion(ConfigModel):
     max_lambda: PositiveFloat = 100.0
 
 
-class Spo(Trained):
+class Spo(Trained, WithSftLoss):
     """Stable Preference Optimization around a base loss."""
 
     type: Literal["spo"]
@@ -135,7 +151,6 @@ class Spo(Trained):
     safe_region: SafeRegion | None = None
     gamma: NonNegativeFloat = 0.0
     inner: Inner = Inner()
-    sft_reduction: SftReduction = "sum"
     norm_scope: Literal["all", "backbone", "adapters"] = "all"
     norm_of: Literal["sum", "mean"] = "sum"
     """R's norms of summed log-probabilities, or of means per token (for length-normalised bases)."""

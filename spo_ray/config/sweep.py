@@ -44,43 +44,6 @@ class Grid(ConfigModel):
 Dimension = Annotated[LogUniform | Choice | Grid, Field(discriminator="type")]
 
 
-class RandomSearch(ConfigModel):
-    """``samples`` draws, each combined with every point of the grids if there are any; equal ones are tried once."""
-
-    type: Literal["random"]
-
-
-class GridSearch(ConfigModel):
-    """Every point of the grids once."""
-
-    type: Literal["grid"]
-
-
-class OptunaSearch(ConfigModel):
-    """Optuna's TPE: ``samples`` suggestions, which learn from the finished trials; for all objectives together."""
-
-    type: Literal["optuna"]
-    startup_trials: PositiveInt = 10
-    """Random suggestions before the first that learns."""
-
-
-class Fifo(ConfigModel):
-    """Every trial trains to its end, but for those that collapse."""
-
-    type: Literal["fifo"]
-
-
-class Asha(ConfigModel):
-    """Asynchronous successive halving on the first objective: of what has reached a rung, the best part goes on.
-
-    The rungs are ``score_at[0]`` times the powers of ``reduction_factor``.
-    """
-
-    type: Literal["asha"]
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """One in so many trials goes on from a rung."""
-
-
 class ValidationConfig(ConfigModel):
     """What trials are scored on: rows of the training split that no trial trains on, and not of the test split."""
 
@@ -97,10 +60,14 @@ class SweepConfig(ConfigModel):
     """A name in ``methods``."""
     space: dict[str, Dimension] = Field(min_length=1)
     """What varies: dotted keys of the configuration, such as ``methods.spo.lambda_sft``."""
-    searcher: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="type")] = RandomSearch(
-        type="random"
-    )
-    scheduler: Annotated[Fifo | Asha, Field(discriminator="type")] = Asha(type="asha")
+    searcher: Literal["random", "grid", "optuna"] = "random"
+    """``random``: ``samples`` draws, each combined with every point of the grids. ``grid``: every point of the grids
+    once. ``optuna``: ``samples`` suggestions of TPE, which learns from the finished trials' objectives."""
+    scheduler: Literal["asha", "fifo"] = "asha"
+    """``asha``: asynchronous successive halving on the first objective, at ``score_at[0]`` times the powers of
+    ``reduction_factor``. ``fifo``: every trial trains to its end unless it collapses."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """ASHA lets the best of so many trials go on; the others are stopped."""
     samples: PositiveInt = 12
     """Draws or suggestions; a grid search has none. Equal draws are tried once."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -123,9 +90,9 @@ class SweepConfig(ConfigModel):
     def _fits_together(self) -> "SweepConfig":
         if self.score_at != sorted(set(self.score_at)) or self.score_at[-1] != 1.0:
             raise ValueError(f"score_at={self.score_at} must rise and end with 1.0")
-        if self.searcher.type == "grid" and any(d.type != "grid" for d in self.space.values()):
+        if self.searcher == "grid" and any(d.type != "grid" for d in self.space.values()):
             raise ValueError("searcher grid takes grids alone: give every key of space values with type: grid")
-        if self.searcher.type == "optuna" and len(self.seeds) > 1:
+        if self.searcher == "optuna" and len(self.seeds) > 1:
             raise ValueError("searcher optuna learns from single trials: give one seed, and repeat the best with more")
         if "held_out_reward_accuracy" in self.objectives and not self.validation.pairs:
             raise ValueError("held_out_reward_accuracy needs validation.pairs")

@@ -108,8 +108,8 @@ def _page(run: Run, rows: Sequence[Row], summary: dict[str, Any], figures: Mappi
     told = ", ".join(f"{n} {name}" for name, n in counts.items())
     sections = [
         f"<h1>{escape(run.config.name)}</h1>",
-        f"<p class=note>{len(rows)} trials of {escape(sweep.method)}: {told}. Searcher {sweep.searcher.type}, "
-        f"scheduler {sweep.scheduler.type}, seeds {', '.join(map(str, sweep.seeds))}. Scored on "
+        f"<p class=note>{len(rows)} trials of {escape(sweep.method)}: {told}. Searcher {sweep.searcher}, "
+        f"scheduler {sweep.scheduler}, seeds {', '.join(map(str, sweep.seeds))}. Scored on "
         f"{_validation(run, sweep)}, which no trial was trained on.</p>",
         "<h2>Best</h2>",
         f"<p>{escape(values_in_words(summary['best']['values']))}. Ready to run: <code>{BEST}</code>.</p>",

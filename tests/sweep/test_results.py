@@ -32,7 +32,7 @@ WIDE = [
         methods__spo__lambda_sft="{type: loguniform, low: 0.01, high: 100}",
         methods__spo__base__beta="{type: choice, values: [0.1, 0.5]}",
     ),
-    "sweep.searcher={type: random}",
+    "sweep.searcher=random",
     "sweep.seeds=[0, 1]",
 ]
 
