@@ -40,7 +40,7 @@ EXAMPLES = """Examples:
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 
-def execute(job: Callable[[Run], Any], config: Config) -> None:
+def execute(job: Callable[[Run], Any], config: Config, until: Part = "report") -> None:
     """Run a job in its folder, under the folder's lock, with its state in ``status.json``."""
     run = Run(config)
     if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
@@ -51,7 +51,7 @@ def execute(job: Callable[[Run], Any], config: Config) -> None:
     with run.locked(), recorded(run):
         write_json(run.root / "config.json", config.model_dump(mode="json"))
         job(run)
-    log("job", f"finished; results in {place(run.root)}")
+    log("job", f"{until} finished; results in {place(run.root)}")
 
 
 def show_plan(plan: PlannedRun, more: str = "") -> None:
@@ -121,7 +121,7 @@ def run(
         if dry_run:
             show_plan(plan_job(loaded))
         else:
-            execute(partial(run_job, until=until), loaded)
+            execute(partial(run_job, until=until), loaded, until)
 
     return guarded(work)
 

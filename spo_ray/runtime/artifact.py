@@ -91,6 +91,11 @@ class MissingArtifact(Artifact):
         """Raise a UserError: there are no files."""
         raise UserError(self.why)
 
+    @property
+    def max_rows(self) -> int | None:
+        """None: the number of rows is unknown."""
+        return None
+
     def present(self) -> Artifact:
         """Raise a UserError: the stage is missing."""
         raise UserError(self.why)

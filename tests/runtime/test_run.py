@@ -56,7 +56,7 @@ def test_a_run_that_is_at_work_can_be_sent_to_other_processes(run):
         sent = pickle.loads(pickle.dumps(run))
         assert (sent.root, sent.config, sent.names) == (run.root, run.config, run.names)
         before = (run.root / STATUS).read_text()
-        sent.open("of another process", config={}, inputs={})
+        sent.open(Stage("of another process", never_built))
         assert (run.root / STATUS).read_text() == before
     assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
 
