@@ -25,7 +25,7 @@ class Scaled(Trained):
     """Fields of DPO and the losses derived from it."""
 
     beta: PositiveFloat = 0.5
-    """Factor of the log-ratios of policy and reference; the smaller, the further from the reference may the policy be."""
+    """Factor of the log-ratios of policy and reference; a smaller one lets the policy move further."""
 
 
 class Smoothed(Scaled):

@@ -7,8 +7,8 @@ import pytest
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.pipeline.job import stages
-from spo_ray.pipeline.plan import plan
+from spo_ray.pipeline.job import plan_job
+from spo_ray.pipeline.plan import plan_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -24,16 +24,16 @@ def test_every_shipped_config_loads(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
-    """Without a network: what is on the hub counts as "all"."""
+    """Without a network, rows on the hub are unknown."""
     split = "\n".join(f'{{"question": "q{i}", "answer": {i}}}' for i in range(300))
     (tmp_path / "train.jsonl").write_text(split)
     (tmp_path / "test.jsonl").write_text(split)
     local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
     config = load(path, [f"output={tmp_path}", *([f"data.path={tmp_path}"] if local else [])])
-    text, _ = plan(config, stages)
+    text = plan_text(plan_job(config))
     assert f'"name": "{config.name}"' in text
     for name, method in config.methods.items():
-        assert re.search(rf"^method_{name} +to do +[\d,al]+ .* {method.type}, ", text, re.MULTILINE)
+        assert re.search(rf"^method_{name} +build +[\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
 
 
 def test_overrides_reach_nested_fields_and_take_yaml_values():
