@@ -1,12 +1,13 @@
 """The schema of a sweep: which keys vary and how, which trials are stopped early, what is scored, what is kept."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from spo_ray.config.base import ConfigModel
+from spo_ray.config.keys import with_values
 
 Value = bool | int | float | str | None
 FROM_LOG = ("delta_logp_chosen", "delta_logp_rejected", "reward_accuracy", "held_out_reward_accuracy")
@@ -121,22 +122,6 @@ def unmeasured(sweep: SweepConfig, suites: Sequence[str]) -> list[str]:
 
 FIXED = ("name", "output", "ray", "rounds", "engine", "eval", "sweep")
 """Sections that are the same for all trials."""
-
-
-def with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """The configuration with other values at some dotted keys.
-
-    Raises:
-        pydantic.ValidationError: they are no valid values there.
-    """
-    tree = config.model_dump(mode="json")
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return type(config).model_validate(tree)
 
 
 def space_problems(config: Any) -> Iterator[tuple[str, str]]:

@@ -8,10 +8,11 @@ import hashlib
 import importlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime.console import log
@@ -139,7 +140,7 @@ class Mlflow:
         else:
             tags = {"training": identifier, "run": run.config.name, "stage": stage}
             self.id = self.client.create_run(where, tags=tags, run_name=f"{run.config.name}/{stage}").info.run_id
-            parameters = [Param(name, str(value)[:500]) for name, value in _flat(run.config, stage)]
+            parameters = [Param(name, str(value)[:500]) for name, value in _settings(run.config, stage)]
             self.client.log_batch(self.id, params=parameters[:100])
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -173,12 +174,8 @@ def _identifier(run: Run, key: str) -> str:
     return hashlib.sha256(f"{run.root} {key}".encode()).hexdigest()[:16]
 
 
-def _flat(config: Config, stage: str) -> list[tuple[str, Any]]:
-    """What a training depends on, in dotted keys."""
-    name = stage.removeprefix("method_")
-    parts: dict[str, Any] = {"seed": config.seed, "model": config.model.path}
-    for section in ("sft", "preference"):
-        parts |= {f"{section}.{key}": value for key, value in getattr(config, section).model_dump(mode="json").items()}
-    method = config.methods.get(name)
-    parts |= {f"method.{key}": value for key, value in (method.model_dump(mode="json") if method else {}).items()}
-    return list(parts.items())
+def _settings(config: Config, stage: str) -> Iterator[tuple[str, Any]]:
+    """Return what a training depends on, by dotted keys."""
+    method = config.methods.get(stage.removeprefix("method_"))
+    tree = config.model_dump(mode="json", include={"seed": True, "model": {"path"}, "sft": True, "preference": True})
+    return leaves(tree | ({"method": method.model_dump(mode="json")} if method else {}))

@@ -10,8 +10,9 @@ from typing import Any, TypedDict
 
 from pydantic import ValidationError
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.schema import Config
-from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value, with_values
+from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value
 from spo_ray.errors import UserError
 from spo_ray.runtime.run import Run
 

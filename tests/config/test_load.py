@@ -1,9 +1,11 @@
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from spo_ray.config.keys import leaves, with_values
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
@@ -20,6 +22,13 @@ def test_every_shipped_config_loads(path):
     config = load(path)
     assert config.methods
     assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_configs_hold_only_what_differs_from_the_defaults(path):
+    dump = partial(load(path).model_dump, mode="json", exclude_unset=True)
+    given, differing = (dict(leaves(dump(exclude_defaults=without))) for without in (False, True))
+    assert {key for key in given.keys() - differing.keys() if not key.endswith("type")} == set()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -50,17 +59,17 @@ def line_of(text):
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (("  samples: 8", "  sampels: 8"), ["sampling.sampels", "did you mean 'samples'"]),
+        (("  batch_size: 64", "  bach_size: 64"), ["sampling.bach_size", "did you mean 'batch_size'"]),
         (
             ("  parallel_methods: 2", "  paralel_methods: 2"),
             ["train.paralel_methods", "did you mean 'parallel_methods'"],
         ),
         (
-            ("  dpo: {type: dpo, beta: 0.5}", "  dpo: {type: dpo, gamma: 1}"),
+            ("  dpo: {type: dpo}", "  dpo: {type: dpo, gamma: 1}"),
             ["methods.dpo.gamma", "known keys: beta, lr, type"],
         ),
-        (("  epochs: 3", "  epochs: three"), ["sft.epochs", "valid integer", "'three'"]),
-        (("  max_pass: 0.5", "  max_pass: 1.5"), ["sft_data.max_pass", "less than or equal to 1"]),
+        (("  max_length: 256", "  max_length: long"), ["train.max_length", "valid integer", "'long'"]),
+        (("  probe_pairs: 64", "  probe_pairs: 0"), ["preference.probe_pairs", "greater than 0"]),
     ],
     ids=["typo", "typo2", "foreign", "type", "range"],
 )
@@ -75,13 +84,13 @@ def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
 
 def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text(QUICKSTART.read_text().replace("  samples: 8", "  sampels: 8", 1))
+    path.write_text(QUICKSTART.read_text().replace("  batch_size: 64", "  bach_size: 64", 1))
     overrides = ["sft.lrr=1", "methods.new={type: dpo, gamma: 1}", "seed=2"]
     with pytest.raises(UserError) as caught:
         load(path, overrides)
     places = {line.split(": ")[1]: line.split(": ")[0] for line in str(caught.value).splitlines()}
     assert places == {
-        "sampling.sampels": f"{path}:{line_of('  samples: 8')}",
+        "sampling.bach_size": f"{path}:{line_of('  batch_size: 64')}",
         "sft.lrr": "command line",
         "methods.new.gamma": "command line",
     }
@@ -93,7 +102,7 @@ def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
         (["train.precision=bfloat"], "did you mean 'bfloat16'?"),
         (["methods.new={type: sop}"], "did you mean 'spo'?"),
         (["seed"], "must look like key.sub=value"),
-        (["seed.x=1"], "holds a value, not a section"),
+        (["name.x=1"], "holds a value, not a section"),
         (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),
         (["methods.new={type: ppo}"], "methods.new"),
         (["sampling.smaples=3"], "did you mean 'samples'"),
@@ -170,6 +179,16 @@ def test_data_settings_that_cannot_be(override, message):
     with pytest.raises(UserError) as caught:
         load(QUICKSTART, [override])
     assert message in str(caught.value)
+
+
+def test_values_at_dotted_keys_replace_what_was_there():
+    config = load(QUICKSTART)
+    changed = with_values(config, {"methods.spo.base.type": "simpo", "sft.lr": 0.5, "train.checkpoint.every": None})
+    assert changed.methods["spo"].base.beta == 2.0, "SimPO's own default"
+    assert (changed.sft.lr, changed.train.checkpoint.every) == (0.5, None)
+    assert (
+        with_values(changed, {"methods.spo.base.type": "dpo", "sft.lr": 1e-4, "train.checkpoint.every": 100}) == config
+    )
 
 
 def test_rounds_need_questions():

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.load import load
-from spo_ray.config.sweep import with_values
 from spo_ray.errors import UserError
 from spo_ray.pipeline.plan import trials_text
 from spo_ray.sweep.space import listed_points, short_names, trial_config, trial_count
