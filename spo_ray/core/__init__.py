@@ -13,8 +13,7 @@ _MODULES = {
     "losses": "dpo cdpo robust_dpo ipo simpo alpha_dpo dpop nll dpo_nll sft_loss",
     "running_statistics": "RunningStatistics ReferenceStatistics",
     "safe_region": "DualVariable",
-    "dynamics": "GradientTerms forecast sgd_forecast corollary1_bounds log_gap_change adamw_update mass_shift "
-    "sequence_logps",
+    "dynamics": "GradientTerms forecast",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOMES)
