@@ -73,8 +73,6 @@ class AlphaDpo(Trained):
     beta: PositiveFloat = 2.0
     margin: NonNegativeFloat = 1.0
     alpha: NonNegativeFloat = 0.5
-    statistics: Literal["corrected", "reference_exact"] = "corrected"
-    """Running statistics of the z-score: corrected for their start, or just as in the public trainer."""
 
 
 class Dpop(Trained):
@@ -105,7 +103,7 @@ BASES: dict[str, type[Base]] = {
     "alpha_dpo": AlphaDpo,
     "dpop": Dpop,
 }
-BASE_FIELDS = ("beta", "margin", "alpha", "statistics", "label_smoothing", "ipo_reduction", "penalty")
+BASE_FIELDS = ("beta", "margin", "alpha", "label_smoothing", "ipo_reduction", "penalty")
 
 
 class Inner(ConfigModel):
@@ -140,7 +138,6 @@ class Spo(Trained):
     beta: PositiveFloat | None = None
     margin: NonNegativeFloat | None = None
     alpha: NonNegativeFloat | None = None
-    statistics: Literal["corrected", "reference_exact"] | None = None
     label_smoothing: FlipRate | None = None
     ipo_reduction: Literal["mean", "sum"] | None = None
     penalty: NonNegativeFloat | None = None

@@ -131,8 +131,6 @@ def alpha_dpo(
     ``z0 = beta * (u_w / n_w - u_l / n_l)`` and g the same without beta, less the reference's; Wu et al., arXiv
     2410.10148. The public trainer has alpha inside beta: alpha here is beta * alpha there. The z-score is over
     ``statistics``, which take in every step's g before they are used (None: over this batch alone).
-    With :class:`spo_ray.core.running_statistics.ReferenceStatistics` it is the public trainer's loss, and NaN where
-    policy equals reference.
     """
     rewards_w, rewards_l = beta * chosen_logps / chosen_lengths, beta * rejected_logps / rejected_lengths
     with torch.no_grad():
