@@ -10,7 +10,7 @@ from typing import Any
 _MODULES = {
     "spo": "spo_gradients",
     "logps": "completion_logps token_logps",
-    "losses": "dpo cdpo robust_dpo ipo simpo alpha_dpo dpop nll dpo_nll sft_loss",
+    "losses": "PairLogps dpo cdpo robust_dpo ipo simpo alpha_dpo dpop nll dpo_nll sft_loss",
     "running_statistics": "RunningStatistics",
     "safe_region": "DualVariable",
     "dynamics": "GradientTerms forecast",

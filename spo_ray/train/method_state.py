@@ -1,11 +1,9 @@
 """From a method's configuration to the arguments of the one step that trains them all."""
 
-import inspect
 from functools import partial
 from typing import Any
 
-from spo_ray.config.base import ConfigModel
-from spo_ray.config.methods import AlphaDpo, MethodConfig, Spo
+from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Spo, Trained
 from spo_ray.core.losses import LOSSES, Loss
 from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.safe_region import DualVariable
@@ -70,12 +68,10 @@ SAME = {"lambda_sft", "gamma", "sft_reduction", "norm_scope", "norm_of", "hinge"
 """Fields that are arguments of the step."""
 
 
-def _loss(base: ConfigModel, statistics: RunningStatistics | None) -> Loss:
-    """The loss of that name, with the section's fields for its parameters."""
-    fields = base.model_dump()
-    loss = LOSSES[fields.pop("type")]
-    known = inspect.signature(loss).parameters
-    return partial(loss, **{key: value for key, value in (fields | {"statistics": statistics}).items() if key in known})
+def _loss(base: Base | Nll | DpoNll, statistics: RunningStatistics | None) -> Loss:
+    """Return the base loss with its configuration's own fields as parameters."""
+    parameters = base.model_dump(exclude={"type", *Trained.model_fields})
+    return partial(LOSSES[base.type], **parameters | ({"statistics": statistics} if statistics else {}))
 
 
 def _spo(config: Spo) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from spo_ray.core import dynamics
 from spo_ray.core.dynamics import GradientTerms, forecast
 from spo_ray.core.logps import completion_logps
-from spo_ray.core.losses import dpo
+from spo_ray.core.losses import PairLogps, dpo
 
 from .theory import (
     corollary1_bounds,
@@ -84,7 +84,8 @@ def grads(value, params):
 
 def dpo_loss(values, reference):
     columns = [v.reshape(1) for v in (*values, *(torch.tensor(r, dtype=torch.float64) for r in reference))]
-    return dpo(*columns, beta=BETA)[0]
+    lengths = torch.ones(1), torch.ones(1)
+    return dpo(PairLogps(*columns, *lengths, 1.0), beta=BETA)[0]
 
 
 def weight_of(values, reference):
@@ -209,7 +210,7 @@ def test_lists_that_do_not_fit_are_refused(other):
 @pytest.mark.parametrize("margin", [-1e6, -30.0, -1.0, 0.0, 2.5, 40.0, 1e6])
 def test_dpo_weight_is_the_slope_of_the_loss(margin):
     value = torch.tensor([margin], dtype=torch.float64, requires_grad=True)
-    dpo(value, *torch.zeros(3, 1).double(), beta=BETA)[0].backward()
+    dpo_loss((value, torch.zeros(1)), (0.0, 0.0)).backward()
     assert dpo_weight(BETA, margin) == pytest.approx(-value.grad.item(), rel=1e-14, abs=0.0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from spo_ray.core.losses import alpha_dpo
+from spo_ray.core.losses import PairLogps, alpha_dpo
 from spo_ray.core.running_statistics import EPSILON, RunningStatistics
 
 
@@ -150,8 +150,8 @@ def test_alpha_dpo_over_two_ranks_equals_one_batch():
     options = {"beta": 2.0, "margin": 0.3}
 
     def loss(part, all_reduce):
-        sizes = {"chosen_lengths": lengths[0][part], "rejected_lengths": lengths[1][part]}
-        found = alpha_dpo(*(u[part] for u in logps), **sizes, **options, **all_reduce)[0]
+        columns = (column[part] for column in (*logps, *lengths))
+        found = alpha_dpo(PairLogps(*columns, 7.0, **all_reduce), **options)[0]
         return found.item() * len(logps[0][part])
 
     together = TwoRanks()
