@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from spo_ray.core.text_metrics import words
+from spo_ray.core.text_metrics import words_and_marks
 from spo_ray.data.filter import Contamination
 from spo_ray.report import html
 from spo_ray.runtime.artifact import MANIFEST, REJECTED, Artifact, RowCounts
@@ -22,7 +22,7 @@ SHARED_WORDS = 13
 def pairs_section(run: Run, pairs: Artifact, held_out: Artifact) -> Iterator[str]:
     """Length bias, duplicates and contamination of the training pairs."""
     table = pairs.rows()
-    chosen, rejected = ([len(words(row[side])) for row in table] for side in ("chosen", "rejected"))
+    chosen, rejected = ([len(words_and_marks(row[side])) for row in table] for side in ("chosen", "rejected"))
     longer = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / len(table)
     copies = Counter((str(row["prompt"]), row["chosen"], row["rejected"]) for row in table)
     counts = RowCounts()
