@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.memory import Device, MemoryPlan, memory_plan
+from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
 from spo_ray.pipeline.outline import Line
 from spo_ray.runtime.artifact import MANIFEST
 
@@ -80,13 +80,13 @@ class Estimator:
         each = BYTES_PER_SAMPLED_TOKEN if line.stage.endswith("_samples") else BYTES_PER_SCORED_TOKEN
         return Estimate(memory, seconds, measured, each * tokens)
 
-    def plan(self, stage: str) -> MemoryPlan | None:
+    def plan(self, stage: str) -> MemoryEstimate | None:
         """The memory plan of ``sft`` or a method."""
         if self.model is None:
             return None
         method: MethodConfig | None = None if stage == "sft" else self.config.methods[stage]
         try:
-            return memory_plan(self.config, self.model, stage, method, self.device)
+            return estimate_memory(self.config, self.model, stage, method, self.device)
         except UserError:  # settings that don't fit the model: the run says so
             return None
 
