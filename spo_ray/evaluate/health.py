@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from spo_ray.config.evaluate import EvalConfig
-from spo_ray.core.text_metrics import distinct, longest_run, repetition, words
+from spo_ray.core.text_metrics import distinct, longest_run, repetition, words_and_marks
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, wilson
 from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
@@ -116,7 +116,7 @@ def estimate(config: EvalConfig, measured: Artifact, shifted: Sequence[Artifact]
 
 
 def _text(name: str, table: Sequence[Row]) -> list[Metric]:
-    texts = [words(row["response"]) for row in table]
+    texts = [words_and_marks(row["response"]) for row in table]
     finished = sum(row["finished"] for row in table)
     n = len(table)
     return [

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.memory import Device, memory_plan
+from spo_ray.model.memory import Device, estimate_memory
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.console import log
@@ -206,7 +206,7 @@ def _say_plan(jobs: list[Job], names: list[str], device: Device) -> None:
     plans = {}
     for job, name in zip(jobs, names, strict=True):
         method = None if job.method is None else job.config.methods[job.method]
-        plans[name] = memory_plan(job.config, AutoConfig.from_pretrained(job.model), name, method, device)
+        plans[name] = estimate_memory(job.config, AutoConfig.from_pretrained(job.model), name, method, device)
     largest = max(plans, key=lambda name: plans[name].total)
     log(largest, plans[largest].table())
 

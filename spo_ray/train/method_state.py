@@ -1,21 +1,14 @@
 """From a method's configuration to the arguments of the one step that trains them all."""
 
-import inspect
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from spo_ray.config.base import ConfigModel
-from spo_ray.config.methods import AlphaDpo, MethodConfig, Spo
+from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Spo, Trained
 from spo_ray.core.losses import LOSSES, Loss
-from spo_ray.core.running_statistics import ReferenceStatistics, RunningStatistics
+from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.safe_region import DualVariable
 from spo_ray.train.loop import Callback
 
-STATISTICS: dict[str, Callable[[], RunningStatistics]] = {
-    "corrected": RunningStatistics,
-    "reference_exact": ReferenceStatistics,
-}
 GAPS = {"reference": lambda metrics: -metrics["logps/chosen_change"], "inner": lambda m: m.get("spo/inner_gap", 0.0)}
 
 
@@ -25,7 +18,7 @@ class Method(Callback):
     def __init__(self, config: MethodConfig) -> None:
         self.lr = config.lr
         base = config.base if isinstance(config, Spo) else config
-        self.statistics = STATISTICS[base.statistics]() if isinstance(base, AlphaDpo) else None
+        self.statistics = RunningStatistics() if isinstance(base, AlphaDpo) else None
         self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics), "beta": getattr(base, "beta", 1.0)}
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN
         region = config.safe_region if isinstance(config, Spo) else None
@@ -75,12 +68,10 @@ SAME = {"lambda_sft", "gamma", "sft_reduction", "norm_scope", "norm_of", "hinge"
 """Fields that are arguments of the step."""
 
 
-def _loss(base: ConfigModel, statistics: RunningStatistics | None) -> Loss:
-    """The loss of that name, with the section's fields for its parameters."""
-    fields = base.model_dump()
-    loss = LOSSES[fields.pop("type")]
-    known = inspect.signature(loss).parameters
-    return partial(loss, **{key: value for key, value in (fields | {"statistics": statistics}).items() if key in known})
+def _loss(base: Base | Nll | DpoNll, statistics: RunningStatistics | None) -> Loss:
+    """Return the base loss with its configuration's own fields as parameters."""
+    parameters = base.model_dump(exclude={"type", *Trained.model_fields})
+    return partial(LOSSES[base.type], **parameters | ({"statistics": statistics} if statistics else {}))
 
 
 def _spo(config: Spo) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from spo_ray.model.collate import TokenRow, collate, collate_pairs
 from spo_ray.model.export import Probe, export
 from spo_ray.model.fsdp import load_shards, whole_state
 from spo_ray.model.load import build_policy, parameter_groups
-from spo_ray.model.memory import Device, check_memory, memory_plan
+from spo_ray.model.memory import Device, check_memory, estimate_memory
 from spo_ray.model.optimizer import Group
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import Artifact, write_json
@@ -76,7 +76,7 @@ def check_room(job: Job, rank: Distributed, held: int = 0) -> None:
         return
     method = None if job.method is None else config.methods[job.method]
     kind: Device = "cpu" if device.type == "cpu" else "cuda"
-    plan = memory_plan(config, AutoConfig.from_pretrained(job.model), job.method or "sft", method, kind)
+    plan = estimate_memory(config, AutoConfig.from_pretrained(job.model), job.method or "sft", method, kind)
     if kind == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
     else:  # shared with the other workers of the node
