@@ -29,7 +29,7 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         asked = [(row["id"], row["prompt"]) for row in table]
         limits = (config.eval.max_tokens, config.eval.batch_size)
         row_counts.facts |= bench.provenance(checkpoint, settings)
-        found = bench.call("answer", str(checkpoint.path), asked, passes, *limits)
+        found = bench.evaluator.answer(checkpoint.path, asked, passes, *limits)
         grade = load_verifier(verifier).grade
         answers: list[Row] = []
         for (seed, _), texts in zip(passes, found, strict=True):

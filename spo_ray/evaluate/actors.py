@@ -13,7 +13,7 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spo_ray.config.data import EngineConfig
-from spo_ray.config.evaluate import AnnotatorConfig
+from spo_ray.config.evaluate import AnnotatorConfig, LmEvalConfig
 from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
 from spo_ray.model.completion import Generations, Likelihood, choose_engine
@@ -23,8 +23,6 @@ from spo_ray.runtime.cluster import engine_gpus
 RESTARTS = 3
 """Of a process that died; its call is made again."""
 SCORED_AT_ONCE = 256
-Call = Callable[..., Any]
-"""(method of :class:`Evaluator`, arguments) to its result."""
 
 
 class Pass(NamedTuple):
@@ -40,11 +38,11 @@ class Evaluator:
 
     def __init__(self, kind: str, config: EngineConfig, chat_template: str | None) -> None:
         self.kind, self.config, self.chat_template = kind, config, chat_template
-        self.path: str | None = None
+        self.path: Path | None = None
         self.local: Any = None
 
     def answer(
-        self, path: str, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
+        self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
     ) -> list[list[Generations | str]]:
         """For each pass one answer to every (id, prompt), or why there is none."""
         local = self._open(path)
@@ -57,13 +55,13 @@ class Evaluator:
             found.append(answers)
         return found
 
-    def score(self, path: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def score(self, path: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
         """How likely given completions are, for (prompt ids, completion ids)."""
         engine = self._open(path).engine
         parts = (rows[start : start + SCORED_AT_ONCE] for start in range(0, len(rows), SCORED_AT_ONCE))
         return [likelihood for part in parts for likelihood in engine.score(part)]
 
-    def describe(self, path: str) -> dict[str, str]:
+    def describe(self, path: Path) -> dict[str, str]:
         """Tokenizer, chat template and engine, for :class:`spo_ray.runtime.schema.Provenance`."""
         tokenizer = self._open(path).chat.tokenizer
         vocabulary = repr(sorted(tokenizer.get_vocab().items()))
@@ -75,19 +73,19 @@ class Evaluator:
             "engine": f"{self.kind} {version}, {self.config.dtype}",
         }
 
-    def harness(self, path: str, task: str, settings: Any, seed: int) -> dict[str, Any]:
+    def run_lm_eval(self, path: Path, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
         """A task of lm-evaluation-harness; see :mod:`spo_ray.evaluate.lm_eval`."""
         from spo_ray.evaluate.lm_eval_model import run_task
 
         return run_task(self._open(path), task, settings, seed)
 
-    def judge(self, path: str, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
+    def judge(self, path: Path, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
         """Replies of a local judge; see :func:`spo_ray.evaluate.judge.local_replies`."""
         from spo_ray.evaluate.judge import local_replies
 
         return local_replies(self._open(path), requests, annotator)
 
-    def _open(self, path: str) -> Any:
+    def _open(self, path: Path) -> Any:
         from spo_ray.model.engines import LocalAnswers
         from spo_ray.model.export import is_adapter, merge_adapter
 
@@ -97,12 +95,62 @@ class Evaluator:
             self.path = self.local = None
             if is_adapter(path):
                 with tempfile.TemporaryDirectory() as folder:
-                    merge_adapter(Path(path), Path(folder))
+                    merge_adapter(path, Path(folder))
                     self.local = LocalAnswers(self.kind, folder, self.config, self.chat_template)
             else:
-                self.local = LocalAnswers(self.kind, path, self.config, self.chat_template)
+                self.local = LocalAnswers(self.kind, str(path), self.config, self.chat_template)
             self.path = path
         return self.local
+
+
+class EvaluatorHandle:
+    """Calls the methods of an :class:`Evaluator` in a Ray actor and waits for their results.
+
+    Raises:
+        UserError: the evaluator raised one.
+        ray.exceptions.RayError: the evaluator raised another error, or its process died too often.
+    """
+
+    def __init__(self, kind: str, start: Callable[[], Any], free_engines: Callable[[], None] = lambda: None) -> None:
+        self.kind, self.start, self.free_engines = kind, start, free_engines
+        self.actor: Any = None
+        """The actor that ``start`` returned at the first call; None before."""
+
+    def answer(
+        self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
+    ) -> list[list[Generations | str]]:
+        """See :meth:`Evaluator.answer`."""
+        return _result(self._started().answer.remote(path, asked, passes, max_tokens, batch_size))
+
+    def score(self, path: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        """See :meth:`Evaluator.score`."""
+        return _result(self._started().score.remote(path, rows))
+
+    def describe(self, path: Path) -> dict[str, str]:
+        """See :meth:`Evaluator.describe`."""
+        return _result(self._started().describe.remote(path))
+
+    def run_lm_eval(self, path: Path, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
+        """See :meth:`Evaluator.run_lm_eval`."""
+        return _result(self._started().run_lm_eval.remote(path, task, settings, seed))
+
+    def judge(self, path: Path, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
+        """See :meth:`Evaluator.judge`."""
+        return _result(self._started().judge.remote(path, requests, annotator))
+
+    def _started(self) -> Any:
+        if self.actor is None:
+            self.actor = self.start()
+        return self.actor
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
 
 
 class Actors:
@@ -119,36 +167,20 @@ class Actors:
         self.ended = False
 
     @contextmanager
-    def lease(self, node: str | None = None) -> Generator[Call]:
-        """One evaluator for as long as this takes: calls about one checkpoint find its engine open.
+    def lease(self, node: str | None = None) -> Generator[EvaluatorHandle]:
+        """Lend one evaluator, so that successive calls about one checkpoint find its engine open.
 
-        A new one is started on the node of that id, if one is given.
-
-        Raises:
-            UserError: from a call, the evaluator's own.
-            ray.exceptions.RayError: from a call, with any other error of the evaluator's.
+        Its process starts at the first call, on the node of that id if one is given, unless an idle one is there.
         """
-        actor: Any = None
-
-        def call(method: str, *arguments: Any) -> Any:
-            nonlocal actor
-            if actor is None:
-                actor = self._any(node)
-            try:
-                return ray.get(getattr(actor, method).remote(*arguments))
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(str(error.cause)) from None
-                raise
-
+        evaluator = EvaluatorHandle(self.kind, lambda: self._any(node), self.close)
         try:
-            yield call
+            yield evaluator
         except BaseException:
-            if actor is not None:
-                ray.kill(actor)
+            if evaluator.actor is not None:
+                ray.kill(evaluator.actor)
             raise
-        if actor is not None:
-            self.free.put(actor)
+        if evaluator.actor is not None:
+            self.free.put(evaluator.actor)
 
     def _any(self, node: str | None) -> Any:
         if self.ended:

@@ -41,7 +41,7 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         counts.facts |= bench.provenance(checkpoint, settings)
         seed = Pass(0 if config.temperature else None, config.temperature)
         limits = (config.max_tokens, bench.run.config.eval.batch_size)
-        (answers,) = bench.call("answer", str(checkpoint.path), asked, [seed], *limits)
+        (answers,) = bench.evaluator.answer(checkpoint.path, asked, [seed], *limits)
         kept = []
         for row, answer in zip(table, answers, strict=True):
             if isinstance(answer, str):
@@ -62,7 +62,7 @@ def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> di
     config = _config(bench)
     found: dict[str, list[Artifact]] = {name: [] for name in measured}
     failed: list[str] = []
-    bench.actors.close()  # local judges take their place
+    bench.evaluator.free_engines()  # local judges need the memory
     for annotator in config.annotators:
         template = read_template(annotator)
         own = {"orders": annotator.orders, "template": template, "max_unjudged": config.max_unjudged}
@@ -91,13 +91,13 @@ def _asker(annotator: AnnotatorConfig) -> Generator[tuple[Ask, Artifact]]:
         yield partial(ask_endpoint, annotator), Artifact(Path(annotator.model), annotator.model)
         return
     model, actors = external(annotator.model), Actors(annotator.engine, None)
-    with actors.lease() as call:
+    with actors.lease() as evaluator:
 
         def ask(requests: Sequence[Turns], keep: Callable[[int, Reply], None]) -> dict[int, str]:
             failed = {}
             for start in range(0, len(requests), JUDGED_AT_ONCE):
                 part = requests[start : start + JUDGED_AT_ONCE]
-                for number, reply in enumerate(call("judge", str(model.path), part, annotator), start):
+                for number, reply in enumerate(evaluator.judge(model.path, part, annotator), start):
                     if isinstance(reply, str):
                         failed[number] = reply
                     else:

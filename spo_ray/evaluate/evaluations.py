@@ -86,19 +86,19 @@ class Evaluations:
         for name, suite in self.suites.items():
             if suite.conclude:
                 measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
-                with self.actors.lease() as call:
-                    bench = SuiteContext(self.run, self.data, self.actors, call)
+                with self.actors.lease() as evaluator:
+                    bench = SuiteContext(self.run, self.data, evaluator)
                     for checkpoint, artifacts in suite.conclude(bench, checkpoints, measured).items():
                         concluded[name, checkpoint] = artifacts
         self.actors.close()
         return self._collect(list(checkpoints), concluded)
 
     def _measure(self, name: str, checkpoint: Artifact, node: str | None = None) -> None:
-        with self.actors.lease(node) as call:
+        with self.actors.lease(node) as evaluator:
             for suite in self.names:
                 if (suite, name) not in self.measured:
                     sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
-                    bench = SuiteContext(self.run, self.data, self.actors, call, sft)
+                    bench = SuiteContext(self.run, self.data, evaluator, sft)
                     self.measured[suite, name] = self.suites[suite].measure(bench, name, checkpoint)
 
     def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:

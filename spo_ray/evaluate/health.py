@@ -32,7 +32,7 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         passes = [Pass(None, 0.0), Pass(SAMPLED, 1.0)]
         counts.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
         limits = (config.eval.max_tokens, config.eval.batch_size)
-        found = bench.call("answer", str(checkpoint.path), [(r["id"], r["prompt"]) for r in drawn], passes, *limits)
+        found = bench.evaluator.answer(checkpoint.path, [(r["id"], r["prompt"]) for r in drawn], passes, *limits)
         kept: list[Row] = []
         for (seed, _), texts in zip(passes, found, strict=True):
             for row, text in zip(drawn, texts, strict=True):
@@ -57,7 +57,7 @@ def _likelihoods(bench: SuiteContext, name: str, checkpoint: Artifact) -> list[R
     """The SFT model's samples with their log-probabilities under another checkpoint."""
     assert bench.sft
     texts = [row for row in bench.sft.rows() if row["seed"] == SAMPLED]
-    found = bench.call("score", str(checkpoint.path), [(row["prompt_ids"], row["ids"]) for row in texts])
+    found = bench.evaluator.score(checkpoint.path, [(row["prompt_ids"], row["ids"]) for row in texts])
     return [row | {"checkpoint": name, "logp": likelihood.logp} for row, likelihood in zip(texts, found, strict=True)]
 
 
@@ -71,7 +71,7 @@ def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> di
 
         def build(out: Path, counts: RowCounts, name: str = name, judge: Artifact = judge) -> None:
             own = [r for r in measured[name].rows() if r["seed"] == SAMPLED and r["written_by"] == name]
-            scores = bench.call("score", str(judge.path), [(row["prompt_ids"], row["ids"]) for row in own])
+            scores = bench.evaluator.score(judge.path, [(row["prompt_ids"], row["ids"]) for row in own])
             table = [
                 {"id": row["id"], "checkpoint": name, "logp": row["logp"], "logp_sft": score.logp}
                 for row, score in zip(own, scores, strict=True)

@@ -44,7 +44,7 @@ def _measure(task: str, bench: SuiteContext, name: str, checkpoint: Artifact) ->
     def build(out: Path, counts: RowCounts) -> None:
         sampling = settings.model_dump(mode="json", exclude={"include_path"}) | {"task": task}
         counts.facts |= bench.provenance(checkpoint, sampling)
-        found = bench.call("harness", str(checkpoint.path), task, settings, bench.run.config.seed)
+        found = bench.evaluator.run_lm_eval(checkpoint.path, task, settings, bench.run.config.seed)
         counts.read = counts.kept = sum(found["n"].values())
         write_json(out / RESULTS, found)
         write_rows(out / "part-0.parquet", [], schema.Score)  # the harness keeps its rows to itself

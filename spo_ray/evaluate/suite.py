@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from spo_ray.config.evaluate import EvalConfig
-from spo_ray.evaluate.actors import Actors, Call
+from spo_ray.evaluate.actors import EvaluatorHandle
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 
@@ -30,8 +30,7 @@ class SuiteContext:
     run: Run
     data: Artifact
     """Held-out questions (:class:`spo_ray.runtime.schema.Prompt`) or pairs (:class:`spo_ray.runtime.schema.Pair`)."""
-    actors: Actors
-    call: Call
+    evaluator: EvaluatorHandle
     sft: Artifact | None = None
     """The suite's result for the SFT model; None while that is measured, and for the base model."""
 
@@ -40,11 +39,11 @@ class SuiteContext:
         """What answers depend on, besides the checkpoint and the suite's own settings."""
         config = self.run.config
         engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
-        return {"engine": self.actors.kind, "chat_template": config.model.chat_template, **engine}
+        return {"engine": self.evaluator.kind, "chat_template": config.model.chat_template, **engine}
 
     def provenance(self, checkpoint: Artifact, sampling: Mapping[str, Any]) -> dict[str, Any]:
         """For the manifest; :class:`spo_ray.runtime.schema.Provenance`."""
-        described = self.call("describe", str(checkpoint.path))
+        described = self.evaluator.describe(checkpoint.path)
         return {"provenance": {"model": checkpoint.digest, "sampling": dict(sampling), **described}}
 
 

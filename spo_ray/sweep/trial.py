@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
 from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
+from spo_ray.evaluate.actors import EvaluatorHandle
 from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
@@ -257,28 +257,13 @@ AGAINST_OTHERS = "alpaca_eval"
 """The suite that gets its figures from other models' judgements."""
 
 
-@dataclass(frozen=True)
-class OneActor:
-    """The part of :class:`spo_ray.evaluate.actors.Actors` that suites need, for an actor that trials share."""
-
-    kind: str
-
-    def close(self) -> None:
-        """Nothing: others use it too."""
-
-
 def score_texts(
     run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact, scratch: Path
 ) -> Record:
     """What the suites of ``eval`` measure of a checkpoint, through one evaluation actor; ``scratch`` is deleted."""
     own = copy.copy(run)
     own.root = scratch
-
-    def call(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments))
-
-    actors: Any = OneActor(kind)
-    bench, record = SuiteContext(own, data, actors, call), {}
+    bench, record = SuiteContext(own, data, EvaluatorHandle(kind, lambda: actor)), {}
     for suite_name in own.config.eval.chosen(own.config.data):
         suite = suite_of(suite_name)
         found = suite.measure(bench, name, checkpoint)

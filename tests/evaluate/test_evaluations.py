@@ -5,7 +5,6 @@ import shutil
 import threading
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -218,7 +217,7 @@ def test_checkpoints_by_themselves_from_the_command_line(
 ):
     from spo_ray.pipeline.cli import app
 
-    monkeypatch.setattr("spo_ray.evaluate.evaluations.connect", lambda config, training: None)  # the cluster is there
+    monkeypatch.setattr("spo_ray.pipeline.job.connect", lambda config, training: None)  # the cluster is there
     shared = ["--config", "configs/quickstart.yaml", f"output={tmp_path}", "data.test_questions=8", "eval.seeds=[0]"]
     command = ["evaluate", *shared, "eval.suites=[accuracy]", "engine.type=transformers", "name=mine"]
     named = [f"--checkpoint=one={checkpoints['sft'].path}", f"--checkpoint=two={checkpoints['spo'].path}"]
@@ -243,10 +242,7 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     asked = {"0": "How many boxes?", "1": "How many?", "2": "pens " * 2000}
     table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
     write_rows(tmp_path / "in" / "part-0.parquet", table, schema.Prompt)
-    actors = SimpleNamespace(kind="transformers")
-    bench = SuiteContext(
-        Run(config), Artifact(tmp_path / "in", "in"), actors, lambda method, *more: getattr(evaluator, method)(*more)
-    )
+    bench = SuiteContext(Run(config), Artifact(tmp_path / "in", "in"), evaluator)
     reasons = {
         "the chat template refuses the prompt: no 18 boxes": 2,
         "prompt longer than engine.max_model_len": 2,

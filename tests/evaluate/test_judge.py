@@ -27,10 +27,10 @@ COUNT = 24
 SURE = math.log(0.9), math.log(0.1)
 
 
-class NoActors:
+class NoEvaluator:
     """Judges at endpoints need none."""
 
-    def close(self):
+    def free_engines(self):
         pass
 
 
@@ -87,7 +87,7 @@ def judged(folder, settings, **alpaca_options):
     section = AlpacaConfig(annotators=[settings], **alpaca_options)
     config = small_config(folder / "runs")
     run = Run(config.model_copy(update={"eval": config.eval.model_copy(update={"alpaca": section})}))
-    bench = SuiteContext(run, Artifact(outputs, ""), NoActors(), None)
+    bench = SuiteContext(run, Artifact(outputs, ""), NoEvaluator())
     found = alpaca.conclude(bench, {}, {"spo": Artifact(outputs, "outputs")})
     return found["spo"][0]
 
