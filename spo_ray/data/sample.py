@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from spo_ray.config.data import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Generations, choose_engine
+from spo_ray.model.completion import Generations, Skipped, choose_engine
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
 from spo_ray.runtime.cluster import engine_gpus
 from spo_ray.runtime.map_rows import Mapped, Mapper, Pool, Row, map_shards
 from spo_ray.runtime.run import Run
 
-Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | str]]
-"""(prompt, seed) of some questions to their answers, or to the reason why there are none."""
+Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | Skipped]]
+"""Maps (prompt, seed) of each question to its answers."""
 
 
 class SamplingJob(NamedTuple):
@@ -147,14 +147,14 @@ class _Sampler:
         rejected: list[schema.Rejected] = []
         for row, seed in zip(carried, seeds, strict=True):
             found = next(answers) if seed is not None else Generations([], [])
-            refused = found if isinstance(found, str) and enough is not None else None
-            if refused:  # other teachers may know
-                found = Generations([], [])
-            if isinstance(found, str):
-                rejected.append({"id": row["id"], "reason": found, "excerpt": row["prompt"][:200]})
-            else:
-                made = {"seed": seed, "prompt_ids": found.prompt_ids, "refused": refused}
-                kept.append(row | made | _columns(found))
+            if isinstance(found, Skipped) and enough is None:
+                rejected.append({"id": row["id"], "reason": found.reason, "excerpt": row["prompt"][:200]})
+                continue
+            refused = None
+            if isinstance(found, Skipped):  # another teacher may answer the question
+                found, refused = Generations([], []), found.reason
+            made = {"seed": seed, "prompt_ids": found.prompt_ids, "refused": refused}
+            kept.append(row | made | _columns(found))
         return kept, rejected
 
 

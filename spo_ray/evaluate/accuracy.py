@@ -9,6 +9,7 @@ from spo_ray.data.verifiers import Grade, load_verifier, verifier_identity, veri
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, mean_std, wilson
 from spo_ray.evaluate.suite import Metric, Suite, SuiteContext
+from spo_ray.model.completion import Skipped
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.map_rows import Row
@@ -34,13 +35,15 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         answers: list[Row] = []
         for (seed, _), texts in zip(passes, found, strict=True):
             for row, text in zip(table, texts, strict=True):
-                lacks = isinstance(text, str)
-                response = f"[{text}]" if lacks else text.completions[0].text
-                graded = WRONG if lacks else grade(response, row["gold"])
+                if isinstance(text, Skipped):
+                    response, graded = f"[{text.reason}]", WRONG
+                else:
+                    response = text.completions[0].text
+                    graded = grade(response, row["gold"])
                 key = {"id": row["id"], "method": name, "seed": seed, "response": response}
                 answers.append(key | graded._asdict())
         row_counts.read, row_counts.kept = len(table), len(answers)
-        reasons = [text for texts in found for text in texts if isinstance(text, str)]
+        reasons = [text.reason for texts in found for text in texts if isinstance(text, Skipped)]
         row_counts.facts["unanswered_counted_wrong"] = {
             reason: reasons.count(reason) for reason in sorted(set(reasons))
         }

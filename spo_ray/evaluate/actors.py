@@ -16,7 +16,7 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import AnnotatorConfig, LmEvalConfig
 from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Generations, Likelihood, choose_engine
+from spo_ray.model.completion import Generations, Likelihood, Skipped, choose_engine
 from spo_ray.runtime.artifact import versions
 from spo_ray.runtime.cluster import engine_gpus
 
@@ -43,12 +43,12 @@ class Evaluator:
 
     def answer(
         self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
-    ) -> list[list[Generations | str]]:
+    ) -> list[list[Generations | Skipped]]:
         """For each pass one answer to every (id, prompt), or why there is none."""
         local = self._open(path)
-        found: list[list[Generations | str]] = []
+        found: list[list[Generations | Skipped]] = []
         for seed, temperature in passes:
-            answers: list[Generations | str] = []
+            answers: list[Generations | Skipped] = []
             for start in range(0, len(asked), batch_size):
                 part = [(prompt, row_seed("eval", seed, i)) for i, prompt in asked[start : start + batch_size]]
                 answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
@@ -118,7 +118,7 @@ class EvaluatorHandle:
 
     def answer(
         self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
-    ) -> list[list[Generations | str]]:
+    ) -> list[list[Generations | Skipped]]:
         """See :meth:`Evaluator.answer`."""
         return _result(self._started().answer.remote(path, asked, passes, max_tokens, batch_size))
 

@@ -17,6 +17,7 @@ from spo_ray.evaluate.judge import Cache, Reply, Turns, ask_endpoint, fill, iden
 from spo_ray.evaluate.statistics import mean_interval
 from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
 from spo_ray.evaluate.win_rates import win_rates
+from spo_ray.model.completion import Skipped
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, on_hub, require_rows, write_json, write_rows
 from spo_ray.runtime.map_rows import Row
@@ -44,8 +45,8 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         (answers,) = bench.evaluator.answer(checkpoint.path, asked, [seed], *limits)
         kept = []
         for row, answer in zip(table, answers, strict=True):
-            if isinstance(answer, str):
-                counts.reject(row["id"], answer, row["instruction"])
+            if isinstance(answer, Skipped):
+                counts.reject(row["id"], answer.reason, row["instruction"])
             else:
                 (text,) = answer.completions
                 kept.append(row | {"checkpoint": name, "output": text.text.strip(), "finished": text.finished})
@@ -98,8 +99,8 @@ def _asker(annotator: AnnotatorConfig) -> Generator[tuple[Ask, Artifact]]:
             for start in range(0, len(requests), JUDGED_AT_ONCE):
                 part = requests[start : start + JUDGED_AT_ONCE]
                 for number, reply in enumerate(evaluator.judge(model.path, part, annotator), start):
-                    if isinstance(reply, str):
-                        failed[number] = reply
+                    if isinstance(reply, Skipped):
+                        failed[number] = reply.reason
                     else:
                         keep(number, reply)
             return failed

@@ -10,6 +10,7 @@ from spo_ray.core.text_metrics import distinct, longest_run, repetition, words
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, wilson
 from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
+from spo_ray.model.completion import Skipped
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
 from spo_ray.runtime.map_rows import Row
@@ -36,14 +37,15 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         kept: list[Row] = []
         for (seed, _), texts in zip(passes, found, strict=True):
             for row, text in zip(drawn, texts, strict=True):
-                if not isinstance(text, str):
-                    (answer,) = text.completions
-                    key = {"id": row["id"], "checkpoint": name, "written_by": name, "seed": seed}
-                    own = {"response": answer.text, "finished": answer.finished}
-                    logps = {"logp": answer.logp, "logp_author": answer.logp}
-                    kept.append(key | own | logps | {"prompt_ids": text.prompt_ids, "ids": list(answer.ids)})
-                elif seed is None:  # the same in every pass
-                    counts.reject(row["id"], text, row["prompt"])
+                if isinstance(text, Skipped):
+                    if seed is None:  # a prompt is skipped in every pass
+                        counts.reject(row["id"], text.reason, row["prompt"])
+                    continue
+                (answer,) = text.completions
+                key = {"id": row["id"], "checkpoint": name, "written_by": name, "seed": seed}
+                own = {"response": answer.text, "finished": answer.finished}
+                logps = {"logp": answer.logp, "logp_author": answer.logp}
+                kept.append(key | own | logps | {"prompt_ids": text.prompt_ids, "ids": list(answer.ids)})
         counts.read, counts.kept = len(drawn), len(drawn) - len(counts.rejected)
         require_rows(counts.kept, f"prompts for health_{name} that the engine can take", counts)
         kept += _likelihoods(bench, name, checkpoint) if bench.sft else []

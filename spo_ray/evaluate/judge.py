@@ -15,6 +15,7 @@ import openai
 
 from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.errors import UserError
+from spo_ray.model.completion import Skipped
 from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, NonsenseError
 from spo_ray.runtime.artifact import Artifact
 
@@ -162,20 +163,20 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
     return Reply(text, (first, second) if top else None, tokens)
 
 
-def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorConfig) -> list[Reply | str]:
+def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorConfig) -> list[Reply | Skipped]:
     """Replies of the model of an engine in this process (:class:`spo_ray.model.engines.LocalAnswers`), or reasons."""
     if annotator.verdict == "discrete" or annotator.max_tokens > 1:
         asked = [(turns, 0) for turns in requests]
         found = local(asked, n=1, temperature=annotator.temperature, max_tokens=annotator.max_tokens)
-        return [a if isinstance(a, str) else _written(a) for a in found]
+        return [a if isinstance(a, Skipped) else _written(a) for a in found]
     names = [local.chat.tokenizer(name, add_special_tokens=False)["input_ids"] for name in annotator.identifiers]
     answer = max(map(len, names))
     prompts = [local.prompt_ids(turns, answer) for turns in requests]
-    able = [ids for ids in prompts if not isinstance(ids, str)]
+    able = [ids for ids in prompts if not isinstance(ids, Skipped)]
     scores = iter(local.engine.score([(ids, name) for ids in able for name in names]))
-    replies: list[Reply | str] = []
+    replies: list[Reply | Skipped] = []
     for ids in prompts:
-        if isinstance(ids, str):
+        if isinstance(ids, Skipped):
             replies.append(ids)
             continue
         logps = (next(scores).logp, next(scores).logp)

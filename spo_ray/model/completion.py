@@ -42,6 +42,12 @@ class Generations(NamedTuple):
     completions: list[Completion]
 
 
+class Skipped(NamedTuple):
+    """A question that was not answered."""
+
+    reason: str
+
+
 def choose_engine(config: EngineConfig) -> tuple[str, str]:
     """(engine, why).
 

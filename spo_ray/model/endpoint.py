@@ -12,7 +12,7 @@ from typing import Any
 import openai
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
-from spo_ray.model.completion import Completion, Generations
+from spo_ray.model.completion import Completion, Generations, Skipped
 
 REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """Errors of one request alone: a prompt that is too long, for instance."""
@@ -141,17 +141,17 @@ class EndpointAnswers:
         self.key = key
         self.logprobs: bool | None = None
 
-    def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Generations | str]:
+    def __call__(self, asked: Sequence[tuple[str, int]]) -> list[Generations | Skipped]:
         return asyncio.run(self._all(asked))
 
-    async def _all(self, asked: Sequence[tuple[str, int]]) -> list[Generations | str]:
+    async def _all(self, asked: Sequence[tuple[str, int]]) -> list[Generations | Skipped]:
         async with ChatClient(self.config, self.key) as client:
             client.logprobs = self.logprobs
             found = await asyncio.gather(*(self._one(client, *question) for question in asked))
             self.logprobs = client.logprobs
             return list(found)
 
-    async def _one(self, client: ChatClient, prompt: str, seed: int) -> Generations | str:
+    async def _one(self, client: ChatClient, prompt: str, seed: int) -> Generations | Skipped:
         try:
             response = await client.ask(
                 {"logprobs": True},
@@ -164,12 +164,12 @@ class EndpointAnswers:
             )
             return Generations([], [_completion(choice) for choice in response.choices])
         except NonsenseError as error:
-            return f"the endpoint gave {str(error)[:200]}"
+            return Skipped(f"the endpoint gave {str(error)[:200]}")
         except openai.APIStatusError as error:
             if isinstance(error, LOCKED_OUT):
                 raise RuntimeError(f"{self.config.url}: {type(error).__name__}: {error}") from error
             how = "refused" if error.status_code < 500 else "failed at"
-            return f"the endpoint {how} the request ({error.status_code}: {str(error)[:200]})"
+            return Skipped(f"the endpoint {how} the request ({error.status_code}: {str(error)[:200]})")
         except openai.OpenAIError as error:
             raise RuntimeError(f"{self.config.url}: {type(error).__name__}: {error}") from error
 

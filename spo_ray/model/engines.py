@@ -12,7 +12,15 @@ from transformers import GenerationConfig
 from spo_ray.config.data import EngineConfig
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
-from spo_ray.model.completion import TEMPLATE_REFUSES, TOO_LONG, Completion, Generations, Likelihood, fits_context
+from spo_ray.model.completion import (
+    TEMPLATE_REFUSES,
+    TOO_LONG,
+    Completion,
+    Generations,
+    Likelihood,
+    Skipped,
+    fits_context,
+)
 from spo_ray.model.export import read_probe
 from spo_ray.model.generate import generate
 from spo_ray.model.load import load_model
@@ -71,10 +79,10 @@ class LocalAnswers:
 
     def __call__(
         self, asked: Sequence[tuple[Any, int]], *, n: int, temperature: float, max_tokens: int
-    ) -> list[Generations | str]:
+    ) -> list[Generations | Skipped]:
         """``n`` answers to every (prompt, seed), or why there are none."""
         prompts = [self.prompt_ids(prompt) for prompt, _ in asked]
-        able = {i: ids for i, ids in enumerate(prompts) if not isinstance(ids, str)}
+        able = {i: ids for i, ids in enumerate(prompts) if not isinstance(ids, Skipped)}
         found: list[Any] = list(prompts)
         if not able:
             return found
@@ -89,13 +97,13 @@ class LocalAnswers:
             found[i] = Generations(ids, completions)
         return found
 
-    def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | str:
+    def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | Skipped:
         """The tokens of a prompt that leaves room for an answer of so many tokens, or why there are none."""
         try:
             ids = self.chat.prompt_ids(prompt)
         except TemplateError as error:  # a system turn that the model does not know, for instance
-            return f"{TEMPLATE_REFUSES}: {error}"
-        return ids if fits_context(ids, self.config, answer) else TOO_LONG
+            return Skipped(f"{TEMPLATE_REFUSES}: {error}")
+        return ids if fits_context(ids, self.config, answer) else Skipped(TOO_LONG)
 
 
 class VllmEngine:

@@ -16,6 +16,7 @@ from spo_ray.config.data import EndpointConfig, SamplingConfig, TeacherModel
 from spo_ray.data.sample import SamplingJob, _Sampler, sample
 from spo_ray.data.sft_set import teacher_groups
 from spo_ray.errors import UserError
+from spo_ray.model.completion import Skipped
 from spo_ray.model.endpoint import _wish
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
@@ -122,7 +123,7 @@ def served(url, **options):
 def test_an_endpoint_answers_after_refusals(teacher, endpoint):
     teacher.script = [429, 500, "close"]
     answers = answers_of(served(endpoint, concurrency=1), "secret")([("2 + 2?", 7), ("too long", 8)])
-    assert answers[1].startswith("the endpoint refused the request (400")
+    assert answers[1].reason.startswith("the endpoint refused the request (400")
     assert answers[0].prompt_ids == []
     assert [c.text for c in answers[0].completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
     assert [c.finished for c in answers[0].completions] == [False, True]
@@ -177,7 +178,7 @@ def test_a_bad_answer_costs_one_question(teacher, endpoint, trouble, reason):
     teacher.script = [trouble] * (2 if trouble in (500, 429) else 1)
     config = served(endpoint, concurrency=1, retries=1)
     bad, good = answers_of(config)([("2 + 2?", 7), ("3 + 3?", 8)])
-    assert bad.startswith(reason)
+    assert bad.reason.startswith(reason)
     assert [c.text for c in good.completions] == ["3 + 3? 8 0", "3 + 3? 8 1"]
 
 
@@ -245,7 +246,7 @@ def test_the_seed_of_a_question_depends_on_nothing_else():
 
     def answer(asked):
         seen.append(dict(asked))
-        return ["no"] * len(asked)
+        return [Skipped("no")] * len(asked)
 
     source = SamplingJob(Artifact("m", "m"), EndpointConfig(type="endpoint", url=""), SamplingConfig())
     batch = [{"id": str(i), "prompt": f"p{i}"} for i in range(3)]
