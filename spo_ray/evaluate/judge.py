@@ -16,7 +16,7 @@ import openai
 from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.errors import UserError
 from spo_ray.model.completion import Skipped
-from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, NonsenseError
+from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, InvalidResponseError
 from spo_ray.runtime.artifact import Artifact
 
 FIELDS = ("instruction", "output_1", "output_2")
@@ -147,7 +147,7 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
     """What matters of a response, which the client has not validated.
 
     Raises:
-        NonsenseError: it is no answer.
+        InvalidResponseError: it is no answer.
     """
     try:
         choice, usage = response.choices[0], response.usage
@@ -159,7 +159,7 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
         if not isinstance(text, str):
             raise TypeError("its content is no text")
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise NonsenseError(f"an answer that is no verdict ({error})") from error
+        raise InvalidResponseError(f"an answer that is no verdict ({error})") from error
     return Reply(text, (first, second) if top else None, tokens)
 
 
