@@ -1,10 +1,10 @@
-"""Evaluation actors: processes that keep the engine of the checkpoint that they were last asked about."""
+"""Ray actors that evaluate checkpoints; each keeps the engine of the checkpoint that it used last."""
 
 import hashlib
 import queue
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,15 @@ from spo_ray.runtime.artifact import versions
 from spo_ray.runtime.cluster import engine_gpus
 
 RESTARTS = 3
-"""Of a process that died; its call is made again."""
+"""Restarts of a process that died; its call is repeated."""
 SCORED_AT_ONCE = 256
+"""Texts in one call of an engine's ``score``."""
+Texts = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""(prompt ids, completion ids) of texts to score."""
 
 
 class Pass(NamedTuple):
-    """One answer to every question."""
+    """Sampling settings for one answer to every question."""
 
     seed: int | None
     temperature: float
@@ -34,7 +37,7 @@ class Pass(NamedTuple):
 
 
 class Evaluator:
-    """One engine process; :class:`Actors` makes them."""
+    """Evaluates checkpoints with one engine; runs in a Ray actor that :class:`Actors` starts."""
 
     def __init__(self, kind: str, config: EngineConfig, chat_template: str | None) -> None:
         self.kind, self.config, self.chat_template = kind, config, chat_template
@@ -44,25 +47,25 @@ class Evaluator:
     def answer(
         self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
     ) -> list[list[Generations | Skipped]]:
-        """For each pass one answer to every (id, prompt), or why there is none."""
+        """Return for each pass one answer to every (id, prompt)."""
         local = self._open(path)
-        found: list[list[Generations | Skipped]] = []
+        rounds: list[list[Generations | Skipped]] = []
         for seed, temperature in passes:
             answers: list[Generations | Skipped] = []
             for start in range(0, len(asked), batch_size):
                 part = [(prompt, row_seed("eval", seed, i)) for i, prompt in asked[start : start + batch_size]]
                 answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
-            found.append(answers)
-        return found
+            rounds.append(answers)
+        return rounds
 
-    def score(self, path: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """How likely given completions are, for (prompt ids, completion ids)."""
+    def score(self, path: Path, texts: Texts) -> list[Likelihood]:
+        """Return the likelihoods of given completions."""
         engine = self._open(path).engine
-        parts = (rows[start : start + SCORED_AT_ONCE] for start in range(0, len(rows), SCORED_AT_ONCE))
+        parts = (texts[start : start + SCORED_AT_ONCE] for start in range(0, len(texts), SCORED_AT_ONCE))
         return [likelihood for part in parts for likelihood in engine.score(part)]
 
     def describe(self, path: Path) -> dict[str, str]:
-        """Tokenizer, chat template and engine, for :class:`spo_ray.runtime.schema.Provenance`."""
+        """Return tokenizer, chat template and engine for :class:`spo_ray.runtime.schema.Provenance`."""
         tokenizer = self._open(path).chat.tokenizer
         vocabulary = repr(sorted(tokenizer.get_vocab().items()))
         packages = versions()
@@ -74,13 +77,13 @@ class Evaluator:
         }
 
     def run_lm_eval(self, path: Path, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
-        """A task of lm-evaluation-harness; see :mod:`spo_ray.evaluate.lm_eval`."""
+        """Return the results of :func:`spo_ray.evaluate.lm_eval_model.run_task`."""
         from spo_ray.evaluate.lm_eval_model import run_task
 
         return run_task(self._open(path), task, settings, seed)
 
     def judge(self, path: Path, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
-        """Replies of a local judge; see :func:`spo_ray.evaluate.judge.local_replies`."""
+        """Return the replies of :func:`spo_ray.evaluate.judge.local_replies`."""
         from spo_ray.evaluate.judge import local_replies
 
         return local_replies(self._open(path), requests, annotator)
@@ -93,12 +96,12 @@ class Evaluator:
             if self.local is not None:
                 self.local.engine.close()
             self.path = self.local = None
-            if is_adapter(path):
-                with tempfile.TemporaryDirectory() as folder:
-                    merge_adapter(path, Path(folder))
-                    self.local = LocalAnswers(self.kind, folder, self.config, self.chat_template)
-            else:
-                self.local = LocalAnswers(self.kind, str(path), self.config, self.chat_template)
+            with ExitStack() as stack:
+                folder = path
+                if is_adapter(path):
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    merge_adapter(path, folder)
+                self.local = LocalAnswers(self.kind, str(folder), self.config, self.chat_template)
             self.path = path
         return self.local
 
@@ -119,23 +122,18 @@ class EvaluatorHandle:
     def answer(
         self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
     ) -> list[list[Generations | Skipped]]:
-        """See :meth:`Evaluator.answer`."""
         return _result(self._started().answer.remote(path, asked, passes, max_tokens, batch_size))
 
-    def score(self, path: Path, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """See :meth:`Evaluator.score`."""
-        return _result(self._started().score.remote(path, rows))
+    def score(self, path: Path, texts: Texts) -> list[Likelihood]:
+        return _result(self._started().score.remote(path, texts))
 
     def describe(self, path: Path) -> dict[str, str]:
-        """See :meth:`Evaluator.describe`."""
         return _result(self._started().describe.remote(path))
 
     def run_lm_eval(self, path: Path, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
-        """See :meth:`Evaluator.run_lm_eval`."""
         return _result(self._started().run_lm_eval.remote(path, task, settings, seed))
 
     def judge(self, path: Path, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
-        """See :meth:`Evaluator.judge`."""
         return _result(self._started().judge.remote(path, requests, annotator))
 
     def _started(self) -> Any:
@@ -154,10 +152,10 @@ def _result(reference: Any) -> Any:
 
 
 class Actors:
-    """At most ``config.replicas`` evaluators, each started when it is first needed."""
+    """Pool of at most ``config.replicas`` evaluators, each started when it is first needed."""
 
     def __init__(self, config: EngineConfig, chat_template: str | None) -> None:
-        self.kind, self.why = choose_engine(config)
+        self.kind, _ = choose_engine(config)
         self.replicas = config.replicas
         self.arguments = (self.kind, config, chat_template)
         resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}
@@ -170,7 +168,7 @@ class Actors:
     def lease(self, node: str | None = None) -> Generator[EvaluatorHandle]:
         """Lend one evaluator, so that successive calls about one checkpoint find its engine open.
 
-        Its process starts at the first call, on the node of that id if one is given, unless an idle one is there.
+        The first call takes an idle process, or starts one on the node of that id if it is given.
         """
         evaluator = EvaluatorHandle(self.kind, lambda: self._any(node), self.close)
         try:
@@ -200,6 +198,6 @@ class Actors:
         self.started, self.free = [], queue.SimpleQueue()
 
     def end(self) -> None:
-        """End the processes for good, also for calls from other threads."""
+        """End the processes for good: later calls, also from other threads, fail."""
         self.ended = True
         self.close()

@@ -84,11 +84,11 @@ class Evaluations:
             run_parallel(calls, self.actors.replicas)
         concluded: dict[tuple[str, str], list[Artifact]] = {}
         for name, suite in self.suites.items():
-            if suite.conclude:
+            if suite.second_pass:
                 measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
                 with self.actors.lease() as evaluator:
                     bench = SuiteContext(self.run, self.data, evaluator)
-                    for checkpoint, artifacts in suite.conclude(bench, checkpoints, measured).items():
+                    for checkpoint, artifacts in suite.second_pass(bench, checkpoints, measured).items():
                         concluded[name, checkpoint] = artifacts
         self.actors.close()
         return self._collect(list(checkpoints), concluded)
@@ -131,8 +131,8 @@ class Evaluations:
         provenance = measured.manifest["facts"]["provenance"]
         provenance["sampling"] = json.dumps(provenance["sampling"])
         key = {"checkpoint": name, "suite": suite}
-        estimates = self.suites[suite].estimate(self.run.config.eval, measured, concluded)
-        return [key | e._asdict() | {"seeds": list(e.seeds), "provenance": provenance} for e in estimates]
+        metrics = self.suites[suite].metrics(self.run.config.eval, measured, concluded)
+        return [key | m._asdict() | {"seeds": list(m.seeds), "provenance": provenance} for m in metrics]
 
     def _items(
         self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]

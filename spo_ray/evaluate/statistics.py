@@ -126,7 +126,7 @@ def compare(metric: str, items: Mapping[str, Mapping[str, float]]) -> list[Row]:
         low, high = paired_bootstrap(differences)
         p_value = mcnemar(wins, losses) if binary else sign_flip(differences)
         test = "exact McNemar" if binary else "sign-flip permutation"
-        row = {"metric": metric, "first": first, "second": second, "difference": float(np.mean(differences))}
+        row: Row = {"metric": metric, "first": first, "second": second, "difference": float(np.mean(differences))}
         row |= {"low": low, "high": high, "p_value": p_value, "test": test, "wins": wins, "losses": losses}
         rows.append(row | {"n": len(differences)})
     adjusted = holm([row["p_value"] for row in rows])

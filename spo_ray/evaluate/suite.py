@@ -1,4 +1,4 @@
-"""What a suite of tests is made of."""
+"""Interface of an evaluation suite, and the context in which it measures checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from spo_ray.runtime.run import Run
 
 
 class Metric(NamedTuple):
-    """One figure, with its 95% interval where it has one; see :class:`spo_ray.runtime.schema.Score`."""
+    """A measured figure with its 95% interval, if it has one; see :class:`spo_ray.runtime.schema.Score`."""
 
     metric: str
     value: float
@@ -25,7 +25,7 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class SuiteContext:
-    """Where a checkpoint is measured."""
+    """Run, data and evaluator with which a suite measures checkpoints."""
 
     run: Run
     data: Artifact
@@ -36,28 +36,29 @@ class SuiteContext:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What answers depend on, besides the checkpoint and the suite's own settings."""
+        """Settings that answers depend on, besides the checkpoint and the suite's own settings."""
         config = self.run.config
         engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
         return {"engine": self.evaluator.kind, "chat_template": config.model.chat_template, **engine}
 
     def provenance(self, checkpoint: Artifact, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """For the manifest; :class:`spo_ray.runtime.schema.Provenance`."""
+        """Return the facts for a stage's manifest (:class:`spo_ray.runtime.schema.Provenance`)."""
         described = self.evaluator.describe(checkpoint.path)
         return {"provenance": {"model": checkpoint.digest, "sampling": dict(sampling), **described}}
 
 
 Results = Mapping[str, Artifact]
-"""By checkpoint."""
+"""Artifacts by checkpoint."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests of checkpoints: each function makes or reads stages of the run."""
+    """Functions that measure checkpoints; each one makes or reads stages of the run."""
 
     measure: Callable[[SuiteContext, str, Artifact], Artifact]
-    """One checkpoint by itself."""
-    estimate: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Metric]]
-    """A checkpoint's figures, from what ``measure`` and ``conclude`` made."""
-    conclude: Callable[[SuiteContext, Results, Results], dict[str, list[Artifact]]] | None = None
-    """From all checkpoints and what was measured of them: what needs another model, by checkpoint."""
+    """Measures one checkpoint by itself."""
+    metrics: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Metric]]
+    """Computes a checkpoint's metrics from the artifacts of ``measure`` and ``second_pass``."""
+    second_pass: Callable[[SuiteContext, Results, Results], dict[str, list[Artifact]]] | None = None
+    """Measures what needs another model, such as a judge, from all checkpoints and the results of ``measure``; returns
+    artifacts by checkpoint."""

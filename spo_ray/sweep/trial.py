@@ -268,12 +268,12 @@ def score_texts(
         suite = suite_of(suite_name)
         found = suite.measure(bench, name, checkpoint)
         others = []
-        if suite.conclude and suite_name == AGAINST_OTHERS:
-            others = suite.conclude(bench, {name: checkpoint}, {name: found})[name]
+        if suite.second_pass and suite_name == AGAINST_OTHERS:
+            others = suite.second_pass(bench, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
-        for e in suite.estimate(own.config.eval, found, others):
-            entry = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            record[f"{prefix}{e.metric}"] = {key: value for key, value in entry.items() if value is not None}
+        for m in suite.metrics(own.config.eval, found, others):
+            entry = {"value": m.value, "low": m.low, "high": m.high, "n": m.n}
+            record[f"{prefix}{m.metric}"] = {key: value for key, value in entry.items() if value is not None}
     shutil.rmtree(scratch)
     return record
 

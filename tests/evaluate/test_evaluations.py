@@ -175,7 +175,7 @@ def test_text_figures_by_hand():
         {"response": "a a a a a a", "finished": False, "ids": [1] * 6},
         {"response": "one two", "finished": True, "ids": [1, 2, 3]},
     ]
-    found = {estimate.metric: estimate.value for estimate in _text("greedy", table)}
+    found = {metric.metric: metric.value for metric in _text("greedy", table)}
     assert found["greedy/length"] == 4.5
     assert found["greedy/unfinished"] == 0.5
     assert found["greedy/repetition_4"] == pytest.approx((2 / 3) / 2)
@@ -259,8 +259,8 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
 
 def test_texts_of_one_length_have_no_interval_of_their_length():
     table = [{"ids": [1], "response": "a", "finished": True}] * 20
-    found = {estimate.metric: estimate for estimate in _text("greedy", table)}
+    found = {metric.metric: metric for metric in _text("greedy", table)}
     assert found["greedy/length"][1:] == (1.0, 20, None, None, None, None, ())
     assert found["greedy/repetition_4"][3:6] == (*wilson(0, 20), "wilson")
-    mixed = {estimate.metric: estimate for estimate in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
+    mixed = {metric.metric: metric for metric in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
     assert mixed["greedy/length"].interval == "bootstrap over prompts"
