@@ -18,7 +18,7 @@ from spo_ray.runtime.map_rows import Mapped, Mapper, Pool, Row, map_shards
 from spo_ray.runtime.run import Run
 
 Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | Skipped]]
-"""Maps (prompt, seed) of each question to its answers."""
+"""Returns the answers to each (prompt, seed)."""
 
 
 class SamplingJob(NamedTuple):
@@ -129,7 +129,7 @@ def _connect(key: str | None, source: SamplingJob, seed: str) -> Mapper:
 
 
 class _Sampler:
-    """A mapper from questions to questions with samples, whatever answers them."""
+    """Mapper from questions to questions with samples."""
 
     def __init__(self, answer: Answerer, source: SamplingJob, seed: str) -> None:
         self.answer, self.source, self.seed = answer, source, seed

@@ -1,7 +1,8 @@
-"""Checkpoints through the configured suites: side by side, and beside training where there is room."""
+"""Evaluates checkpoints with the configured suites, in parallel and during training where there is room."""
 
 import json
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,18 +26,18 @@ SUITES = {"accuracy": accuracy.SUITE, "health": health.SUITE, "alpaca_eval": alp
 
 
 class Evaluation(NamedTuple):
-    """What was measured."""
+    """Results of an evaluation."""
 
     scores: Artifact
-    """:class:`schema.Score`."""
+    """Rows of :class:`schema.Score`."""
     comparisons: Artifact
-    """:class:`schema.Comparison`."""
+    """Rows of :class:`schema.Comparison`."""
     answers: dict[str, Artifact]
-    """:class:`schema.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
+    """Rows of :class:`schema.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
 
 
 class Evaluations:
-    """The evaluations of one run; use it as a context, which ends the processes."""
+    """Evaluations of one run; a context manager that ends the evaluator processes."""
 
     def __init__(self, run: Run, data: Artifact) -> None:
         self.run, self.data = run, data
@@ -137,20 +138,18 @@ class Evaluations:
     def _items(
         self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]
     ) -> dict[str, dict[str, dict[str, float]]]:
-        """Values by metric, checkpoint and item, for the comparisons."""
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        if "accuracy" in self.names:
-            for name in names:
-                for metric, values in by_item(self.measured["accuracy", name].rows()).items():
-                    found.setdefault(metric, {})[name] = values
+        """Return values by metric, checkpoint and item for the comparisons."""
+        items: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+        for name in names if "accuracy" in self.names else []:
+            for metric, values in by_item(self.measured["accuracy", name].rows()).items():
+                items[metric][name] = values
         for (suite, name), artifacts in concluded.items():
             for row in (row for a in artifacts for row in a.rows() if suite == "alpaca_eval"):
                 if row["preference"] is not None:
-                    metric = found.setdefault(f"{row['annotator']}/win_rate", {})
-                    metric.setdefault(name, {})[row["id"]] = 100 * (row["preference"] - 1)
-        return found
+                    items[f"{row['annotator']}/win_rate"][name][row["id"]] = 100 * (row["preference"] - 1)
+        return items
 
 
 def suite_of(name: str) -> Suite:
-    """A suite by its name in ``eval.suites``."""
+    """Return a suite by its name in ``eval.suites``."""
     return lm_eval.suite(name.removeprefix(LM_EVAL)) if name.startswith(LM_EVAL) else SUITES[name]
