@@ -28,23 +28,18 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     def build(out: Any, row_counts: RowCounts) -> None:
         table, grade = bench.data.rows(), load_verifier(verifier).grade
         passes = [Pass(None, 0.0), *(Pass(seed, config.eval.temperature) for seed in config.eval.seeds)]
-        asked = [(row["id"], row["prompt"]) for row in table]
-        limits = (config.eval.max_tokens, config.eval.batch_size)
         row_counts.facts |= bench.provenance(checkpoint, settings)
         answers: list[Row] = []
         unanswered: Counter[str] = Counter()
-        for (seed, _), found in zip(
-            passes, bench.evaluator.answer(checkpoint.path, asked, passes, *limits), strict=True
-        ):
-            for row, answer in zip(table, found, strict=True):
-                if isinstance(answer, Skipped):
-                    response, graded = f"[{answer.reason}]", WRONG
-                    unanswered[answer.reason] += 1
-                else:
-                    response = answer.completions[0].text
-                    graded = grade(response, row["gold"])
-                key = {"id": row["id"], "method": name, "seed": seed, "response": response}
-                answers.append(key | graded._asdict())
+        for seed, row, answer in bench.answer(checkpoint, table, passes, config.eval.max_tokens):
+            if isinstance(answer, Skipped):
+                response, graded = f"[{answer.reason}]", WRONG
+                unanswered[answer.reason] += 1
+            else:
+                response = answer.completions[0].text
+                graded = grade(response, row["gold"])
+            key = {"id": row["id"], "method": name, "seed": seed, "response": response}
+            answers.append(key | graded._asdict())
         row_counts.read, row_counts.kept = len(table), len(answers)
         row_counts.facts["unanswered_counted_wrong"] = dict(sorted(unanswered.items()))
         write_rows(out / "part-0.parquet", answers, schema.EvalRow)

@@ -42,13 +42,10 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
 
     def build(out: Path, counts: RowCounts) -> None:
         table = read_instructions(config)
-        asked = [(row["id"], row["instruction"]) for row in table]
         counts.facts |= bench.provenance(checkpoint, settings)
         sampling = Pass(0 if config.temperature else None, config.temperature)
-        limits = (config.max_tokens, bench.run.config.eval.batch_size)
-        (found,) = bench.evaluator.answer(checkpoint.path, asked, [sampling], *limits)
         kept = []
-        for row, answers in zip(table, found, strict=True):
+        for _, row, answers in bench.answer(checkpoint, table, [sampling], config.max_tokens, "instruction"):
             if isinstance(answers, Skipped):
                 counts.reject(row["id"], answers.reason, row["instruction"])
                 continue

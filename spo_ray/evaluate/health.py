@@ -32,21 +32,17 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         drawn = random.Random(config.seed).sample(table, min(config.eval.health.prompts, len(table)))
         passes = [Pass(None, 0.0), Pass(SAMPLED, 1.0)]
         counts.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
-        asked, limits = [(r["id"], r["prompt"]) for r in drawn], (config.eval.max_tokens, config.eval.batch_size)
         kept: list[Row] = []
-        for (seed, _), found in zip(
-            passes, bench.evaluator.answer(checkpoint.path, asked, passes, *limits), strict=True
-        ):
-            for row, answers in zip(drawn, found, strict=True):
-                if isinstance(answers, Skipped):
-                    if seed is None:  # a prompt is skipped in every pass
-                        counts.reject(row["id"], answers.reason, row["prompt"])
-                    continue
-                (answer,) = answers.completions
-                key = {"id": row["id"], "checkpoint": name, "written_by": name, "seed": seed}
-                text = {"response": answer.text, "finished": answer.finished}
-                logps = {"logp": answer.logp, "logp_author": answer.logp}
-                kept.append(key | text | logps | {"prompt_ids": answers.prompt_ids, "ids": list(answer.ids)})
+        for seed, row, answers in bench.answer(checkpoint, drawn, passes, config.eval.max_tokens):
+            if isinstance(answers, Skipped):
+                if seed is None:  # a prompt is skipped in every pass
+                    counts.reject(row["id"], answers.reason, row["prompt"])
+                continue
+            (answer,) = answers.completions
+            key = {"id": row["id"], "checkpoint": name, "written_by": name, "seed": seed}
+            text = {"response": answer.text, "finished": answer.finished}
+            logps = {"logp": answer.logp, "logp_author": answer.logp}
+            kept.append(key | text | logps | {"prompt_ids": answers.prompt_ids, "ids": list(answer.ids)})
         counts.read, counts.kept = len(drawn), len(drawn) - len(counts.rejected)
         require_rows(counts.kept, f"prompts for health_{name} that the engine can take", counts)
         if bench.sft:

@@ -1,12 +1,14 @@
 """Interface of an evaluation suite, and the context in which it measures checkpoints."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from spo_ray.config.evaluate import EvalConfig
-from spo_ray.evaluate.actors import EvaluatorHandle
+from spo_ray.evaluate.actors import EvaluatorHandle, Pass
+from spo_ray.model.completion import Generations, Skipped
 from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.run import Run
 
 
@@ -45,6 +47,16 @@ class SuiteContext:
         """Return the facts for a stage's manifest (:class:`spo_ray.runtime.schema.Provenance`)."""
         described = self.evaluator.describe(checkpoint.path)
         return {"provenance": {"model": checkpoint.digest, "sampling": dict(sampling), **described}}
+
+    def answer(
+        self, checkpoint: Artifact, rows: Sequence[Row], passes: Sequence[Pass], max_tokens: int, column: str = "prompt"
+    ) -> Iterator[tuple[int | None, Row, Generations | Skipped]]:
+        """Answer the prompts in a column once for each pass; yield (seed, row, answer)."""
+        asked, batch_size = [(row["id"], row[column]) for row in rows], self.run.config.eval.batch_size
+        found = self.evaluator.answer(checkpoint.path, asked, passes, max_tokens, batch_size)
+        for (seed, _), answers in zip(passes, found, strict=True):
+            for row, answer in zip(rows, answers, strict=True):
+                yield seed, row, answer
 
 
 Results = Mapping[str, Artifact]

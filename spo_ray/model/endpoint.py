@@ -66,7 +66,7 @@ class ChatClient:
                 if self.logprobs:  # the server accepts them in other requests
                     raise
                 answer = await self._send(request)
-                self.logprobs = False if self.logprobs is None else self.logprobs
+                self.logprobs = bool(self.logprobs)  # a request at the same time may have shown that it does
             return answer
 
     async def _send(self, request: dict[str, Any]) -> Any:
@@ -111,15 +111,9 @@ class EndpointAnswers:
 
     async def _one(self, client: ChatClient, prompt: str, seed: int) -> Generations | Skipped:
         try:
-            response = await client.ask(
-                {"logprobs": True},
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                n=self.sampling.samples,
-                temperature=self.sampling.temperature,
-                max_tokens=self.sampling.max_tokens,
-                seed=seed,
-            )
+            settings = self.sampling.model_dump(include={"temperature", "max_tokens"}) | {"n": self.sampling.samples}
+            messages = [{"role": "user", "content": prompt}]
+            response = await client.ask({"logprobs": True}, model=self.model, messages=messages, seed=seed, **settings)
             return Generations([], [_completion(choice) for choice in response.choices])
         except InvalidResponseError as error:
             return Skipped(f"the endpoint gave {str(error)[:200]}")

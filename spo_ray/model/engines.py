@@ -58,8 +58,7 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
     probe = read_probe(path)
     if probe is not None:
         (found,) = engine.score([(probe["prompt_ids"], probe["completion_ids"])])
-        difference = abs(found.logp - probe["logp"])
-        per_token = difference / len(probe["completion_ids"])
+        per_token = abs(found.logp - probe["logp"]) / len(probe["completion_ids"])
         if not per_token <= PROBE_TOLERANCE[config.dtype]:
             engine.close()
             raise RuntimeError(
