@@ -1,4 +1,4 @@
-"""Sampling models: Ray Data over a pool of engines, or over requests to an endpoint."""
+"""Sampling from models: Ray Data over a pool of engines, or over requests to an endpoint."""
 
 import hashlib
 import os
@@ -22,23 +22,26 @@ Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | Skipped]
 
 
 class SamplingJob(NamedTuple):
-    """What is sampled, and how."""
+    """Model, engine and settings of a sampling stage."""
 
     model: Artifact
     engine: EngineConfig | EndpointConfig
     sampling: SamplingConfig
     chat_template: str | None = None
     enough: int | None = None
-    """Questions with so many responses are passed on without samples."""
+    """Number of responses with which a question is passed on without samples; None: all questions are sampled."""
 
     @classmethod
     def policy(cls, config: Config, model: Artifact) -> "SamplingJob":
-        """The base model, or a checkpoint that was trained from it."""
+        """Return the job for the base model, or a checkpoint that was trained from it."""
         return cls(model, config.engine, config.sampling, config.model.chat_template)
 
     @classmethod
     def teacher(cls, config: Config, teacher: TeacherModel) -> "SamplingJob":
-        """A model that answers what the policy can't; a hub id or an endpoint's name stands for itself."""
+        """Return the job for a teacher, which answers questions that the policy fails.
+
+        The artifact of a hub id or of an endpoint's model is its name.
+        """
         served = isinstance(teacher.engine, EndpointConfig)
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
         enough = config.sft_data.responses_per_question
@@ -46,7 +49,7 @@ class SamplingJob(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What samples depend on, besides the model and the questions."""
+        """Settings that samples depend on, besides the model and the questions."""
         if isinstance(self.engine, EndpointConfig):
             engine: dict[str, Any] = {"engine": "endpoint", "url": self.engine.url}
         else:
@@ -86,7 +89,11 @@ def sample(run: Run, name: str, source: SamplingJob, questions: Artifact) -> Art
 
 
 def _count_refusals(name: str, out: Path, counts: RowCounts) -> None:
-    """Count what a teacher was asked for in vain; if that is all, the next try must ask again."""
+    """Count the questions that a teacher refused.
+
+    Raises:
+        UserError: it refused all; the parts are deleted, so that the next run asks again.
+    """
     made = Artifact(out, "")
     asked = sum(seed is not None for seed in made.column("seed"))
     reasons = [reason for reason in made.column("refused") if reason]
@@ -98,7 +105,7 @@ def _count_refusals(name: str, out: Path, counts: RowCounts) -> None:
 
 
 def row_seed(*parts: object) -> int:
-    """A 31-bit seed from anything printable."""
+    """Return a 31-bit seed that depends on the printed form of the parts."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 

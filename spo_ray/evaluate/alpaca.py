@@ -16,7 +16,7 @@ from spo_ray.evaluate.actors import Actors, Pass
 from spo_ray.evaluate.judge import Cache, Keep, Reply, Turns, ask_endpoint, fill, identity, read_template, read_verdict
 from spo_ray.evaluate.statistics import mean_interval
 from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
-from spo_ray.evaluate.win_rates import win_rates
+from spo_ray.evaluate.win_rates import read_records, win_rates
 from spo_ray.model.completion import Skipped
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, on_hub, require_rows, write_json, write_rows
@@ -235,18 +235,7 @@ def read_instructions(config: AlpacaConfig) -> list[Row]:
         UserError: no such file, the hub can't be reached, or a row lacks a field.
     """
     path = _from_hub(config.instructions) if on_hub(config.instructions) else config.instructions
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            table = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            table = json.loads(text)
-    except OSError as error:
-        raise UserError(f"eval.alpaca.instructions={path} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(table, list) or not table:
-        raise UserError(f"{path} must hold a list of instructions")
+    table = read_records(path, "instructions", "eval.alpaca.instructions=")
     return [_instruction(path, number, row) for number, row in enumerate(table[: config.limit])]
 
 

@@ -21,20 +21,32 @@ CONNECT_S = 3.0
 """Timeout (seconds) of the check that the hub can be reached."""
 
 
+def read_records(file: Path, kind: str, setting: str = "") -> list[Any]:
+    """Return the records of a JSON or JSON Lines file; ``kind`` and ``setting`` are for error messages.
+
+    Raises:
+        UserError: the file can't be read, or holds no list.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
+        records = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else json.loads(text)
+    except OSError as error:
+        raise UserError(f"{setting}{file} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is no JSON: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{file} must hold a list of {kind}")
+    return records
+
+
 def read_annotations(file: Path) -> list[dict[str, Any]]:
     """Return AlpacaEval's annotation records.
 
     Raises:
-        UserError: the file can't be read, is no list of records, or a record lacks a field.
+        UserError: the file can't be read, or a record lacks a field.
     """
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{file} must hold a list of annotation records")
+    records = read_records(file, "annotation records")
     for number, record in enumerate(records):
         missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
         if missing:
