@@ -1,7 +1,6 @@
 """AlpacaEval's win rates, computed by the ``alpaca_eval`` package."""
 
 import json
-import math
 import socket
 import warnings
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ def _defect(record: dict[str, Any]) -> str | None:
     preference = record["preference"]
     if isinstance(preference, bool) or not isinstance(preference, int | float | None):
         return f"preference is {preference!r}, no number"
-    if preference is None or preference == 0 or 1 <= preference <= 2 or math.isnan(preference):
+    if preference is None or preference == 0 or 1 <= preference <= 2 or preference != preference:
         return None
     return f"preference is {preference}, neither 0 (a draw) nor between 1 and 2"
 

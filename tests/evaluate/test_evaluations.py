@@ -8,13 +8,16 @@ from collections import Counter
 
 import psutil
 import pytest
+import ray
 import torch
+from ray.exceptions import RayTaskError
 
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.sources import load_data
+from spo_ray.errors import UserError
 from spo_ray.evaluate import accuracy, health
 from spo_ray.evaluate.accuracy import accuracies
-from spo_ray.evaluate.actors import Evaluator
+from spo_ray.evaluate.actors import Evaluator, EvaluatorHandle
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
 from spo_ray.evaluate.statistics import wilson
@@ -230,6 +233,30 @@ def test_checkpoints_by_themselves_from_the_command_line(
     assert app([*command, "--checkpoint=nowhere"], result_action="return_value") == 2
     assert app([*command, f"--checkpoint=x={tmp_path}"], result_action="return_value") == 2
     assert "neither config.json nor adapter_config.json" in capsys.readouterr().err
+
+
+def test_an_evaluator_starts_at_its_first_call_and_its_user_errors_are_user_errors_here(local_ray):
+    started = []
+
+    class Broken:
+        def describe(self, path):
+            raise UserError(f"{path} is no checkpoint")
+
+        def score(self, path, texts):
+            raise ValueError("broken")
+
+    def start():
+        started.append(ray.remote(num_cpus=0)(Broken).remote())
+        return started[-1]
+
+    evaluator = EvaluatorHandle("transformers", start)
+    assert not started
+    with pytest.raises(UserError, match="^there is no checkpoint$"):
+        evaluator.describe("there")
+    with pytest.raises(RayTaskError, match="broken"):
+        evaluator.score("there", [])
+    assert len(started) == 1
+    ray.kill(started[0])
 
 
 def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(in_root, toy_base, tmp_path):
