@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
 from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
+from spo_ray.evaluate.actors import EvaluatorHandle
 from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
@@ -244,34 +244,19 @@ AGAINST_OTHERS = "alpaca_eval"
 """The suite that gets its figures from other models' judgements."""
 
 
-@dataclass(frozen=True)
-class OneActor:
-    """The part of :class:`spo_ray.evaluate.actors.Actors` that suites need, for an actor that trials share."""
-
-    kind: str
-
-    def close(self) -> None:
-        """Nothing: others use it too."""
-
-
 def score_texts(run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact) -> Record:
     """Return what the suites of ``eval`` measure of a checkpoint by one evaluation actor; delete the run's folder."""
-
-    def call(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments))
-
-    actors: Any = OneActor(kind)
-    bench, record = SuiteContext(run, data, actors, call), {}
+    bench, record = SuiteContext(run, data, EvaluatorHandle(kind, lambda: actor)), {}
     for suite_name in run.config.eval.chosen(run.config.data):
         suite = suite_of(suite_name)
         found = suite.measure(bench, name, checkpoint)
         others = []
-        if suite.conclude and suite_name == AGAINST_OTHERS:
-            others = suite.conclude(bench, {name: checkpoint}, {name: found})[name]
+        if suite.second_pass and suite_name == AGAINST_OTHERS:
+            others = suite.second_pass(bench, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
-        for e in suite.estimate(run.config.eval, found, others):
-            entry = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            record[f"{prefix}{e.metric}"] = {key: value for key, value in entry.items() if value is not None}
+        for m in suite.metrics(run.config.eval, found, others):
+            entry = {"value": m.value, "low": m.low, "high": m.high, "n": m.n}
+            record[f"{prefix}{m.metric}"] = {key: value for key, value in entry.items() if value is not None}
     shutil.rmtree(run.root)
     return record
 
