@@ -9,7 +9,6 @@ from spo_ray.core.losses import Metrics
 
 PREFIX = "alarm/"
 STOP = "alarm/stop"
-LAMBDA = "alarm/lambda"
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,4 @@ def describe(record: Mapping[str, Any], config: AlarmConfig) -> list[str]:
             texts.append(f"ALARM at step {record['step']}: {told}. Try: {rule.advice}")
     if texts and record.get(STOP):
         texts.append(f"training ends at step {record['step']} (on_alarm: stop)")
-    if record.get(LAMBDA):
-        texts.append(f"lambda is {record[LAMBDA]:g} from step {record['step']} on (on_alarm: increase_lambda)")
     return texts

@@ -16,12 +16,11 @@ from spo_ray.core.text_metrics import distinct, repetition
 from spo_ray.model.collate import rows_at_once
 from spo_ray.model.generate import generate
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.train.alarm import LAMBDA, RULES, Alarm
+from spo_ray.train.alarm import Alarm
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure, compute_type
 from spo_ray.train.loop import Callback
-from spo_ray.train.method_state import Method
 from spo_ray.train.spec import Job
 
 SIDES = ("chosen", "rejected")
@@ -102,19 +101,14 @@ class TextHealthCallback(Callback):
 
 
 class AlarmCallback(Callback):
-    """Looks whether what the callbacks before it measured sets off the alarm, and does what is configured for it."""
+    """Check the metrics of the callbacks before it against the alarm's limits."""
 
-    def __init__(self, alarm: Alarm, method: Method) -> None:
-        self.alarm, self.method = alarm, method
+    def __init__(self, alarm: Alarm) -> None:
+        self.alarm = alarm
 
     def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
-        """``alarm/*``."""
-        found, config = self.alarm.check(record), self.alarm.config
-        beyond = any(RULES[name].metric in record for name in self.alarm.sounding)
-        if beyond and config.on_alarm == "increase_lambda":
-            raised = self.method.raise_lambda(config.lambda_factor, config.max_lambda)
-            found |= {LAMBDA: raised} if raised is not None else {}
-        return found
+        """Return ``alarm/*``."""
+        return self.alarm.check(record)
 
     def state_dict(self) -> dict[str, Any]:
         """The alarm's."""

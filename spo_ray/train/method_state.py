@@ -32,17 +32,6 @@ class Method(Callback):
         self.gap = GAPS[region.gap] if region else None
         start = self.arguments["lambda_sft"]
         self.dual = DualVariable(start, region.epsilon, region.lr, highest=region.max_lambda) if region else None
-        self.raised: float | None = None
-
-    def raise_lambda(self, factor: float, most: float) -> float | None:
-        """Raise SPO's lambda; gives the new one, or None where there is none to raise."""
-        old = self.arguments["lambda_sft"]
-        if not old:
-            return None
-        self.arguments["lambda_sft"] = self.raised = max(old, min(most, old * factor))
-        if self.dual is not None:
-            self.dual.value = self.raised
-        return self.raised
 
     def after_step(self, metrics: dict[str, float]) -> dict[str, float]:
         """Take in the global metrics of a step; gives what changed."""
@@ -55,15 +44,12 @@ class Method(Callback):
     def state_dict(self) -> dict[str, dict[str, float]]:
         """What a checkpoint keeps: running statistics, lambda."""
         parts = {"statistics": self.statistics, "dual": self.dual}
-        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        return state | ({} if self.raised is None else {"raised": {"lambda_sft": self.raised}})
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
         """Continue from a checkpoint of the same method."""
         if self.statistics is not None:
             self.statistics.load_state_dict(state["statistics"])
-        if "raised" in state:
-            self.arguments["lambda_sft"] = self.raised = state["raised"]["lambda_sft"]
         if self.dual is not None:
             self.dual.load_state_dict(state["dual"])
             self.arguments["lambda_sft"] = self.dual.value

@@ -142,7 +142,7 @@ def run_preference(job: Job, rank: Distributed, snapshots: Checkpointer, table_o
     dynamics = DynamicsCallback(list(params.values()), settings.dynamics_every, measure, table)
     alarm = Alarm(settings.alarm)
     probes, health = ProbePairsCallback(job, measure, table, held_out), TextHealthCallback(job, measure, table)
-    callbacks = [method, dynamics, probes, health, AlarmCallback(alarm, method), ScoreGate(job, measure, text)]
+    callbacks = [method, dynamics, probes, health, AlarmCallback(alarm), ScoreGate(job, measure, text)]
 
     def gradients(step: int, indices: Sequence[int]) -> tuple[Mapping[str, Tensor], Metrics]:
         numbers, valid = rank.shard_with_padding(indices)
