@@ -81,20 +81,6 @@ class Asha(ConfigModel):
     """One in so many trials goes on from a rung."""
 
 
-class Pbt(ConfigModel):
-    """Population-based training on the first objective: at a score the worst go on from the best, with other values.
-
-    The population has ``samples`` members, fewer where draws are equal. Every trial's values must be of methods or
-    ``preference``.
-    """
-
-    type: Literal["pbt"]
-    quantile: Annotated[float, Field(gt=0.0, le=0.5)] = 0.25
-    """Share of the population that is replaced, and that it is replaced by."""
-    resample: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    """Probability of a new draw instead of a change by a fifth, or to a neighbouring value."""
-
-
 class ValidationConfig(ConfigModel):
     """What trials are scored on: rows of the training split that no trial trains on, and not of the test split."""
 
@@ -114,7 +100,7 @@ class SweepConfig(ConfigModel):
     searcher: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="type")] = RandomSearch(
         type="random"
     )
-    scheduler: Annotated[Fifo | Asha | Pbt, Field(discriminator="type")] = Asha(type="asha")
+    scheduler: Annotated[Fifo | Asha, Field(discriminator="type")] = Asha(type="asha")
     samples: PositiveInt = 12
     """Draws or suggestions; a grid search has none. Equal draws are tried once."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -141,8 +127,6 @@ class SweepConfig(ConfigModel):
             raise ValueError("searcher grid takes grids alone: give every key of space values with type: grid")
         if self.searcher.type == "optuna" and len(self.seeds) > 1:
             raise ValueError("searcher optuna learns from single trials: give one seed, and repeat the best with more")
-        if self.scheduler.type == "pbt" and (self.searcher.type != "random" or len(self.seeds) > 1):
-            raise ValueError("scheduler pbt needs searcher random and one seed: its trials take over from each other")
         if "held_out_reward_accuracy" in self.objectives and not self.validation.pairs:
             raise ValueError("held_out_reward_accuracy needs validation.pairs")
         return self
@@ -222,6 +206,4 @@ def _without_effect(config: Any, key: str) -> str | None:
         return "is the same for all trials: vary data, model, sft, preference, the method"
     if first == "methods" and rest[:1] != [config.sweep.method]:
         return f"the trials train methods.{config.sweep.method} alone: set sweep.method"
-    if config.sweep.scheduler.type == "pbt" and first not in ("methods", "preference"):
-        return "can't change within a trial: scheduler pbt takes keys of the method and of preference"
     return None

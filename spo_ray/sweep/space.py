@@ -1,4 +1,4 @@
-"""From a search space to trials, and to what Ray Tune's schedulers and Optuna make of it."""
+"""From a search space to trials, and to Optuna's distributions."""
 
 import copy
 import hashlib
@@ -104,25 +104,6 @@ def trial_config(config: Config, values: Mapping[str, Value], seed: int) -> Conf
         return with_values(config.model_copy(update={"sweep": None}), {**values, "seed": seed})
     except ValidationError as error:
         raise UserError(f"sweep.space allows {dict(values)}: {error.errors()[0]['msg']}") from error
-
-
-def mutations(sweep: SweepConfig) -> dict[str, Any]:
-    """The space for Ray Tune's PBT."""
-    from ray import tune
-
-    return {
-        key: tune.loguniform(d.low, d.high) if isinstance(d, LogUniform) else list(d.values)
-        for key, d in sweep.space.items()
-    }
-
-
-def within(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that PBT has changed, moved back between their bounds."""
-    clipped = dict(values)
-    for key, dimension in sweep.space.items():
-        if isinstance(dimension, LogUniform):
-            clipped[key] = min(max(values[key], dimension.low), dimension.high)
-    return clipped
 
 
 def distributions(sweep: SweepConfig) -> dict[str, Any]:

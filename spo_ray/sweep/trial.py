@@ -26,8 +26,8 @@ from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.space import Point, Shared, run_for, shared_values, sweep_of, trial_config
-from spo_ray.train.score_gate import TRAINING_STATE, decide, decision, rung_folder
-from spo_ray.train.spec import RESULT, Job
+from spo_ray.train.score_gate import decide, decision, rung_folder
+from spo_ray.train.spec import Job
 
 TRIAL, SCORES, FAILED, TRAINING = "trial.json", "scores.jsonl", "failed.json", "training"
 Record = dict[str, Any]
@@ -62,9 +62,7 @@ def trial(config: dict[str, Any], context: Context) -> None:
     # A stopped trial ends its training before the process is used again; Ray Tune reads this here.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_S)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less; nothing here listens to it
-    checkpoint = tune.get_checkpoint()
-    name = folder_name(config, str(tune.get_context().get_trial_id()))
-    Trial(config["point"], context, name, Path(checkpoint.path) if checkpoint else None).run()
+    Trial(config["point"], context, folder_name(config, str(tune.get_context().get_trial_id()))).run()
 
 
 def folder_name(config: Mapping[str, Any], trial_id: str) -> str:
@@ -74,15 +72,13 @@ def folder_name(config: Mapping[str, Any], trial_id: str) -> str:
 
 
 class Trial:
-    """One trial at work; ``taken_over`` is a checkpoint to go on from (population-based training)."""
+    """One trial at work."""
 
-    def __init__(self, point: Point, context: Context, name: str, taken_over: Path | None = None) -> None:
+    def __init__(self, point: Point, context: Context, name: str) -> None:
         self.point, self.context, self.name = point, context, name
         self.sweep = sweep_of(context.run.config)
         self.folder = context.folder / name
         self.out = self.folder / TRAINING
-        self.taken_over = taken_over
-        self.after = json.loads((taken_over / "state.json").read_text())["step"] if taken_over else 0
         self.started = time.time()
         self.before = 0.0
         """Seconds of earlier starts."""
@@ -107,7 +103,7 @@ class Trial:
         settings = config.preference
         total = settings.epochs * -(-shared.pairs.count // settings.batch_size)
         shares = steps_of(self.sweep, total)
-        self._forget_later_than(self.after)
+        self._forget_undecided()
         earlier = scores(self.folder)
         self.before = earlier[-1]["seconds"] if earlier else 0.0
         job = Job(
@@ -119,14 +115,12 @@ class Trial:
             self.sweep.method,
             shared.held_out,
             tuple(shares),
-            str(self.taken_over) if self.taken_over else None,
-            self.sweep.scheduler.type == "pbt",
         )
         training = threading.Thread(target=self._train, args=(job,), daemon=True)
         training.start()
         try:
             for step, share in shares.items():
-                if step > self.after and self._pass(share, step, job, training):
+                if self._pass(share, step, job, training):
                     break
         finally:
             for step in list(shares)[:-1]:
@@ -142,12 +136,8 @@ class Trial:
                 self.context.known[key] = self.context.prepare(run)
         return self.context.known[key]
 
-    def _forget_later_than(self, after: int) -> None:
-        """Leave out what an earlier start decided or scored beyond the state that this one goes on from."""
-        if self.taken_over:
-            kept = [record for record in scores(self.folder) if record["step"] <= after]
-            _write_scores(self.folder, kept)
-            (self.out / RESULT).unlink(missing_ok=True)
+    def _forget_undecided(self) -> None:
+        """Delete an earlier start's exported checkpoints, and its decisions that were to stop or have no score."""
         scored = {record["step"] for record in scores(self.folder)}
         for exported in (path for path in (self.out / "rungs").glob("*") if path.is_dir()):
             shutil.rmtree(exported)  # the log that belongs to it is about to be written anew
@@ -163,7 +153,7 @@ class Trial:
             run = copy.copy(self.context.run)
             run.config = job.config
             # named after all that it depends on: another training must not go on from its checkpoints
-            identity = json.dumps([self.context.digest, self.name, self.point, self.after], sort_keys=True)
+            identity = json.dumps([self.context.digest, self.name, self.point], sort_keys=True)
             if not job.finished:
                 fit(run, [job], [f"trial {self.name}"], group_name(identity), from_files=True)
         except BaseException as error:
@@ -187,10 +177,7 @@ class Trial:
         if stop:
             decide(self.out, step, go_on=False)
             training.join(STOP_S)
-        state = folder / TRAINING_STATE
-        checkpoint = tune.Checkpoint.from_directory(state) if state.exists() and not stop else None
-        report = {**values_of(record), PROGRESS: percent(share), "step": step, "done": last or stop}
-        tune.report(report, checkpoint=checkpoint)
+        tune.report({**values_of(record), PROGRESS: percent(share), "step": step, "done": last or stop})
         shutil.rmtree(rung_folder(self.out, step), ignore_errors=True)
         if not stop:
             decide(self.out, step, go_on=True)

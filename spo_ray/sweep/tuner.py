@@ -4,20 +4,18 @@ import itertools
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from spo_ray.config.schema import Config
-from spo_ray.config.sweep import Asha, LogUniform, OptunaSearch, Pbt, SweepConfig, mode_of, names_of
+from spo_ray.config.sweep import Asha, LogUniform, OptunaSearch, SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.model.completion import choose_engine
@@ -30,11 +28,9 @@ from spo_ray.sweep.space import (
     Shared,
     distributions,
     listed_points,
-    mutations,
     run_for,
     shared_values,
     sweep_of,
-    within,
 )
 from spo_ray.sweep.trial import PROGRESS, Context, key_of, percent, trial
 
@@ -42,8 +38,6 @@ TUNE = "tune"
 """Ray Tune's own records, as long as the sweep is under way."""
 ROOM = "room.json"
 """How many trials at a time it was started with; as long, too."""
-KEPT_STATES = 4
-"""Training states of a trial that others may take over (population-based training)."""
 STARTS = ("sft", "pairs", "held_out", "validation")
 NOT_RESULTS = {"keep", "max_concurrent"}
 
@@ -123,8 +117,6 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial has its own log
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # by it Ctrl-C would end fit() as if all trials had ended
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    random.seed(config.seed)  # PBT draws from the global generators
-    np.random.seed(config.seed)
     sweep = sweep_of(config)
     folder = context.folder / TUNE
     entry: Any = tune.with_resources(partial(trial, context=context), DRIVER)
@@ -146,7 +138,6 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
             name=TUNE,
             storage_path=str(context.folder),
             failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_STATES),
             callbacks=[Progress(context.folder, sweep)],
             verbose=0,
         ),
@@ -155,10 +146,7 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
 
 def _listed(config: Config) -> tuple[None, dict[str, Any], int]:
     """A list made in advance: the same trials whatever the number at a time."""
-    points: list[Any] = listed_points(config)
-    if sweep_of(config).scheduler.type == "pbt":  # where a trial takes over all of another's point
-        points = [point | {"number": None} for point in points]
-    return None, {"point": tune.grid_search(points)}, 1
+    return None, {"point": tune.grid_search(listed_points(config))}, 1
 
 
 def _suggested(config: Config) -> tuple[Any, dict[str, Any], int]:
@@ -184,20 +172,7 @@ def _scheduler(sweep: SweepConfig) -> TrialScheduler:
     if isinstance(chosen, Asha):
         rungs: Any = {"max_t": 100, "grace_period": first, "reduction_factor": chosen.reduction_factor}
         return ASHAScheduler(**usual, **rungs)
-    if isinstance(chosen, Pbt):
-        return PopulationBasedTraining(
-            **usual,
-            perturbation_interval=first,
-            hyperparam_mutations={"point": {"values": mutations(sweep)}},
-            quantile_fraction=chosen.quantile,
-            resample_probability=chosen.resample,
-            custom_explore_fn=partial(_clip, sweep=sweep),
-        )
     return FIFOScheduler()
-
-
-def _clip(config: dict[str, Any], sweep: SweepConfig) -> dict[str, Any]:
-    return {"point": config["point"] | {"values": within(sweep, config["point"]["values"])}}
 
 
 DRIVER = {"memory": 2.0**26}
@@ -209,16 +184,10 @@ def trial_room(config: Config, nodes: list[dict[str, Any]]) -> int:
     """Trials at a time: as many as fit, at most ``max_concurrent``.
 
     Raises:
-        UserError: none fits, or not all members of a population.
+        UserError: none fits.
     """
-    sweep, count = sweep_of(config), fitting_trials(config, nodes)
-    room = min(count, sweep.max_concurrent or count)
-    if sweep.scheduler.type == "pbt" and room < sweep.samples:
-        raise UserError(
-            f"scheduler pbt trains all sweep.samples={sweep.samples} members at a time, and there is room for {room} "
-            "trials: lower sweep.samples, or use a larger cluster"
-        )
-    return room
+    count = fitting_trials(config, nodes)
+    return min(count, sweep_of(config).max_concurrent or count)
 
 
 def fitting_trials(config: Config, nodes: list[dict[str, Any]]) -> int:

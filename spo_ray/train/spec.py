@@ -29,10 +29,6 @@ class Job:
     held_out: Artifact | None = None
     score_at: tuple[int, ...] = ()
     """Steps at which it is scored; after all but the last it waits for a decision (:mod:`spo_ray.train.score_gate`)."""
-    start_from: str | None = None
-    """Folder with the training state of another job, to go on from."""
-    keep_state: bool = False
-    """Put the training state beside the checkpoints that are scored."""
 
     @property
     def checkpoint(self) -> CheckpointConfig:

@@ -67,7 +67,7 @@ def stage(tmp_path, monkeypatch, in_root):
     monkeypatch.setattr(module, "score_log", score)
     texts = {"accuracy_greedy": {"value": 0.5}, "accuracy_sampled": {"value": 0.5}}
     monkeypatch.setattr(module, "score_texts", lambda *given: texts)
-    monkeypatch.setattr(module.tune, "report", lambda metrics, checkpoint: found.reports.append(metrics))
+    monkeypatch.setattr(module.tune, "report", lambda metrics: found.reports.append(metrics))
     monkeypatch.setattr(module.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "id"))
     return found
 

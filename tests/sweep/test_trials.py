@@ -220,26 +220,3 @@ def test_optuna_with_two_objectives(referenced, tmp_path):
     assert len(set(drawn)) == 4
     assert all(0.01 <= value <= 30 for value in drawn)
     assert {row["status"] for row in found} == {"finished"}
-
-
-def test_population_based_training_takes_over_states(referenced, tmp_path):
-    """Ray compares a member with the others' latest scores. This objective falls while training: who is first at a
-    score is the worst there, whatever the values.
-    """
-    overrides = [
-        space(methods__spo__lambda_sft="{type: loguniform, low: 0.01, high: 30}"),
-        "sweep.searcher={type: random}",
-        "sweep.scheduler={type: pbt, quantile: 0.5}",
-        "sweep.samples=3",
-        "sweep.score_at=[0.25, 0.5, 0.75, 1.0]",  # whether one has a state to go on from when another falls is chance
-        "sweep.objectives=[delta_logp_rejected]",
-    ]
-    run = finish(start(tmp_path, referenced, "4", *overrides), tmp_path)
-    found = rows(run)
-    assert [row["status"] for row in found] == ["finished"] * 3
-    histories = []
-    for row in found:
-        lines = (run / "trials" / row["trial"] / "scores.jsonl").read_text().splitlines()
-        histories.append({json.loads(line)["values"][LAMBDA] for line in lines})
-        assert all(0.01 <= value <= 30 for value in histories[-1])
-    assert any(len(history) > 1 for history in histories)  # a trial went on from another's state, with other values
