@@ -31,13 +31,14 @@ import torch.multiprocessing as mp
 
 from benchmarks.common import random_inputs, rate_of_all
 from spo_ray.config.load import load
+from spo_ray.config.train import CheckpointConfig
 from spo_ray.model.fsdp import decoder_layers
 from spo_ray.model.load import build_policy
 from spo_ray.runtime.artifact import external
 from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.run import Run
 from spo_ray.train import launch, worker
-from spo_ray.train.checkpointer import Checkpointer, NoSnapshots
+from spo_ray.train.checkpointer import Checkpointer
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.entry import train_loop
@@ -68,7 +69,7 @@ class Step(NamedTuple):
     gathered: float  # bytes that a worker sends
     reduced: float
     other: float
-    save: float  # seconds in ``Snapshots.save`` before this step
+    save: float  # seconds in ``Checkpointer.save`` before this step
 
 
 def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrides: str) -> Job:
@@ -77,7 +78,14 @@ def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrid
     lengths = [f"preference.epochs={epochs}", f"sft.epochs={epochs}", f"train.num_workers={workers}"]
     config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, *lengths, f"output={folder / 'runs'}", *overrides])
     pairs = external(folder / ("sides" if method == "sft" else "pairs"))
-    return Job(config, str(folder / "model"), pairs, str(folder / name), name, None if method == "sft" else method)
+    return Job(
+        config=config,
+        model=str(folder / "model"),
+        rows=pairs,
+        out=str(folder / name),
+        key=name,
+        method=None if method == "sft" else method,
+    )
 
 
 def instrument() -> None:
@@ -114,7 +122,7 @@ def instrument() -> None:
         return call
 
     patches: list[tuple[Any, str, Any]] = [(dist, name, counted(name, whole)) for name, whole in WHOLE.items()]
-    patches += [(worker, "run_job", recorded), (worker, "save", lambda *arguments: None)]
+    patches += [(worker, "run_job", recorded), (worker, "export_policy", lambda *arguments: None)]
     for owner, name, function in [*patches, (StepLog, "write", written), (Checkpointer, "save", saved)]:
         setattr(owner, name, function)
 
@@ -143,7 +151,7 @@ def work(jobs: Sequence[Job]) -> None:
     before = rate_of_all()
     for each in jobs:
         Path(each.out).mkdir(parents=True, exist_ok=True)
-        worker.run_job(each, rank, NoSnapshots(rank), RowTable.of)
+        worker.run_job(each, rank, Checkpointer(each.key, CheckpointConfig(every=None), rank), RowTable.of)
         after = rate_of_all()
         (Path(each.out) / "rate").write_text(str((before + after) / 2))
         before = after

@@ -107,14 +107,14 @@ class Trial:
         earlier = scores(self.folder)
         self.before = earlier[-1]["seconds"] if earlier else 0.0
         job = Job(
-            config,
-            str(shared.sft.path),
-            shared.pairs,
-            str(self.out),
-            f"trial_{self.name}_{self.context.digest[:12]}",
-            self.sweep.method,
-            shared.held_out,
-            tuple(shares),
+            config=config,
+            model=str(shared.sft.path),
+            rows=shared.pairs,
+            out=str(self.out),
+            key=f"trial_{self.name}_{self.context.digest[:12]}",
+            method=self.sweep.method,
+            held_out=shared.held_out,
+            score_at=tuple(shares),
         )
         training = threading.Thread(target=self._train, args=(job,), daemon=True)
         training.start()

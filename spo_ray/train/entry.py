@@ -40,24 +40,25 @@ class RecordFailures(UserCallback):
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry: the jobs, one after another, but for those that an earlier start has finished."""
+    """Entry of Ray Train's workers: run the jobs one after another, except those finished by an earlier start."""
     import ray.train
 
     from spo_ray.train.checkpointer import Checkpointer
     from spo_ray.train.data_loader import RowTable, shared_table
     from spo_ray.train.distributed import Distributed
+    from spo_ray.train.memory_check import RetainedMemory, check_room
     from spo_ray.train.score_gate import StoppedError
-    from spo_ray.train.worker import RetainedMemory, check_room, run_job
+    from spo_ray.train.worker import run_job
 
-    rank, held = Distributed.current(), RetainedMemory()
+    rank, retained = Distributed.current(), RetainedMemory()
     table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
-        done = [job.finished]
-        if not any(rank.gather(done)):
-            check_room(job, rank, held.now())
-            snapshots = Checkpointer(job.key, job.checkpoint, rank, job.config.train.timeout_s)
-            try:
-                run_job(job, rank, snapshots, table_of)
-            except StoppedError:
-                snapshots.wait()
-            ray.train.report({"job": job.key, "finished": True})
+        if any(rank.gather([job.finished])):
+            continue
+        check_room(job, rank, retained.now())
+        checkpointer = Checkpointer(job.key, job.checkpoint, rank, job.config.train.timeout_s)
+        try:
+            run_job(job, rank, checkpointer, table_of)
+        except StoppedError:
+            checkpointer.wait()
+        ray.train.report({"job": job.key, "finished": True})

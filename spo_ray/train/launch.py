@@ -17,11 +17,10 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
-from transformers import AutoConfig
 
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.memory import Device, memory_plan
+from spo_ray.model.memory import Device
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu
 from spo_ray.runtime.console import log
@@ -32,6 +31,7 @@ from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
 from spo_ray.train.entry import RecordFailures, train_loop
 from spo_ray.train.log_follower import Follower
+from spo_ray.train.memory_check import estimate_memory
 from spo_ray.train.spec import RESULT, Job, Start, failures_of
 
 MATTER = {"precision", "optimizer", "max_length"}
@@ -175,7 +175,7 @@ def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: 
         "datasets": {digest: dataset(artifact) for digest, artifact in artifacts.items()},
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
-    _say_plan(jobs, names, "cuda" if use_gpu else "cpu")
+    _log_memory(jobs, names, "cuda" if use_gpu else "cpu")
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs, "from_files": from_files}, **options)
     try:
         with Follower(jobs, names, Trackers(run)):
@@ -185,14 +185,11 @@ def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: 
     _forget(run, group)
 
 
-def _say_plan(jobs: list[Job], names: list[str], device: Device) -> None:
-    """Print the largest of the jobs' memory plans; the workers compare it with what they have."""
-    plans = {}
-    for job, name in zip(jobs, names, strict=True):
-        method = None if job.method is None else job.config.methods[job.method]
-        plans[name] = memory_plan(job.config, AutoConfig.from_pretrained(job.model), name, method, device)
-    largest = max(plans, key=lambda name: plans[name].total)
-    log(largest, plans[largest].table())
+def _log_memory(jobs: list[Job], names: list[str], device: Device) -> None:
+    """Log the largest memory estimate of the jobs; the workers compare theirs with their free memory."""
+    estimates = {name: estimate_memory(job, device) for job, name in zip(jobs, names, strict=True)}
+    largest = max(estimates, key=lambda name: estimates[name].total)
+    log(largest, estimates[largest].table())
 
 
 def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, str]) -> dict[str, Any]:
@@ -214,10 +211,9 @@ def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, s
 
 def _explain(error: TrainingFailedError, config: Config) -> Exception:
     """One clear error out of what Ray Train raises."""
-    if isinstance(error, WorkerGroupError):
-        rank, failure = min(error.worker_failures.items())
-        return RuntimeError(f"training worker {rank} failed: {cause_of(failure)}")
     cause = cause_of(error)
+    if isinstance(error, WorkerGroupError):
+        return RuntimeError(f"training worker {min(error.worker_failures)} failed: {cause}")
     if isinstance(cause, UserError):
         return cause
     if "StartupTimeout" in type(cause).__name__:

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from spo_ray.config.train import AlarmConfig
+from spo_ray.config.train import AlarmConfig, TrainConfig
 from spo_ray.core.text_metrics import distinct, repetition
 from spo_ray.train.alarm import Alarm, describe
-from spo_ray.train.callbacks import text_health
 from spo_ray.train.distributed import Distributed
+from spo_ray.train.generation import text_health
+from spo_ray.train.logp_eval import Measure
 
 from ..helpers import SMALL
 from .processes import log_of, train
@@ -111,9 +112,10 @@ def test_text_health_is_that_of_the_models_own_samples(toy_base, referenced, cha
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(toy_base, dtype=torch.float32).eval()
-    rank, table = Distributed(0, 1, torch.device("cpu")), referenced.rows()[:6]
+    measure = Measure(model, chat, TrainConfig(), Distributed(0, 1, torch.device("cpu")))
+    table = referenced.rows()[:6]
     before = torch.get_rng_state()
-    one = text_health(model, chat, table, 1, rank, seed=0)
+    one = text_health(measure, table, 1, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     entropies = []
     for row in table:
@@ -122,12 +124,12 @@ def test_text_health_is_that_of_the_models_own_samples(toy_base, referenced, cha
         entropies.append(-(logps.exp() * logps).sum().item())
     assert one["health/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
     assert one["health/length"] == 1.0
-    long = text_health(model, chat, table, 48, rank, seed=0)
-    assert long == text_health(model, chat, table, 48, rank, seed=0)
-    assert long != text_health(model, chat, table, 48, rank, seed=1)
+    long = text_health(measure, table, 48, seed=0)
+    assert long == text_health(measure, table, 48, seed=0)
+    assert long != text_health(measure, table, 48, seed=1)
     with torch.no_grad():  # a policy that knows one token alone
         model.lm_head.weight.zero_()
-    flat = text_health(model, chat, table, 48, rank, seed=0)
+    flat = text_health(measure, table, 48, seed=0)
     assert flat["health/entropy"] == pytest.approx(
         torch.log(torch.tensor(float(model.config.vocab_size))).item(), rel=1e-4
     )
