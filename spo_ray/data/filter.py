@@ -14,7 +14,7 @@ from spo_ray.config.data import PairsConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work
 
 PERMUTATIONS = 128
 
@@ -42,7 +42,8 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
         require_rows(counts.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", counts)
 
     settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
-    return run.stage(name, build, config=settings, inputs={"candidates": candidates})
+    work = Work(candidates.max_rows, note=f"pairs without duplicates (dedup {config.dedup})")
+    return run.execute(Stage(name, build, settings, {"candidates": candidates}, work))
 
 
 def _lopsided(row: Any, limit: float | None) -> str | None:
@@ -153,20 +154,22 @@ def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tu
     Raises:
         UserError: nothing would be left to train on.
     """
-    table = source.rows()
-    names: dict[str, str] = {}
-    groups = [names.setdefault(json.dumps(row["prompt"]), row.get("source_id") or row["id"]) for row in table]
-    different = sorted(set(groups))
-    if count >= len(different):
-        raise UserError(f"sweep.validation.{what}={count} leaves none of {len(different)} to train on: lower it")
-    drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
 
     def part(name: str, inside: bool) -> Artifact:
         def build(out: Path, counts: RowCounts) -> None:
+            table, names = source.rows(), {}
+            groups = [names.setdefault(json.dumps(row["prompt"]), row.get("source_id") or row["id"]) for row in table]
+            different = sorted(set(groups))
+            if count >= len(different):
+                raise UserError(
+                    f"sweep.validation.{what}={count} leaves none of {len(different)} to train on: lower it"
+                )
+            drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
             kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
             counts.read, counts.kept = len(table), len(kept)
             write_rows(out / "part-0.parquet", kept, kind)
 
-        return run.stage(f"{name}_{what}", build, config={"count": count}, inputs={"source": source})
+        work = Work(source.max_rows, note=f"{what} for {'validation' if inside else 'training'}")
+        return run.execute(Stage(f"{name}_{what}", build, {"count": count}, {"source": source}, work))
 
     return part("train", False), part("validation", True)

@@ -4,9 +4,10 @@ import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -14,24 +15,20 @@ from spo_ray import __version__
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
+from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
 from spo_ray.runtime.console import end_view, log, place, quieten, redact, set_verbosity
 from spo_ray.runtime.failure import AGAIN, card_on, recorded
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import PlannedRun, Run
 
 quieten()  # before the heavy imports of whoever imports this
 
 
-Stages = Callable[[Run], Iterator[str]]
-Outline = Callable[[Run], str]
-"""What ``--dry-run`` prints."""
-Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate", "report"]
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/, or one of your own.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan, and do nothing.")]
 Verbose = Annotated[bool, Parameter(negative="", help="Show what vLLM, Ray and the workers print.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
-USAGE = "Overrides are dotted keys of the configuration: methods.spo.lambda_sft=5"
 EXAMPLES = """Examples:
 
 * spo-ray doctor --config configs/quickstart.yaml
@@ -43,59 +40,39 @@ EXAMPLES = """Examples:
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 
-def script(stages: Stages, until: Part, description: str, outline: Outline | None = None) -> int:
-    """The command line of one script in ``pipelines/``: run the job up to a stage; gives the exit code."""
-    app = App(help=f"{description}\n\n{USAGE}", version=__version__)
-
-    @app.default
-    def command(*overrides: Overrides, config: ConfigPath, dry_run: DryRun = False, verbose: Verbose = False) -> int:
-        if dry_run and outline:
-            return guarded(lambda: print(outline(Run(load(config, overrides)))))
-        return guarded(lambda: follow(stages, config, overrides, until, dry_run, verbose))
-
-    command.__doc__ = f"{description} Finished stages are reused."
-    return int(app() or 0)
-
-
-def follow(
-    stages: Stages,
-    config: Path,
-    overrides: tuple[str, ...],
-    until: Part,
-    dry_run: bool = False,
-    verbose: bool = False,
-) -> None:
-    """Load the configuration and run the job's stages up to the named one, or print what they would be."""
-    set_verbosity(verbose)
-    run = Run(load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides))
-    if dry_run:
-        show_plan(run.config, stages)
-        return
-    if not run.config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
+def execute(job: Callable[[Run], Any], config: Config, until: Part = "report") -> None:
+    """Run a job in its folder, under the folder's lock, with its state in ``status.json``."""
+    run = Run(config)
+    if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
         log(
             "job",
             "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
         )
     with run.locked(), recorded(run):
-        write_json(run.root / "config.json", run.config.model_dump(mode="json"))
-        for stage in stages(run):
-            if stage == until:
-                break
+        write_json(run.root / "config.json", config.model_dump(mode="json"))
+        job(run)
     log("job", f"{until} finished; results in {place(run.root)}")
 
 
-def show_plan(config: Config, stages: Stages) -> None:
-    """Print what a run would do.
+def show_plan(plan: PlannedRun, more: str = "") -> None:
+    """Print a plan.
 
     Raises:
         UserError: the run would be refused.
     """
-    from spo_ray.pipeline.plan import plan
+    from spo_ray.pipeline.plan import plan_text
 
-    text, problem = plan(config, stages)
-    print(text)
-    if problem:
-        raise UserError(problem)
+    print(plan_text(plan))
+    if more:
+        print(more)
+    if plan.problem:
+        raise UserError(plan.problem)
+
+
+def configured(config: Path, overrides: tuple[str, ...], verbose: bool = False) -> Config:
+    """Load a configuration, and let the libraries that are imported later print all, or errors alone."""
+    set_verbosity(verbose)
+    return load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides)
 
 
 def guarded(work: Callable[[], None]) -> int:
@@ -136,14 +113,17 @@ def run(
     until
         The part of the job to stop after.
     """
-    return guarded(lambda: follow(whole_job, config, overrides, until, dry_run, verbose))
 
+    def work() -> None:
+        loaded = configured(config, overrides, verbose)
+        from spo_ray.pipeline.job import plan_job, run_job
 
-def whole_job(run: Run) -> Iterator[str]:
-    """The stages of ``pipelines/full.py``, whose imports take seconds."""
-    from spo_ray.pipeline.job import stages
+        if dry_run:
+            show_plan(plan_job(loaded))
+        else:
+            execute(partial(run_job, until=until), loaded, until)
 
-    return stages(run)
+    return guarded(work)
 
 
 @app.command
@@ -152,8 +132,7 @@ def plan(*overrides: Overrides, config: ConfigPath) -> int:
 
     Example: spo-ray plan --config configs/quickstart.yaml methods.spo.lambda_sft=5
     """
-    set_verbosity(False)
-    return guarded(lambda: show_plan(load(config, overrides), whole_job))
+    return run(*overrides, config=config, dry_run=True)
 
 
 @app.command
@@ -218,18 +197,18 @@ def evaluate(
     """
 
     def work() -> None:
-        from spo_ray.pipeline.job import evaluate_apart
+        from spo_ray.pipeline.evaluate_job import evaluate_checkpoints
 
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
             raise UserError("checkpoints look like NAME=PATH, each with a name of its own")
-        evaluate_apart(load(config, overrides), named)
+        evaluate_checkpoints(load(config, overrides), named)
 
     return guarded(work)
 
 
 @app.command
-def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
+def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, verbose: Verbose = False) -> int:
     """Try many settings of a method with Ray Tune; the same command goes on with an unfinished sweep.
 
     Parameters
@@ -239,14 +218,20 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
     config
         A file from configs/sweeps/, or one of your own with a section sweep.
     dry_run
-        Print the resolved configuration and the trials, and do nothing.
+        Print the plan and the trials, and do nothing.
     """
-    from spo_ray.pipeline.sweep_job import stages
-    from spo_ray.pipeline.sweep_outline import sweep_outline
 
-    if dry_run:
-        return guarded(lambda: print(sweep_outline(Run(load(config, overrides)))))
-    return guarded(lambda: follow(stages, config, overrides, "report"))
+    def work() -> None:
+        loaded = configured(config, overrides, verbose)
+        from spo_ray.pipeline.plan import trials_text
+        from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
+
+        if dry_run:
+            show_plan(plan_sweep(loaded), trials_text(loaded))
+        else:
+            execute(run_sweep, loaded)
+
+    return guarded(work)
 
 
 @app.command
@@ -267,10 +252,11 @@ def report(
     """
 
     def work() -> None:
+        set_verbosity(False)
+        from spo_ray.pipeline.finished import read_finished
         from spo_ray.report.comparison import write_reports
 
-        set_verbosity(False)
-        write_reports(runs, out)
+        write_reports([read_finished(folder) for folder in runs], out)
 
     return guarded(work)
 
@@ -329,6 +315,6 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
     return guarded(work)
 
 
-def main() -> None:
-    """Console script."""
-    sys.exit(app() or 0)
+def main(*command: str) -> None:
+    """Run a command line and exit; ``command`` stands before what was typed."""
+    sys.exit(app([*command, *sys.argv[1:]]) or 0)

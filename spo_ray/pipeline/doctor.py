@@ -18,6 +18,7 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import on_hub, versions
 from spo_ray.runtime.console import redact
+from spo_ray.runtime.run import PlannedRun
 
 Level = Literal["ok", "warning", "failed"]
 IMPORT_TIMEOUT_S = 180
@@ -54,8 +55,11 @@ def examine(config: Config | None, problem: str | None = None) -> list[Check]:
     if problem is not None:
         found.append(Check("config", "failed", problem, "correct the file, or the override"))
     if config is not None:
+        from spo_ray.pipeline.job import plan_job
+
+        plan = plan_job(config)
         for further in CONFIG_CHECKS:
-            found += further(config)
+            found += further(config, plan)
     return found
 
 
@@ -155,7 +159,7 @@ def memory() -> Checks:
     yield Check("memory", "warning" if low else "ok", f"{free / 2**30:.1f} GiB available", fix)
     shared = Path("/dev/shm")
     if shared.is_dir():
-        from spo_ray.pipeline.estimate import free_bytes
+        from spo_ray.pipeline.plan import free_bytes
 
         size = free_bytes(shared)
         fix = "in a container: --shm-size=8g; else Ray keeps its objects on the disk" if size < 2**30 else ""
@@ -192,17 +196,12 @@ def ports() -> Checks:
     yield Check("ray ports", "warning" if taken else "ok", f"in use: {', '.join(taken)}" if taken else "free", fix)
 
 
-def disk(config: Config) -> Checks:
+def disk(config: Config, plan: PlannedRun) -> Checks:
     """Room for the run, by its plan."""
-    from spo_ray.pipeline.estimate import Estimator, free_bytes
-    from spo_ray.pipeline.outline import outline
+    from spo_ray.pipeline.plan import Estimator, free_bytes
 
-    try:
-        estimates = [Estimator(config).of(line) for line in outline(config)]
-    except UserError as error:  # no data: the run's own check says so
-        yield Check("disk", "warning", str(error), "see the check of the plan")
-        return
-    need = sum(e.disk for e in estimates) + max(e.while_it_runs for e in estimates)
+    estimates = [Estimator(config).of(stage) for stage in plan.planned]
+    need = sum(e.disk for e in estimates) + max((e.checkpoints for e in estimates), default=0)
     for name, folder, least in (("disk", config.output, max(need, 2**28)), ("disk for Ray", Path("/tmp"), DISK_LEAST)):
         free = free_bytes(folder)
         text = f"{free / 2**30:.1f} GiB free in {folder.absolute()}, needed are about {least / 2**30:.1f}"
@@ -210,7 +209,7 @@ def disk(config: Config) -> Checks:
         yield Check(name, "failed" if fix else "ok", text, fix)
 
 
-def hub(config: Config) -> Checks:
+def hub(config: Config, plan: PlannedRun) -> Checks:
     """Whether what is on the hub can be had."""
     paths = [config.model.path, str(getattr(config.data, "path", ""))]
     wanted = [path for path in paths if path and on_hub(Path(path))]
@@ -236,16 +235,13 @@ def hub(config: Config) -> Checks:
             yield Check("hub", "failed", f"{address} can't be reached: {type(error).__name__}", fix)
 
 
-def job(config: Config) -> Checks:
+def job(config: Config, plan: PlannedRun) -> Checks:
     """What a run would be refused for before it starts."""
-    from spo_ray.pipeline.job import stages
-    from spo_ray.pipeline.rehearsal import rehearse
-
-    problem = rehearse(config, stages).problem
+    problem = plan.problem
     yield Check("plan", "failed" if problem else "ok", problem or f"{config.name}: model, template and data are usable")
 
 
-def cluster(config: Config) -> Checks:
+def cluster(config: Config, plan: PlannedRun) -> Checks:
     """Resources of the cluster, and that all its nodes have the same versions as this process."""
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if not address:
@@ -256,7 +252,7 @@ def cluster(config: Config) -> Checks:
     from spo_ray.runtime.cluster import connect
 
     try:
-        connect(config)
+        connect(config, plan.planned)
     except UserError as error:
         yield Check("cluster", "failed", str(error), "ray start --head, or the address of your cluster")
         return
@@ -329,4 +325,4 @@ def _output(command: list[str], timeout: float = IMPORT_TIMEOUT_S) -> str | None
 
 
 CHECKS: list[Callable[[], Checks]] = [python, packages, hardware, engine, memory, authentication, ports]
-CONFIG_CHECKS: list[Callable[[Config], Checks]] = [job, disk, hub, cluster]
+CONFIG_CHECKS: list[Callable[[Config, PlannedRun], Checks]] = [job, disk, hub, cluster]

@@ -14,7 +14,7 @@ from spo_ray.evaluate.accuracy import by_item
 from spo_ray.evaluate.statistics import compare, holm
 from spo_ray.report import html
 from spo_ray.report.figures import overlaid_figure, spec
-from spo_ray.report.finished import Finished, labels, read, rewrite
+from spo_ray.report.finished import Finished, labels, rewrite
 from spo_ray.report.scores import CHOSEN_CHANGE, comparisons, grid, linked, results, verdicts
 from spo_ray.report.summary import summarise, versions_of
 from spo_ray.report.sweep import sensitivity_figures, values_in_words
@@ -42,17 +42,16 @@ class Measured(NamedTuple):
     """By metric and question."""
 
 
-def write_reports(folders: Sequence[Path], out: Path | None) -> None:
+def write_reports(found: Sequence[Finished], out: Path | None) -> None:
     """Write one run's own page anew, or a page that compares several; ``out`` says where that goes.
 
     Raises:
-        UserError: a folder holds no finished run, or is named twice; or ``out`` is given for a run's own page.
+        UserError: a run is named twice, or ``out`` is given for a run's own page.
     """
-    if not folders:
+    if not found:
         raise UserError("name the folder of a finished run, such as runs/quickstart; with several they are compared")
-    if len({folder.resolve() for folder in folders}) < len(folders):
+    if len({each.run.root for each in found}) < len(found):
         raise UserError("a run is named twice")
-    found = [read(folder) for folder in folders]
     if len(found) == 1:
         if out:
             raise UserError("--out is for a comparison: a run's own page is always in its folder, report/index.html")

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from spo_ray.report.scores import (
 from spo_ray.report.summary import summarise
 from spo_ray.runtime.artifact import MANIFEST, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.train.alarm import PREFIX, describe
 from spo_ray.train.spec import RESULT
 
@@ -40,21 +41,23 @@ def write_report(
 
     ``pairs`` are the training pairs as text, ``held_out`` the questions or pairs of the evaluation.
     """
-    summary = summarise(run, methods, evaluation)
+    summary = cache(partial(summarise, run, methods, evaluation))
 
     def build(out: Path, row_counts: RowCounts) -> None:
         row_counts.facts["summary"] = "../summary.json"
-        sections = list(_sections(run, summary, methods, evaluation, pairs, held_out))
+        sections = list(_sections(run, summary(), methods, evaluation, pairs, held_out))
         sections += _record(run)
-        footer = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
+        footer = " · ".join(f"{k} {v}" for k, v in summary()["versions"].items())
         page = html.page(f"{run.config.name}: spo_ray report", sections, footer)
         (out / "index.html").write_text(page, encoding="utf-8")
 
     inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in evaluation.answers.items()}
     inputs |= {"questions": held_out, "scores": evaluation.scores, "comparisons": evaluation.comparisons}
-    report = run.stage("report", build, config={}, inputs=inputs | {"pairs": pairs})
-    write_json(run.root / "summary.json", summary)
-    for line in text_table(summary["methods"], summary["comparisons"]):
+    report = run.execute(Stage("report", build, {}, inputs | {"pairs": pairs}, Work(note="a page")))
+    if run.mode == "plan":
+        return
+    write_json(run.root / "summary.json", summary())
+    for line in text_table(summary()["methods"], summary()["comparisons"]):
         print(line)
     log("report", place(report.path / "index.html"))
 

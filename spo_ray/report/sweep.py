@@ -21,7 +21,7 @@ from spo_ray.report.sweep_figures import (
 )
 from spo_ray.runtime.artifact import Artifact, RowCounts, versions, write_json
 from spo_ray.runtime.console import log, place
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage
 from spo_ray.sweep.results import BEST, Ranked, Row, one_each, rows_of
 from spo_ray.sweep.space import short_names, short_text, sweep_of
 
@@ -41,7 +41,7 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
         row_counts.read = row_counts.kept = len(rows)
 
     inputs = {"trials": trials} | ({"scores": tested.scores, "comparisons": tested.comparisons} if tested else {})
-    report = run.stage("report", build, config={}, inputs=inputs)
+    report = run.execute(Stage("report", build, config={}, inputs=inputs))
     write_json(run.root / "summary.json", summary)
     log("best", f"{values_in_words(best.values)}; {BEST} is ready to run")
     for line in _test_lines(summary["test"], names_of(sweep)):

@@ -233,11 +233,6 @@ def write_csv(path: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
 BEST = "best.yaml"
 
 
-def winner(run: Run, trials: Artifact) -> Ranked:
-    """The best point; see :func:`spo_ray.sweep.results.rank`."""
-    return rank(rows_of(trials), sweep_of(run.config))[0]
-
-
 def write_best(run: Run, best: Ranked) -> Path:
     """Write ``best.yaml``: the run without the sweep, with the winner's values."""
     config = trial_config(run.config, best.values, run.config.seed)

@@ -1,13 +1,11 @@
 """From a search space to trials, and to Optuna's distributions."""
 
-import copy
 import hashlib
 import itertools
 import json
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from pydantic import ValidationError
@@ -15,7 +13,6 @@ from pydantic import ValidationError
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value, with_values
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 
 
@@ -122,34 +119,15 @@ OWN = ("methods.", "preference.", "model.lora_rank", "model.lora_alpha", "model.
 """Keys that matter to a trial's own training alone."""
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Where trials start."""
-
-    config: Any
-    """The configuration that it was made with."""
-    sft: Artifact
-    pairs: Artifact
-    """Training pairs with reference log-probabilities."""
-    held_out: Artifact | None
-    """Such pairs for ``held_out_reward_accuracy``."""
-    validation: Artifact
-    """Rows for the suites: questions, for preference data pairs."""
-    test: Artifact
-
-
 def shared_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a trial's values, those that its start depends on."""
     return {key: value for key, value in values.items() if not key.startswith(OWN)}
 
 
 def run_for(run: Run, values: Mapping[str, Any]) -> Run:
-    """The run whose stages a trial starts from: the sweep's own, or one in its folder ``shared``."""
+    """Return the run whose stages a trial starts from: the sweep's own, or one in its folder ``shared``."""
     differing = shared_values(values)
     if not differing:
         return run
-    other = copy.copy(run)
-    other.config = with_values(run.config, differing)
     tag = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
-    other.root = run.root / "shared" / tag
-    return other
+    return run.at(run.root / "shared" / tag, with_values(run.config, differing))

@@ -4,7 +4,6 @@ Everything that a trial knows is in its folder: ``trial.json`` what it is, ``sco
 ``training`` what :mod:`spo_ray.train` writes. A trial that starts again goes on from there, whoever was killed.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -25,9 +24,9 @@ from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
 from spo_ray.runtime.run import Run
-from spo_ray.sweep.space import Point, Shared, run_for, shared_values, sweep_of, trial_config
+from spo_ray.sweep.space import Point, run_for, shared_values, sweep_of, trial_config
 from spo_ray.train.score_gate import decide, decision, rung_folder
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import Job, Prepared
 
 TRIAL, SCORES, FAILED, TRAINING = "trial.json", "scores.jsonl", "failed.json", "training"
 Record = dict[str, Any]
@@ -44,13 +43,13 @@ class Context:
     """What all trials are given."""
 
     run: Run
-    prepare: Callable[[Run], Shared]
+    prepare: Callable[[Run], Prepared]
     """Makes a trial's start where it is not known yet."""
     folder: Path
     """Of all trials."""
     digest: str
     """Of all that they have in common."""
-    known: dict[str, Shared]
+    known: dict[str, Prepared]
     """Starts by their shared values, as JSON."""
     evaluators: list[Any]
     engine: str
@@ -101,7 +100,7 @@ class Trial:
         shared = self._shared()
         config = trial_config(shared.config, self.point["values"], self.point["seed"])
         settings = config.preference
-        total = settings.epochs * -(-shared.pairs.count // settings.batch_size)
+        total = settings.epochs * -(-shared.reference.count // settings.batch_size)
         shares = steps_of(self.sweep, total)
         self._forget_undecided()
         earlier = scores(self.folder)
@@ -109,7 +108,7 @@ class Trial:
         job = Job(
             config=config,
             model=str(shared.sft.path),
-            rows=shared.pairs,
+            rows=shared.reference,
             out=str(self.out),
             key=f"trial_{self.name}_{self.context.digest[:12]}",
             method=self.sweep.method,
@@ -128,7 +127,7 @@ class Trial:
                     decide(self.out, step, go_on=False)
             training.join(STOP_S)
 
-    def _shared(self) -> Shared:
+    def _shared(self) -> Prepared:
         key = key_of(self.point["values"])
         if key not in self.context.known:
             run = run_for(self.context.run, self.point["values"])
@@ -150,8 +149,7 @@ class Trial:
         from spo_ray.train.launch import fit, group_name
 
         try:
-            run = copy.copy(self.context.run)
-            run.config = job.config
+            run = self.context.run.at(self.context.run.root, job.config)
             # named after all that it depends on: another training must not go on from its checkpoints
             identity = json.dumps([self.context.digest, self.name, self.point], sort_keys=True)
             if not job.finished:
@@ -195,9 +193,9 @@ class Trial:
         actor = context.evaluators[(self.point["number"] or 0) % len(context.evaluators)]
         checkpoint = Artifact(folder, f"{context.digest}/{self.name}/{step}")
         scratch = context.folder / f".scored_{self.name}_{step}"
-        run = copy.copy(context.run)
-        run.config = shared.config
-        record = score_texts(run, actor, context.engine, self.name, checkpoint, shared.validation, scratch) | record
+        assert shared.validation is not None  # SweepConfig sees to that
+        run = context.run.at(scratch, shared.config)
+        record = score_texts(run, actor, context.engine, self.name, checkpoint, shared.validation) | record
         missing = [name for name in names_of(self.sweep) if name not in record]
         if missing:
             raise UserError(f"sweep.objectives: there is no score {missing[0]}; there are {', '.join(sorted(record))}")
@@ -254,29 +252,25 @@ class OneActor:
         """Nothing: others use it too."""
 
 
-def score_texts(
-    run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact, scratch: Path
-) -> Record:
-    """What the suites of ``eval`` measure of a checkpoint, through one evaluation actor; ``scratch`` is deleted."""
-    own = copy.copy(run)
-    own.root = scratch
+def score_texts(run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact) -> Record:
+    """Return what the suites of ``eval`` measure of a checkpoint by one evaluation actor; delete the run's folder."""
 
     def call(method: str, *arguments: Any) -> Any:
         return ray.get(getattr(actor, method).remote(*arguments))
 
     actors: Any = OneActor(kind)
-    bench, record = SuiteContext(own, data, actors, call), {}
-    for suite_name in own.config.eval.chosen(own.config.data):
+    bench, record = SuiteContext(run, data, actors, call), {}
+    for suite_name in run.config.eval.chosen(run.config.data):
         suite = suite_of(suite_name)
         found = suite.measure(bench, name, checkpoint)
         others = []
         if suite.conclude and suite_name == AGAINST_OTHERS:
             others = suite.conclude(bench, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
-        for e in suite.estimate(own.config.eval, found, others):
+        for e in suite.estimate(run.config.eval, found, others):
             entry = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
             record[f"{prefix}{e.metric}"] = {key: value for key, value in entry.items() if value is not None}
-    shutil.rmtree(scratch)
+    shutil.rmtree(run.root)
     return record
 
 

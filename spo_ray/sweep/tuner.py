@@ -22,27 +22,28 @@ from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.runtime.cluster import engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work, never_built, times
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import (
-    Shared,
     distributions,
     listed_points,
     run_for,
     shared_values,
     sweep_of,
+    trial_count,
 )
 from spo_ray.sweep.trial import PROGRESS, Context, key_of, percent, trial
+from spo_ray.train.spec import Prepared
 
 TUNE = "tune"
 """Ray Tune's own records, as long as the sweep is under way."""
 ROOM = "room.json"
 """How many trials at a time it was started with; as long, too."""
-STARTS = ("sft", "pairs", "held_out", "validation")
+STARTS = ("sft", "reference", "held_out", "validation")
 NOT_RESULTS = {"keep", "max_concurrent"}
 
 
-def starts(run: Run, prepare: Callable[[Run], Shared]) -> dict[str, Shared]:
+def starts(run: Run, prepare: Callable[[Run], Prepared]) -> dict[str, Prepared]:
     """The trials' common starts, all that can be known before; ``prepare`` makes one, reusing finished stages."""
     space = sweep_of(run.config).space
     finite = {key: d.values for key in shared_values(space) if not isinstance(d := space[key], LogUniform)}
@@ -54,21 +55,21 @@ def starts(run: Run, prepare: Callable[[Run], Shared]) -> dict[str, Shared]:
     return found
 
 
-def run_trials(run: Run, known: Mapping[str, Shared], prepare: Callable[[Run], Shared]) -> Artifact:
+def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run], Prepared]) -> Artifact:
     """All trials, as one stage with a folder for each; the same command goes on with the unfinished ones."""
     config, sweep = run.config, sweep_of(run.config)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = trial_room(config, nodes)
     inputs = {f"{i}{name}": a for i, s in enumerate(known.values()) for name in STARTS if (a := getattr(s, name))}
     settings = {
         "sweep": sweep.model_dump(mode="json", exclude=NOT_RESULTS),
         "run": config.model_dump(mode="json", exclude={"name", "output", "ray", "sweep", "methods", "tracking"}),
         "method": config.methods[sweep.method].model_dump(mode="json"),
     }
-    stage = run.open("trials", config=settings, inputs=inputs, resumable=True)
+    work = _work(config, known) if run.mode == "plan" else Work()
+    stage = run.open(Stage("trials", never_built, settings, inputs, work, resumable=True))
     if isinstance(stage, Artifact):
         return stage
-    room = _room_of_start(config, stage.scratch, nodes, room)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = _room_of_start(config, stage.scratch, nodes, trial_room(config, nodes))
     kind, _ = choose_engine(config.engine)
     evaluators = _evaluators(config, kind)
     log("trials", f"{room} at a time")
@@ -84,6 +85,16 @@ def run_trials(run: Run, known: Mapping[str, Shared], prepare: Callable[[Run], S
     for leftover in (run.root / ".unfinished").glob("train_*"):  # of trainings that were ended with their trial
         shutil.rmtree(leftover)
     return run.close(stage)
+
+
+def _work(config: Config, known: Mapping[str, Prepared]) -> Work:
+    sweep, trials = sweep_of(config), trial_count(config)
+    bounds = [start.reference.max_rows for start in known.values()]
+    rows = None if not bounds or None in bounds else max(bound for bound in bounds if bound is not None) * trials
+    tokens = times(rows, 2 * config.train.max_length * config.preference.epochs)
+    stops = ", ".join(f"{share:.0%}" for share in sweep.score_at)
+    note = f"{trials} trials, scored after {stops} of their steps, scheduler {sweep.scheduler.type}"
+    return Work(rows, tokens=tokens, trains=sweep.method, note=note)
 
 
 def _room_of_start(config: Config, folder: Path, nodes: list[dict[str, Any]], room: int) -> int:

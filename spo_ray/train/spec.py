@@ -1,6 +1,6 @@
 """Descriptions of training jobs. Imports no torch, so that Ray Train's controller starts quickly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,29 @@ class Job:
     def finished(self) -> bool:
         """True if the job's results are written."""
         return (Path(self.out) / RESULT).exists()
+
+
+@dataclass
+class Prepared:
+    """Artifacts of a run up to the start of preference training; the stages set them one after another."""
+
+    config: Config
+    test: Artifact = field(init=False)
+    """Held-out questions; for preference data, held-out pairs."""
+    base: Artifact = field(init=False)
+    """Base model."""
+    chosen: Artifact = field(init=False)
+    """Questions with responses, or pairs, that SFT is trained on."""
+    sft: Artifact = field(init=False)
+    """SFT checkpoint."""
+    pairs: Artifact = field(init=False)
+    """Training pairs as text."""
+    reference: Artifact = field(init=False)
+    """Training pairs as token ids, with reference logps."""
+    held_out: Artifact | None = None
+    """Held-out pairs as token ids, with reference logps; None: no held-out pairs."""
+    validation: Artifact | None = None
+    """Rows that a sweep scores its trials on: questions, or pairs for preference data; None outside of sweeps."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,22 @@
 
 import json
 import re
+import shutil
 
+import pytest
+
+from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.run_page import _alarms, _answers, _samples
 from spo_ray.report.scores import comparisons, other_scores, results
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
+from spo_ray.runtime.run import Stage
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    return read_finished(shutil.copytree(folder / "a", tmp_path / "a")).run
 
 
 def test_alarms_are_told(run):
@@ -30,7 +40,7 @@ def test_ungraded_answers_come_from_text_health(run):
             table += [row | {"written_by": "sft", "response": "not its own", "seed": 0}] if name == "dpo" else []
             write_rows(out / "part-0.parquet", table, schema.HealthRow)
 
-        run.stage(f"health_{name}", build, config={}, inputs={})
+        run.execute(Stage(f"health_{name}", build, config={}, inputs={}))
     prompts = [{"id": "q", "prompt": [{"role": "user", "content": "How <many>?"}]}]
     held_out = type("Prompts", (), {"rows": lambda self: prompts})()
     answers = _answers(run, {"base": {}, "sft": {}, "dpo": {}}, {})

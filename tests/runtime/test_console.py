@@ -10,14 +10,14 @@ from ..conftest import ROOT
 
 CODE = """
 import time
-from spo_ray import progress
+from spo_ray.runtime import console as progress
 progress.EVERY_S = 0.0
 with progress.progress("sft") as update:
     for step in range(4):
         update(step, 3, f"step {step}/3")
         time.sleep(0.2)
-    progress.say("other", "a [line] beside it")
-progress.say("sft", "done")
+    progress.log("other", "a [line] beside it")
+progress.log("sft", "done")
 """
 
 

@@ -9,8 +9,7 @@ from scipy import stats
 from spo_ray.config.load import load
 from spo_ray.config.sweep import with_values
 from spo_ray.errors import UserError
-from spo_ray.pipeline.sweep_outline import sweep_outline
-from spo_ray.runtime.run import Run
+from spo_ray.pipeline.plan import trials_text
 from spo_ray.sweep.space import listed_points, short_names, trial_config, trial_count
 from spo_ray.sweep.tuner import trial_room
 
@@ -194,9 +193,9 @@ def test_as_many_trials_as_there_is_room_for(overrides, nodes, expected):
 
 
 def test_a_dry_run_lists_the_trials():
-    text = sweep_outline(Run(load(TOY)))
+    text = trials_text(load(TOY))
     assert text.endswith(f"{len(listed_points(load(TOY)))} trials")
     assert "00000  methods.spo.lambda_sft=0.01" in text
     given = space(methods__spo__lambda_sft="{type: loguniform, low: 0.1, high: 10}")
-    text = sweep_outline(Run(load(TOY, [given, "sweep.searcher={type: optuna}", "sweep.samples=9"])))
-    assert "9 suggestions by Optuna from methods.spo.lambda_sft: 0.1 to 10" in text
+    text = trials_text(load(TOY, [given, "sweep.searcher={type: optuna}", "sweep.samples=9"]))
+    assert "9 suggestions by Optuna for methods.spo.lambda_sft;" in text

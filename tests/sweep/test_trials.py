@@ -168,7 +168,7 @@ def test_killed_worker_evaluator_and_driver(finished, referenced, tmp_path):
     quiet, found = rows(finished), rows(run)
     assert [row["scores"] for row in found] == [row["scores"] for row in quiet]
     assert {row["status"] for row in found} == {"finished"}
-    assert "trials: goes on" in (tmp_path / "output.txt").read_text()
+    assert "trials: resume" in (tmp_path / "output.txt").read_text()
     again = finish(start(tmp_path, referenced, "4", *SIX), tmp_path)
     assert "trials: reused" in (tmp_path / "output.txt").read_text()
     assert rows(again) == found
