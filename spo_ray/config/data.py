@@ -161,8 +161,6 @@ class TeacherModel(ConfigModel):
     """A local directory, a hub id, or the name of the model at an endpoint."""
     engine: Annotated[EngineConfig | EndpointConfig, Field(discriminator="type")] = EngineConfig(max_model_len=8192)
     sampling: SamplingConfig = SamplingConfig(samples=4, temperature=0.6, max_tokens=4096)
-    chat_template: str | None = None
-    """Jinja text that replaces the teacher's template."""
 
     @model_validator(mode="after")
     def _room_for_answers(self) -> "TeacherModel":
@@ -217,7 +215,5 @@ class PairsConfig(ConfigModel):
     """Which wrong samples: any; the most probable ones; those most like the chosen response; or that begin like it."""
     dedup: Literal["none", "exact", "normalised", "near"] = "exact"
     """Drop pairs that were there before: to the letter; but for case, punctuation and spaces; or nearly (MinHash)."""
-    near_threshold: Annotated[float, Field(ge=0.1, le=0.95)] = 0.9
-    """Jaccard similarity of word triples from which on two pairs are near duplicates."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Longest allowed ratio of the two sides' lengths in characters."""

@@ -13,13 +13,6 @@ LM_EVAL = "lm_eval:"
 SUITES = ("accuracy", "health", "alpaca_eval")
 
 
-class HealthConfig(ConfigModel):
-    """Suite ``health``: signs of degenerate text, and where probability went."""
-
-    prompts: PositiveInt = 128
-    """Random held-out prompts to answer, once greedily and once at temperature 1."""
-
-
 class AnnotatorConfig(ConfigModel):
     """A judge of two outputs: any chat model."""
 
@@ -109,7 +102,8 @@ class EvalConfig(ConfigModel):
     max_tokens: PositiveInt = 256
     batch_size: PositiveInt = 256
     """Prompts per engine call."""
-    health: HealthConfig = HealthConfig()
+    health_prompts: PositiveInt = 128
+    """Random held-out prompts that suite ``health`` asks, once greedily and once at temperature 1."""
     alpaca: AlpacaConfig | None = None
     lm_eval: LmEvalConfig = LmEvalConfig()
 

@@ -1,6 +1,6 @@
 """The schema of the preference methods: a union told apart by ``type``, so that no method carries another's fields."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -96,16 +96,8 @@ class DpoNll(Trained):
 
 
 Base = Dpo | CDpo | RobustDpo | Ipo | SimPo | AlphaDpo | Dpop
-BASES: dict[str, type[Base]] = {
-    "dpo": Dpo,
-    "cdpo": CDpo,
-    "robust_dpo": RobustDpo,
-    "ipo": Ipo,
-    "simpo": SimPo,
-    "alpha_dpo": AlphaDpo,
-    "dpop": Dpop,
-}
-BASE_FIELDS = ("beta", "margin", "alpha", "statistics", "label_smoothing", "ipo_reduction", "penalty")
+"""Losses that SPO can be built around."""
+BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {"type", "lr"}
 
 
 class Inner(ConfigModel):
@@ -133,17 +125,11 @@ class SafeRegion(ConfigModel):
 
 
 class Spo(Trained):
-    """Stable Preference Optimization around a base loss, whose own fields stand here too."""
+    """Stable Preference Optimization around a base loss."""
 
     type: Literal["spo"]
-    base: Literal["dpo", "cdpo", "robust_dpo", "ipo", "simpo", "alpha_dpo", "dpop"] = "dpo"
-    beta: PositiveFloat | None = None
-    margin: NonNegativeFloat | None = None
-    alpha: NonNegativeFloat | None = None
-    statistics: Literal["corrected", "reference_exact"] | None = None
-    label_smoothing: FlipRate | None = None
-    ipo_reduction: Literal["mean", "sum"] | None = None
-    penalty: NonNegativeFloat | None = None
+    base: Annotated[Base, Field(discriminator="type")] = Dpo(type="dpo")
+    """The base loss with its own fields, such as ``{type: simpo, beta: 2.0, margin: 1.0}``."""
     lambda_sft: NonNegativeFloat = 1.0
     """Weight of the SFT loss; with a safe region, where it starts."""
     safe_region: SafeRegion | None = None
@@ -157,24 +143,27 @@ class Spo(Trained):
     difference: Literal["forward", "central"] = "forward"
     """Finite differences in grad R and the rescaled (b)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _base_is_a_section(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        base, flat = value.get("base", {}), {name: value[name] for name in value if name in BASE_FIELDS}
+        section = (
+            {"type": base} if isinstance(base, str) else {"type": "dpo"} | (base if isinstance(base, dict) else {})
+        )
+        if flat or isinstance(base, str):
+            text = ", ".join(f"{name}: {item}" for name, item in (section | flat).items())
+            raise ValueError(f"the base loss is a section with its own fields: write base: {{{text}}}")
+        return value | {"base": section} if isinstance(value.get("base"), dict) else value
+
     @model_validator(mode="after")
-    def _base_takes_its_fields(self) -> "Spo":
-        known = BASES[self.base].model_fields
-        wrong = [name for name in self._given() if name not in known]
-        if wrong:
-            raise ValueError(f"base {self.base} takes no {' and no '.join(wrong)}")
+    def _fits_together(self) -> "Spo":
+        if self.base.lr is not None:
+            raise ValueError("base.lr has no effect: set the method's own lr")
         if self.safe_region and self.safe_region.gap == "inner" and not self.inner.steps:
             raise ValueError("safe_region.gap=inner needs a lower level: inner.steps must be at least 1")
         return self
-
-    def _given(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in BASE_FIELDS}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @property
-    def base_config(self) -> Base:
-        """The base loss as a method of its own, with its defaults for what is not given."""
-        return BASES[self.base].model_validate({"type": self.base, **self._given()})
 
 
 def _not_reserved(name: str) -> str:

@@ -6,17 +6,19 @@ process's environment (``WANDB_API_KEY``, ``MLFLOW_TRACKING_TOKEN``), never from
 
 import hashlib
 import importlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from spo_ray.config.schema import Config
-from spo_ray.config.train import TrackingConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime.console import log
 from spo_ray.runtime.run import Run
 
+PROJECT = "spo-ray"
+"""Weights & Biases' project and MLflow's experiment where the environment names none."""
 INSTALL = "pip install 'spo-ray[tracking]'"
 Metrics = Mapping[str, float]
 
@@ -41,7 +43,7 @@ class Trackers:
 
     def open(self, stage: str, key: str, step: int) -> "Several":
         """Trackers of one training, that starts or goes on with ``step``; ``key`` names it for good."""
-        wanted = {name: kind for name, kind in KINDS.items() if getattr(self.run.config.tracking, name)}
+        wanted = {name: KINDS[name] for name in self.run.config.tracking}
         return Several(stage, {name: partial(kind, self.run, stage, key, step) for name, kind in wanted.items()})
 
 
@@ -70,7 +72,7 @@ class Several:
         except Exception as error:
             self.trackers.pop(name, None)
             text = str(error).splitlines()[0] if str(error) else ""
-            log(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {text}")
+            log(self.stage, f"the tracker {name} is off from here on: {type(error).__name__}: {text}")
 
 
 class TensorBoard:
@@ -95,11 +97,8 @@ class Wandb:
     def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
         import wandb
 
-        settings = run.config.tracking.wandb
-        assert settings
         self.run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
             group=run.config.name,
             name=f"{run.config.name}/{stage}",
             id=_identifier(run, key),
@@ -120,17 +119,16 @@ class Wandb:
 
 
 class Mlflow:
-    """A run per training; the server is ``tracking.mlflow.uri`` or ``MLFLOW_TRACKING_URI``."""
+    """A run per training; the server is ``MLFLOW_TRACKING_URI``."""
 
     def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
-        settings = run.config.tracking.mlflow
-        assert settings
-        self.client, self.metric = MlflowClient(settings.uri), Metric
-        experiment = self.client.get_experiment_by_name(settings.experiment)
-        where = experiment.experiment_id if experiment else self.client.create_experiment(settings.experiment)
+        self.client, self.metric = MlflowClient(), Metric
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = self.client.get_experiment_by_name(name)
+        where = experiment.experiment_id if experiment else self.client.create_experiment(name)
         identifier = _identifier(run, key)
         there = self.client.search_runs([where], f"tags.training = '{identifier}'")
         self.last = -1
@@ -155,21 +153,20 @@ class Mlflow:
 
 
 KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
-"""By field of the configuration, which is the library's name too."""
+"""By the name in the configuration, which is the library's name too."""
 
 
-def check_trackers(config: TrackingConfig) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers whose library is missing, before anything long.
 
     Raises:
         UserError: naming the library.
     """
-    for name in KINDS:
-        if getattr(config, name):
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UserError(f"tracking.{name} needs {name}, which can't be imported: {INSTALL}") from error
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"tracking={list(names)} needs {name}, which can't be imported: {INSTALL}") from error
 
 
 def _identifier(run: Run, key: str) -> str:

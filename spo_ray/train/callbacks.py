@@ -16,6 +16,8 @@ from spo_ray.train.loop import Callback
 from spo_ray.train.spec import Job
 
 SIDES = ("chosen", "rejected")
+HEALTH_PROMPTS, HEALTH_TOKENS = 8, 64
+"""Prompts with a sampled answer, and the longest answer in tokens: enough to see repetition, at little cost."""
 
 
 class DynamicsCallback(Callback):
@@ -79,14 +81,14 @@ class TextHealthCallback(Callback):
 
     def __init__(self, job: Job, measure: Measure, table: RowTable) -> None:
         self.measure, self.settings, self.seed = measure, job.config.preference, job.config.seed
-        self.rows = table.rows(range(min(len(table), self.settings.health_prompts)))
+        self.rows = table.rows(range(min(len(table), HEALTH_PROMPTS)))
 
     def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """Return ``health/*``."""
         every, step = self.settings.health_every, record["step"]
         if not every or (step % every and step != record["total_steps"]):
             return {}
-        return text_health(self.measure, self.rows, self.settings.health_tokens, self.seed)
+        return text_health(self.measure, self.rows, HEALTH_TOKENS, self.seed)
 
 
 class AlarmCallback(Callback):

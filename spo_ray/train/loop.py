@@ -24,6 +24,9 @@ from spo_ray.train.spec import Job
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Computes gradients by parameter name, and metrics, for a step (from 1) and the row numbers of its global batch."""
 
+MAX_SKIPPED = 5
+"""Steps in a row without a finite gradient that are skipped; one more ends the training."""
+
 
 class Callback:
     """Base class for training callbacks. Every method runs on all ranks; the defaults do nothing."""
@@ -110,7 +113,7 @@ def optimise(
             progress.in_a_row = 0
             take_step(optimizer, groups, grads)
         else:
-            _skip(progress, indices, config.max_skipped_steps, metrics)
+            _skip(progress, indices, metrics)
         record: Metrics = {"step": step, "total_steps": total, "grad_norm": grad_norm}
         record |= {f"grad_norm/{name}": value for name, value in norms.items()}
         record |= {"learning_rate": next(iter(rates.values()))}
@@ -149,10 +152,10 @@ def take_step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], grads: 
     optimizer.zero_grad()
 
 
-def _skip(progress: Progress, indices: Sequence[int], allowed: int, metrics: Metrics) -> None:
-    """Count a step without a finite gradient; raise TrainingError if there are more in a row than allowed."""
+def _skip(progress: Progress, indices: Sequence[int], metrics: Metrics) -> None:
+    """Count a step without a finite gradient; raise TrainingError after ``MAX_SKIPPED`` in a row."""
     progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
-    if progress.in_a_row > allowed:
+    if progress.in_a_row > MAX_SKIPPED:
         shown = {key: value for key, value in metrics.items() if not math.isfinite(value)} or metrics
         raise TrainingError(
             f"step {progress.step}: the gradient is not finite, {progress.in_a_row} steps in a row (rows "

@@ -34,12 +34,12 @@ def test_random_draws_follow_their_distributions():
     """Log-uniform: Kolmogorov-Smirnov against scipy's; choices: a chi-squared test. Both would fail 1 time in 1,000."""
     given = space(
         methods__spo__lambda_sft="{type: loguniform, low: 1e-3, high: 100}",
-        methods__spo__beta="{type: choice, values: [0.1, 0.2, 0.5]}",
+        methods__spo__base__beta="{type: choice, values: [0.1, 0.2, 0.5]}",
     )
     points = listed_points(load(TOY, [given, "sweep.searcher={type: random}", "sweep.samples=600"]))
     drawn = [point["values"][LAMBDA] for point in points]
     assert stats.kstest(drawn, stats.loguniform(1e-3, 100).cdf).pvalue > 1e-3
-    counts = Counter(point["values"]["methods.spo.beta"] for point in points)
+    counts = Counter(point["values"]["methods.spo.base.beta"] for point in points)
     assert set(counts) == {0.1, 0.2, 0.5}
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
@@ -47,13 +47,13 @@ def test_random_draws_follow_their_distributions():
 def test_grids_are_combined_with_draws_and_seeds():
     given = space(
         methods__spo__lambda_sft="{type: loguniform, low: 0.1, high: 10}",
-        methods__spo__beta="{type: grid, values: [0.1, 0.5]}",
+        methods__spo__base__beta="{type: grid, values: [0.1, 0.5]}",
     )
     overrides = [given, "sweep.searcher={type: random}", "sweep.samples=3", "sweep.seeds=[4, 5]"]
     points = listed_points(load(TOY, overrides))
     assert len(points) == 3 * 2 * 2
     assert [point["seed"] for point in points[:4]] == [4, 5, 4, 5]
-    assert [point["values"]["methods.spo.beta"] for point in points[:4]] == [0.1, 0.1, 0.5, 0.5]
+    assert [point["values"]["methods.spo.base.beta"] for point in points[:4]] == [0.1, 0.1, 0.5, 0.5]
     assert len({point["values"][LAMBDA] for point in points}) == 3
     assert listed_points(load(TOY, overrides)) == points
     assert listed_points(load(TOY, [*overrides, "seed=1"])) != points
@@ -62,7 +62,7 @@ def test_grids_are_combined_with_draws_and_seeds():
 def test_equal_draws_are_tried_once():
     given = space(
         methods__spo__lambda_sft="{type: choice, values: [1.0, 2.0]}",
-        methods__spo__beta="{type: grid, values: [0.1, 0.5, 0.1]}",
+        methods__spo__base__beta="{type: grid, values: [0.1, 0.5, 0.1]}",
     )
     overrides = [given, "sweep.searcher={type: random}", "sweep.samples=20", "sweep.seeds=[3, 4, 3]"]
     points = listed_points(load(TOY, overrides))
@@ -70,15 +70,15 @@ def test_equal_draws_are_tried_once():
     assert [point["number"] for point in points] == list(range(8))
     assert [point["seed"] for point in points] == [3, 4] * 4
     first = next(iter(points))["values"]
-    assert points[2]["values"] == first | {"methods.spo.beta": 0.5}  # in the order of the draws
+    assert points[2]["values"] == first | {"methods.spo.base.beta": 0.5}  # in the order of the draws
     assert trial_count(load(TOY, overrides)) == 8
     assert trial_count(load(TOY, [given, "sweep.searcher={type: optuna}", "sweep.samples=20"])) == 20
 
 
 def test_parameters_with_the_same_end_have_their_whole_keys():
-    keys = ["sft.lr", "methods.spo.lr", "methods.spo.safe_region.lr", "preference.theta.lr", "methods.spo.beta"]
+    keys = ["sft.lr", "methods.spo.lr", "methods.spo.safe_region.lr", "preference.theta.lr", "methods.spo.base.beta"]
     assert list(short_names(keys).values()) == [*keys[:3], "theta.lr", "beta"]
-    assert short_names(["sft.lr", "methods.spo.beta"]) == {"sft.lr": "lr", "methods.spo.beta": "beta"}
+    assert short_names(["sft.lr", "methods.spo.base.beta"]) == {"sft.lr": "lr", "methods.spo.base.beta": "beta"}
 
 
 @pytest.mark.parametrize(

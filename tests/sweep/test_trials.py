@@ -24,7 +24,7 @@ from .test_space import LAMBDA, space
 SIX = [
     space(
         methods__spo__lambda_sft="{type: grid, values: [0.01, 1.0, 30.0]}",
-        methods__spo__beta="{type: grid, values: [0.1, 0.5]}",
+        methods__spo__base__beta="{type: grid, values: [0.1, 0.5]}",
     )
 ]
 DEADLINE_S = 800

@@ -22,9 +22,9 @@ def stages(in_root, toy_base, referenced, tmp_path, monkeypatch):
     def depend(*overrides):
         found = {}
 
-        def note(self, name, *, config, inputs, resumable=False):
-            found[name] = json.dumps(config, sort_keys=True, default=str)
-            return Artifact(tmp_path, name)
+        def note(self, stage):
+            found[stage.name] = json.dumps(stage.config, sort_keys=True, default=str)
+            return Artifact(tmp_path, stage.name)
 
         monkeypatch.setattr(Run, "open", note)
         run, base = Run(small_config(tmp_path, *overrides)), external(toy_base)
