@@ -33,16 +33,16 @@ class SftConfig(GroupConfig):
 
 
 class AlarmConfig(ConfigModel):
-    """Limits of what a method may do to preferred answers and to its text; None: no limit."""
+    """Limits for metrics of a method in training; an alarm sounds when one is exceeded. None: no limit."""
 
     max_fall: PositiveFloat | None = 1.0
     """Fall of the probe pairs' mean log pi(y_w) below its start, in nats."""
     max_both_fell: Fraction | None = 0.5
-    """Share of the probe pairs whose log-probabilities both fell."""
+    """Share of the probe pairs in which both log-probabilities fell."""
     max_repetition: Fraction | None = 0.5
-    """Share of 4-grams in sampled answers that were there before in the same answer."""
+    """Share of 4-grams in sampled answers that occurred before in the same answer."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = 3.0
-    """How many times as long, or as short, as at the start sampled answers may become."""
+    """Factor by which the mean length of sampled answers may grow, or shrink, from its start."""
     on_alarm: Literal["warn", "stop"] = "warn"
     """``stop`` ends the method's training and exports the state that it has reached."""
 

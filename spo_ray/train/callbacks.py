@@ -13,7 +13,7 @@ from spo_ray.train.data_loader import RowTable
 from spo_ray.train.generation import other_greedy_answers, text_health
 from spo_ray.train.logp_eval import Measure
 from spo_ray.train.loop import Callback
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 SIDES = ("chosen", "rejected")
 HEALTH_PROMPTS, HEALTH_TOKENS = 8, 64
@@ -56,7 +56,7 @@ class DynamicsCallback(Callback):
 class ProbePairsCallback(Callback):
     """Measure logps of the probe pairs and of the greedy answers y*, and of the held-out pairs at score gates."""
 
-    def __init__(self, job: Job, measure: Measure, table: RowTable, held_out: RowTable | None) -> None:
+    def __init__(self, job: TrainJob, measure: Measure, table: RowTable, held_out: RowTable | None) -> None:
         self.measure, self.table, self.held_out, self.score_at = measure, table, held_out, job.score_at
         settings = job.config.preference
         self.every, self.pairs = settings.probe_every, range(min(len(table), settings.probe_pairs))
@@ -79,7 +79,7 @@ class ProbePairsCallback(Callback):
 class TextHealthCallback(Callback):
     """Measure sampled answers to the first prompts with :func:`text_health`."""
 
-    def __init__(self, job: Job, measure: Measure, table: RowTable) -> None:
+    def __init__(self, job: TrainJob, measure: Measure, table: RowTable) -> None:
         self.measure, self.settings, self.seed = measure, job.config.preference, job.config.seed
         self.rows = table.rows(range(min(len(table), HEALTH_PROMPTS)))
 

@@ -1,4 +1,4 @@
-"""Entry point of Ray Train's workers, and the controller's record of their failures."""
+"""Entry point of Ray Train's workers, and the callback that records their failures in the controller."""
 
 import json
 import time
@@ -13,16 +13,17 @@ from spo_ray.runtime.failure import cause_of
 from spo_ray.train.spec import FAILURES, RESULT
 
 FATAL = (TrainingError, UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, ImportError)
+"""Errors that would occur again after a restart."""
 
 
 class RecordFailures(UserCallback):
-    """Write failures down where the driver and the report find them; end the run on an error of the program's own."""
+    """Record failures in the job's folder, for the driver and the report; end the run if a restart would not help."""
 
     def __init__(self, folders: list[str]) -> None:
         self.folders = folders
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """See :class:`ray.train.UserCallback`; runs in Ray Train's controller."""
+        """Called in Ray Train's controller after workers failed; see :class:`ray.train.UserCallback`."""
         causes = {rank: cause_of(error) for rank, error in worker_exceptions.items()}
         fatal = next((cause for cause in causes.values() if isinstance(cause, FATAL)), None)
         record = {
@@ -31,7 +32,7 @@ class RecordFailures(UserCallback):
             "restart": fatal is None,
         }
         for folder in map(Path, self.folders):
-            if not (folder / RESULT).exists():  # the job that was under way
+            if not (folder / RESULT).exists():  # the job that was running
                 with (folder / FAILURES).open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 break

@@ -19,7 +19,7 @@ from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.train.alarm import STOP
 from spo_ray.train.checkpointer import Checkpointer, Progress
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Computes gradients by parameter name, and metrics, for a step (from 1) and the row numbers of its global batch."""
@@ -67,7 +67,7 @@ class StepLog:
 
 
 def optimise(
-    job: Job,
+    job: TrainJob,
     model: nn.Module,
     groups: Sequence[Group],
     batches: Sequence[Sequence[int]],

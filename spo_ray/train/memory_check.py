@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from spo_ray.model.memory import Device, MemoryPlan, check_memory, memory_plan
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 
 class RetainedMemory:
@@ -29,14 +29,14 @@ class RetainedMemory:
         return psutil.Process().memory_info().rss
 
 
-def estimate_memory(job: Job, device: Device) -> MemoryPlan:
+def estimate_memory(job: TrainJob, device: Device) -> MemoryPlan:
     """Return the memory estimate of a job, for one worker."""
     return memory_plan(
         job.config, AutoConfig.from_pretrained(job.model), job.method or "sft", job.method_config, device
     )
 
 
-def check_room(job: Job, rank: Distributed, retained: int = 0) -> None:
+def check_room(job: TrainJob, rank: Distributed, retained: int = 0) -> None:
     """Compare the memory estimate of a job with this worker's free memory.
 
     ``retained`` is host memory in bytes that counts as free although this process holds it; used on a CPU only.

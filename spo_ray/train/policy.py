@@ -17,10 +17,10 @@ from spo_ray.model.fsdp import load_shards, whole_state
 from spo_ray.model.load import build_policy, parameter_groups
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 
-def load_policy(job: Job, rank: Distributed) -> nn.Module:
+def load_policy(job: TrainJob, rank: Distributed) -> nn.Module:
     """Load the job's model for training, with adapters phi unless it is SFT; sharded if configured.
 
     Collective: call on all ranks.
@@ -57,7 +57,7 @@ def trainable(model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, Tens
     return theta, phi
 
 
-def export_policy(job: Job, measure: Measure, text: TokenRow, folder: Path | None = None) -> None:
+def export_policy(job: TrainJob, measure: Measure, text: TokenRow, folder: Path | None = None) -> None:
     """Export the model, with the logp of one text as its probe. Collective: call on all ranks.
 
     Without ``folder`` it goes to the job's folder and the model can't be trained further; with one a copy is exported.

@@ -13,7 +13,7 @@ from pathlib import Path
 from spo_ray.runtime.artifact import write_json
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.loop import Callback
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 POLL_S = 0.1
 
@@ -25,7 +25,7 @@ class StoppedError(Exception):
 class ScoreGate(Callback):
     """Export a checkpoint at every step of ``job.score_at`` but the last, and wait for the decision on it."""
 
-    def __init__(self, job: Job, rank: Distributed, export: Callable[[Path], None]) -> None:
+    def __init__(self, job: TrainJob, rank: Distributed, export: Callable[[Path], None]) -> None:
         self.job, self.rank, self.export = job, rank, export
 
     def on_step_logged(self, step: int) -> None:

@@ -15,8 +15,8 @@ FAILURES = "failures.jsonl"
 """File in a job's folder with one line for each failure of its workers."""
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
     """One training of one model: SFT, or one preference method."""
 
     config: Config

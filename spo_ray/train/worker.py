@@ -32,13 +32,13 @@ from spo_ray.train.loop import optimise
 from spo_ray.train.method_state import Method
 from spo_ray.train.policy import export_policy, load_policy, trainable
 from spo_ray.train.score_gate import ScoreGate
-from spo_ray.train.spec import RESULT, Job
+from spo_ray.train.spec import RESULT, TrainJob
 
 TableOf = Callable[[Artifact], RowTable]
 Parameters = Mapping[str, Tensor]
 
 
-def run_job(job: Job, rank: Distributed, checkpointer: Checkpointer, table_of: TableOf) -> None:
+def run_job(job: TrainJob, rank: Distributed, checkpointer: Checkpointer, table_of: TableOf) -> None:
     """Run one training; writes a merged checkpoint, ``log.jsonl`` and ``result.json``. Collective."""
     chat = ChatTokenizer.load(job.model, job.config.model.chat_template)
     measure = Measure(load_policy(job, rank), chat, job.config.train, rank)
@@ -48,7 +48,7 @@ def run_job(job: Job, rank: Distributed, checkpointer: Checkpointer, table_of: T
         write_json(Path(job.out) / RESULT, result)
 
 
-def run_sft(job: Job, measure: Measure, checkpointer: Checkpointer, table_of: TableOf) -> dict[str, Any]:
+def run_sft(job: TrainJob, measure: Measure, checkpointer: Checkpointer, table_of: TableOf) -> dict[str, Any]:
     """Train theta with the token-mean SFT loss over the global batch; return the result."""
     settings, table = job.config.sft, table_of(job.rows)
     theta, _ = trainable(measure.model)
@@ -60,7 +60,7 @@ def run_sft(job: Job, measure: Measure, checkpointer: Checkpointer, table_of: Ta
     return {"steps": len(batches), "wall_s": wall_s}
 
 
-def run_preference(job: Job, measure: Measure, checkpointer: Checkpointer, table_of: TableOf) -> dict[str, Any]:
+def run_preference(job: TrainJob, measure: Measure, checkpointer: Checkpointer, table_of: TableOf) -> dict[str, Any]:
     """Train theta and phi with one preference method, from the SFT checkpoint; return the result."""
     settings, method, table = job.config.preference, Method(job.config.methods[str(job.method)]), table_of(job.rows)
     held_out = table_of(job.held_out) if job.held_out is not None else None

@@ -20,7 +20,7 @@ from spo_ray.train import worker
 from spo_ray.train.checkpointer import STATE, Checkpointer, Progress, collect, load_tensors
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 from ..conftest import ROOT
 
@@ -80,6 +80,6 @@ def _process(index, size, start, rows, out, overrides, method, model, checkpoint
         export(job, measure, text)
 
     worker.export_policy = export_whole
-    job = Job(config=config, model=model, rows=Artifact(Path(rows), "rows"), out=out, key="job", method=method)
+    job = TrainJob(config=config, model=model, rows=Artifact(Path(rows), "rows"), out=out, key="job", method=method)
     worker.run_job(job, rank, FolderCheckpoints(rank, **checkpoints), RowTable.of)
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.run import Run
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.memory_check import RetainedMemory
-from spo_ray.train.spec import Job, Start
+from spo_ray.train.spec import Start, TrainJob
 
 from ..helpers import small_config
 
@@ -51,7 +51,7 @@ def test_which_checkpoints_there_are_matters_where_the_best_is_taken(stages):
 
 def test_sft_has_no_best_checkpoint(in_root, referenced, tmp_path):
     config = small_config(tmp_path, "train.checkpoint={every: 4, best: {}}")
-    job = Job(config=config, model="model", rows=referenced, out="out", key="key")
+    job = TrainJob(config=config, model="model", rows=referenced, out="out", key="key")
     assert job.checkpoint == config.train.checkpoint.model_copy(update={"best": None})
     assert replace(job, method="dpo").checkpoint == config.train.checkpoint
 

@@ -14,7 +14,7 @@ from spo_ray.train.checkpointer import Checkpointer
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.loop import Callback, optimise
 from spo_ray.train.score_gate import StoppedError
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 from ..helpers import small_config
 from .processes import log_of
@@ -58,7 +58,7 @@ class Seen(Callback):
 def loop(in_root, tmp_path):
     """Trains from a checkpoint on, with a callback."""
     config = small_config(tmp_path)
-    job = Job(config=config, model="model", rows=Artifact(tmp_path, "rows"), out=str(tmp_path), key="own")
+    job = TrainJob(config=config, model="model", rows=Artifact(tmp_path, "rows"), out=str(tmp_path), key="own")
 
     def run(checkpointer, callback, value=1.0):
         model = torch.nn.Linear(1, 1)
