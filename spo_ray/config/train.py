@@ -33,21 +33,18 @@ class SftConfig(GroupConfig):
 
 
 class AlarmConfig(ConfigModel):
-    """Limits of what a method may do to preferred answers and to its text; None: no limit."""
+    """Limits for metrics of a method in training; an alarm sounds when one is exceeded. None: no limit."""
 
     max_fall: PositiveFloat | None = 1.0
     """Fall of the probe pairs' mean log pi(y_w) below its start, in nats."""
     max_both_fell: Fraction | None = 0.5
-    """Share of the probe pairs whose log-probabilities both fell."""
+    """Share of the probe pairs in which both log-probabilities fell."""
     max_repetition: Fraction | None = 0.5
-    """Share of 4-grams in sampled answers that were there before in the same answer."""
+    """Share of 4-grams in sampled answers that occurred before in the same answer."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = 3.0
-    """How many times as long, or as short, as at the start sampled answers may become."""
-    on_alarm: Literal["warn", "stop", "increase_lambda"] = "warn"
-    """``stop`` ends the method's training with the state that it has; ``increase_lambda`` raises ``lambda_sft`` of SPO
-    at every measurement beyond a limit, and warns for other methods."""
-    lambda_factor: Annotated[float, Field(gt=1.0)] = 2.0
-    max_lambda: PositiveFloat = 100.0
+    """Factor by which the mean length of sampled answers may grow, or shrink, from its start."""
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """``stop`` ends the method's training and exports the state that it has reached."""
 
 
 class PreferenceConfig(ConfigModel):
@@ -69,9 +66,6 @@ class PreferenceConfig(ConfigModel):
     """Steps between measurements of the learning dynamics (gradient terms, forecasts, what came true); None: never."""
     health_every: PositiveInt | None = 500
     """Steps between looks at sampled answers to probe prompts (repetition, diversity, length, entropy); None: never."""
-    health_prompts: PositiveInt = 8
-    health_tokens: PositiveInt = 64
-    """Longest sampled answer."""
     alarm: AlarmConfig = AlarmConfig()
 
 
@@ -127,34 +121,7 @@ class TrainConfig(ConfigModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_failures: NonNegativeInt = 3
     """Restarts after lost workers or nodes, from the newest checkpoint."""
-    max_skipped_steps: NonNegativeInt = 5
-    """Steps in a row whose gradient is not finite: each is skipped; one more stops the training."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that a worker waits for the others before they count as lost."""
     memory_check: bool = True
     """Refuse a training whose planned memory is beyond the worker's."""
-
-
-class WandbConfig(ConfigModel):
-    """Weights & Biases; the key is ``WANDB_API_KEY``, and ``WANDB_MODE=offline`` writes files alone."""
-
-    project: str = "spo-ray"
-    entity: str | None = None
-    """Team or user; None: the key's own."""
-
-
-class MlflowConfig(ConfigModel):
-    """MLflow."""
-
-    uri: str | None = None
-    """Server, database or folder; None: ``MLFLOW_TRACKING_URI``, else MLflow's own default."""
-    experiment: str = "spo-ray"
-
-
-class TrackingConfig(ConfigModel):
-    """Where training curves go besides ``log.jsonl``; None and false: nowhere."""
-
-    tensorboard: bool = False
-    """Event files in the run's folder ``tensorboard``."""
-    wandb: WandbConfig | None = None
-    mlflow: MlflowConfig | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for
 from spo_ray.core.lm_head import find_head
 from spo_ray.core.logps import IGNORE, completion_logps
-from spo_ray.core.losses import Metrics, SftReduction, bind, pairwise
+from spo_ray.core.losses import Metrics, PairLogps, SftReduction, pairwise
 from spo_ray.core.running_statistics import AllReduce
 from spo_ray.core.sharded import is_sharded
 from spo_ray.core.shared_prompt import can_share, pair_logps, prompt_lengths
@@ -302,13 +302,10 @@ class BatchGradients:
         """dL/du_w and dL/du_l [B] of the mean base loss over all ranks' pairs; 0 for rows that only fill up."""
         valid = self.valid[rows].bool()
         leaf_w, leaf_l = (logps.detach()[valid].requires_grad_() for logps in (logps_w, logps_l))
-        lengths = {
-            "chosen_lengths": self.chosen.lengths[rows][valid],
-            "rejected_lengths": self.rejected.lengths[rows][valid],
-            "mean_chosen_length": self.tokens / self.pairs,
-        }
         references = (value[rows][valid].to(leaf_w) for value in self.reference)
-        result = bind(base, **lengths)(leaf_w, leaf_l, *references)
+        lengths = (side.lengths[rows][valid] for side in (self.chosen, self.rejected))
+        pairs = PairLogps(leaf_w, leaf_l, *references, *lengths, self.tokens / self.pairs, self.all_reduce)
+        result = base(pairs)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         tally.add({"loss": loss.mean().item(), **metrics}, len(leaf_w))
         share = loss.mean() * (len(leaf_w) / self.pairs)

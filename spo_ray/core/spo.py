@@ -74,11 +74,11 @@ def spo_gradients(
         batch: ``{chosen,rejected}_{input_ids,labels,attention_mask}`` [B, T] and ``ref_{chosen,rejected}_logps`` [B].
             ``valid`` [B] is optional: False for rows that count for nothing, so that all ranks have as many rows.
         backbone, adapters: names of theta's and phi's parameters.
-        base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of the four log-probability tensors
-            (policy chosen, policy rejected, reference chosen, reference rejected) that returns the mean loss or
-            ``(loss, metrics)``. ``beta``, ``margin``, ``chosen_lengths``, ``rejected_lengths``, ``mean_chosen_length``
-            (over all ranks) and ``all_reduce`` are passed by keyword where its signature has them.
-        beta, margin: the base loss's inverse temperature, and its margin if it has one.
+        base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of
+            :class:`spo_ray.core.losses.PairLogps` that returns the mean loss, losses [B] or ``(loss, metrics)``; fix
+            further parameters with ``functools.partial``.
+        beta, margin: the inverse temperature of a base loss by name, and its margin if it has one. A callable has its
+            own, and these are ignored.
         lambda_sft, gamma: weights of the value-function penalty and of R.
         inner_steps, eta: K and the step size of the lower level; K = 0 means theta_hat = theta, without (b).
         sft_reduction: L_SFT as the mean of sequence sums (equation 72), or per completion token of the batch.
@@ -118,7 +118,7 @@ def spo_gradients(
         steps, literal = inner_steps if adapters else 0, inner_mode == "literal"
         lower = _LowerLevel(passes, n, sft, lambda_sft, steps, eta, literal, central, full_precision_inner)
         regularizer = _Hinge(passes, gamma, hinge, scope, norm_of == "mean", central)
-        base_loss = bind(base, beta=beta, margin=margin, all_reduce=all_reduce)
+        base_loss = bind(base, beta=beta, margin=margin)
         total, metrics = _objective(passes, base_loss, lower, regularizer, side_gradients)
         return dict(zip(named, total, strict=True)), metrics
 

@@ -214,6 +214,8 @@ def evaluate(
 
     def work() -> None:
 
+        from spo_ray.pipeline.evaluate_job import evaluate_checkpoints
+
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
             raise UserError("checkpoints are given as NAME=PATH, each with a different name")
@@ -269,6 +271,7 @@ def report(
 
     def work() -> None:
         set_verbosity(False)
+        from spo_ray.pipeline.finished import read_finished
         from spo_ray.report.comparison import write_reports
 
         write_reports([read_finished(folder) for folder in runs], out)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from spo_ray import __version__
+from spo_ray.config.keys import leaves
 from spo_ray.errors import UserError
 from spo_ray.evaluate.accuracy import by_item
 from spo_ray.evaluate.statistics import compare, holm
@@ -21,7 +22,7 @@ from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import write_text
 from spo_ray.runtime.console import log, place
 from spo_ray.runtime.map_rows import Row
-from spo_ray.runtime.run import NOTHING, leaves, shown
+from spo_ray.runtime.run import NOTHING, shown
 from spo_ray.sweep.space import sweep_of, trial_config
 
 MEASURING = ("eval.seeds", "eval.temperature", "eval.max_tokens", "engine.", "data.verifier")

@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from spo_ray import __version__
+from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
@@ -380,15 +381,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[
         if inputs.get(key) != digest:
             yield f"input changed: {names.get(digest, key)}"
     yield from (f"input removed: {key}" for key in inputs if key not in new["inputs"])
-
-
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested mappings by their dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from leaves(value, f"{prefix}.{key}" if prefix else key)
 
 
 def shown(value: Any) -> str:

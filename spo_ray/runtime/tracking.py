@@ -6,17 +6,21 @@ that process's environment (``WANDB_API_KEY``, ``MLFLOW_TRACKING_TOKEN``), never
 
 import hashlib
 import importlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
-from spo_ray.config.train import TrackingConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime.console import warn
-from spo_ray.runtime.run import Run, leaves
+from spo_ray.runtime.run import Run
 
+PROJECT = "spo-ray"
+"""Weights & Biases' project and MLflow's experiment where the environment names none."""
+INSTALL = "pip install 'spo-ray[tracking]'"
 Metrics = Mapping[str, float]
 
 
@@ -45,11 +49,8 @@ def wandb(run: Run, stage: str, key: str, step: int) -> Tracker:
     """Open a Weights & Biases run, grouped under the run's name; offline with ``WANDB_MODE=offline``."""
     import wandb
 
-    settings = run.config.tracking.wandb
-    assert settings
     opened = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
         group=run.config.name,
         name=f"{run.config.name}/{stage}",
         id=_identifier(run, key),
@@ -63,15 +64,13 @@ def wandb(run: Run, stage: str, key: str, step: int) -> Tracker:
 
 
 def mlflow(run: Run, stage: str, key: str, step: int) -> Tracker:
-    """Open an MLflow run; the server is ``tracking.mlflow.uri`` or ``MLFLOW_TRACKING_URI``."""
+    """Open an MLflow run; the server is ``MLFLOW_TRACKING_URI``."""
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 
-    settings = run.config.tracking.mlflow
-    assert settings
-    client = MlflowClient(settings.uri)
-    found = client.get_experiment_by_name(settings.experiment)
-    experiment = found.experiment_id if found else client.create_experiment(settings.experiment)
+    client, name = MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    found = client.get_experiment_by_name(name)
+    experiment = found.experiment_id if found else client.create_experiment(name)
     tags = {"training": _identifier(run, key), "run": run.config.name, "stage": stage}
     runs = client.search_runs([experiment], f"tags.training = '{tags['training']}'")
     newest = -1  # step that the server has already; MLflow would store a repeated step twice
@@ -97,7 +96,7 @@ TRACKERS: dict[str, Callable[[Run, str, str, int], Tracker]] = {
     "wandb": wandb,
     "mlflow": mlflow,
 }
-"""Functions that open a tracker, by their field in :class:`TrackingConfig`, which is also the library's name."""
+"""Functions that open a tracker, by the name in ``tracking``, which is also the library's name."""
 
 
 class TrackerGroup:
@@ -106,9 +105,9 @@ class TrackerGroup:
     def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
         self.stage = stage
         self.trackers: dict[str, Tracker] = {}
-        for name, opener in TRACKERS.items():
-            if getattr(run.config.tracking, name):
-                self._attempt(name, lambda n=name, o=opener: self.trackers.update({n: o(run, stage, key, step)}))
+        for name in run.config.tracking:
+            opener = TRACKERS[name]
+            self._attempt(name, lambda n=name, o=opener: self.trackers.update({n: o(run, stage, key, step)}))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Log the metrics of a step to each tracker."""
@@ -126,7 +125,7 @@ class TrackerGroup:
         except Exception as error:
             self.trackers.pop(name, None)
             text = str(error).splitlines()[0] if str(error) else ""
-            warn(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {text}")
+            warn(self.stage, f"the tracker {name} is off from here on: {type(error).__name__}: {text}")
 
 
 class Trackers:
@@ -140,18 +139,17 @@ class Trackers:
         return TrackerGroup(self.run, stage, key, step)
 
 
-def check_trackers(config: TrackingConfig) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Import the libraries of the configured trackers, before anything that takes long.
 
     Raises:
         UserError: a library is missing; the message names it.
     """
-    for name in (name for name in TRACKERS if getattr(config, name)):
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            text = f"tracking.{name} needs {name}, which can't be imported: pip install 'spo-ray[tracking]'"
-            raise UserError(text) from error
+            raise UserError(f"tracking={list(names)} needs {name}, which can't be imported: {INSTALL}") from error
 
 
 def _identifier(run: Run, key: str) -> str:
@@ -160,6 +158,6 @@ def _identifier(run: Run, key: str) -> str:
 
 def _parameters(config: Config, stage: str) -> list[tuple[str, Any]]:
     """Return the settings that a training depends on, by dotted keys."""
-    values = config.model_dump(mode="json", include={"seed", "sft", "preference"}) | {"model.path": config.model.path}
     method = config.methods.get(stage.removeprefix("method_"))
-    return list(leaves(values | ({"method": method.model_dump(mode="json")} if method else {})))
+    tree = config.model_dump(mode="json", include={"seed": True, "model": {"path"}, "sft": True, "preference": True})
+    return list(leaves(tree | ({"method": method.model_dump(mode="json")} if method else {})))

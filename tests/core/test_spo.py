@@ -142,7 +142,7 @@ def test_state_comes_back_when_the_loss_fails():
     model, backbone, adapters = tiny_model()
     model.train()
 
-    def broken(chosen, rejected, ref_chosen, ref_rejected):
+    def broken(pairs):
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
@@ -153,12 +153,13 @@ def test_state_comes_back_when_the_loss_fails():
 def test_the_base_may_be_a_callable_of_log_probabilities():
     batch = tiny_batch()
     by_name, _, _ = run(batch, **DEFAULTS)
-    per_pair, _, _ = run(
-        batch,
-        **DEFAULTS | {"base": lambda a, b, c, d: -torch.nn.functional.logsigmoid(0.5 * ((a - c) - (b - d)))},
-    )
+
+    def losses(p):
+        return -torch.nn.functional.logsigmoid(0.5 * ((p.chosen - p.ref_chosen) - (p.rejected - p.ref_rejected)))
+
+    per_pair, _, _ = run(batch, **DEFAULTS | {"base": losses})
     assert relative_error(by_name, per_pair) < 1e-14
-    function, _, _ = run(batch, **DEFAULTS | {"base": dpo})
+    function, _, _ = run(batch, **DEFAULTS | {"base": partial(dpo, beta=0.5)})
     assert relative_error(by_name, function) == 0
 
 
@@ -274,7 +275,7 @@ def value_term(model, names, **options):
     """Term (b) alone: a base loss without gradient leaves phi nothing else."""
     batch = tiny_batch()
     base = {"sft_reduction": "token_mean", "eta": 2e-5, "lambda_sft": 1.0, "inner_steps": 1}
-    base["base"] = lambda a, b, c, d: (a * 0).sum()
+    base["base"] = lambda pairs: (pairs.chosen * 0).sum()
     grads, metrics = gradient_of(model, names, batch, **DEFAULTS | base | options)
     return torch.cat([g.flatten() for g in grads[len(names[0]) :]]), metrics
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 METHOD = (
-    "methods.spo={type: spo, base: alpha_dpo, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
+    "methods.spo={type: spo, base: {type: alpha_dpo}, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
     "inner: {steps: 1, eta: 1e-3}}"
 )
 OVERRIDES = ["train.checkpoint.every=3", "preference.epochs=2", "sft.epochs=2", METHOD]
