@@ -25,13 +25,14 @@ from spo_ray.data.grade import grade_samples
 from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.data.tokenize import tokenise_pairs
 from spo_ray.errors import UserError
+from spo_ray.pipeline import Part
 from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded
-from spo_ray.pipeline.job import stages
+from spo_ray.pipeline.job import run_job
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
 from spo_ray.runtime.failure import recorded
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage
 from spo_ray.train.launch import train_methods
 from spo_ray.train.reference import reference_logps
 from spo_ray.train.spec import Start
@@ -134,7 +135,9 @@ def _questions(run: Run, scored: Artifact) -> Artifact:
         counts.read, counts.kept = scored.count, len(kept)
         write_rows(out / "part-0.parquet", kept, schema.Prompt)
 
-    return run.stage("probe_mass_questions", build, config={"candidates": CANDIDATES}, inputs={"scored": scored})
+    return run.execute(
+        Stage("probe_mass_questions", build, config={"candidates": CANDIDATES}, inputs={"scored": scored})
+    )
 
 
 def _groups(run: Run, graded: Artifact) -> Artifact:
@@ -165,7 +168,7 @@ def _groups(run: Run, graded: Artifact) -> Artifact:
             "wrong one the most probable: ask for more --samples, or set another seed="
         )
 
-    return run.stage("probe_mass_pairs", build, config={"group": GROUP}, inputs={"graded": graded})
+    return run.execute(Stage("probe_mass_pairs", build, config={"group": GROUP}, inputs={"graded": graded}))
 
 
 class Ranked(NamedTuple):
@@ -220,7 +223,7 @@ def _write(
         write_json(out / "series.json", series)
         (out / "figure.svg").write_text(_figure(series, panels), encoding="utf-8")
 
-    run.stage(stage, build, config={}, inputs=dict(trained))
+    run.execute(Stage(stage, build, config={}, inputs=dict(trained)))
 
 
 def _figure(series: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Sequence[str]]) -> str:
@@ -247,7 +250,7 @@ def _figure(series: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Sequen
     return vl_convert.vegalite_to_svg(whole.to_json())
 
 
-def _probe(config: Path, overrides: tuple[str, ...], until: str, work: Callable[[Run], Any], **preference: Any) -> int:
+def _probe(config: Path, overrides: tuple[str, ...], until: Part, work: Callable[[Run], Any], **preference: Any) -> int:
     """Run the job up to a part, then an experiment, and print what it found."""
 
     def follow_probe() -> None:
@@ -256,9 +259,7 @@ def _probe(config: Path, overrides: tuple[str, ...], until: str, work: Callable[
         if until == "pairs" and run.config.data.type == "preference":
             raise UserError("mass-shift follows right and wrong samples: take data of questions, or dynamics")
         with run.locked(), recorded(run):
-            for part in stages(run):
-                if part == until:
-                    break
+            run_job(run, until)
             found = work(run)
         print(json.dumps(found, indent=2))
         log("probe", f"figure and series in {place(run.root)}/probe_*")

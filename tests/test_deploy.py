@@ -17,7 +17,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from spo_ray.config.load import load
-from spo_ray.runtime.cluster import check_plan
+from spo_ray.pipeline.job import plan_job
+from spo_ray.runtime.cluster import check_resources
 
 from .conftest import ROOT
 
@@ -137,11 +138,10 @@ def test_kuberay_takes_the_job():
 
 
 def test_the_jobs_command_is_one_that_runs_and_fits_its_cluster(in_root):
-    from spo_ray.runtime.cluster import check_plan
-
     program, command, option, path, *overrides = read("deploy/rayjob.yaml")["spec"]["entrypoint"].split()
     assert (program, command, option) == ("spo-ray", "run", "--config")
-    check_plan(load(path, overrides), [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}])
+    nodes = [{"CPU": 0.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}]
+    check_resources(plan_job(load(path, overrides)).planned, nodes)
 
 
 def test_the_dockerfile():
@@ -161,4 +161,4 @@ def test_the_dockerfile():
 def test_the_nodes_that_are_always_there_can_hold_the_papers_runs(in_root, config):
     types = yaml.safe_load((ROOT / "deploy" / "aws.yaml").read_text())["available_node_types"]
     nodes = [kind["resources"] for kind in types.values() for _ in range(kind.get("min_workers", 0))]
-    check_plan(load(ROOT / "configs" / f"{config}.yaml", []), nodes)
+    check_resources(plan_job(load(ROOT / "configs" / f"{config}.yaml", [])).planned, nodes)

@@ -10,6 +10,7 @@ from spo_ray.errors import UserError
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.pipeline.checks import preflight
+from spo_ray.runtime.run import Stage
 
 from .conftest import ROOT
 from .helpers import small_config
@@ -95,7 +96,7 @@ def test_a_manifest_leads_nowhere(in_root, tmp_path):
     stage.mkdir(parents=True)
     forged = {"stage": "../../../outside", "path": str(outside), "digest": "0" * 64, "inputs": {"x": "../../outside"}}
     (stage / "manifest.json").write_text(json.dumps(forged))
-    made = run.stage("s", lambda out, counts: (out / "mine").write_text("1"), config={}, inputs={})
+    made = run.execute(Stage("s", lambda out, counts: (out / "mine").write_text("1"), config={}, inputs={}))
     assert [p.name for p in made.path.iterdir() if p.name != "manifest.json"] == ["mine"]
     assert made.parts == []
     assert (outside / "part-0.parquet").exists()

@@ -14,8 +14,10 @@ from spo_ray.config.data import PairsConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work
 
+NEAR = 0.9
+"""Jaccard similarity of word triples from which on two pairs are near duplicates: few words differ."""
 PERMUTATIONS = 128
 
 
@@ -41,8 +43,9 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
             counts.kept += len(kept)
         require_rows(counts.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", counts)
 
-    settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
-    return run.stage(name, build, config=settings, inputs={"candidates": candidates})
+    settings = config.model_dump(include={"dedup", "max_length_ratio"}) | {"near_threshold": NEAR}
+    work = Work(candidates.max_rows, note=f"pairs without duplicates (dedup {config.dedup})")
+    return run.execute(Stage(name, build, settings, {"candidates": candidates}, work))
 
 
 def _lopsided(row: Any, limit: float | None) -> str | None:
@@ -85,8 +88,7 @@ class _Near:
     def __init__(self, config: PairsConfig) -> None:
         from datasketch import MinHashLSH  # needs SciPy, which takes a second
 
-        self.index: Any = MinHashLSH(threshold=config.near_threshold, num_perm=PERMUTATIONS)
-        self.threshold = config.near_threshold
+        self.index: Any = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
         self.sketches: dict[str, Any] = {}
 
     def earlier(self, row_id: str, text: str) -> str | None:
@@ -95,7 +97,7 @@ class _Near:
         sketch = MinHash(num_perm=PERMUTATIONS)
         sketch.update_batch([" ".join(shingle).encode() for shingle in shingles(words(text), 3)])
         found = self.index.query(sketch)  # candidates: the estimate decides
-        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= self.threshold]
+        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= NEAR]
         if alike:
             return min(alike)
         self.index.insert(row_id, sketch)
@@ -153,20 +155,22 @@ def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tu
     Raises:
         UserError: nothing would be left to train on.
     """
-    table = source.rows()
-    names: dict[str, str] = {}
-    groups = [names.setdefault(json.dumps(row["prompt"]), row.get("source_id") or row["id"]) for row in table]
-    different = sorted(set(groups))
-    if count >= len(different):
-        raise UserError(f"sweep.validation.{what}={count} leaves none of {len(different)} to train on: lower it")
-    drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
 
     def part(name: str, inside: bool) -> Artifact:
         def build(out: Path, counts: RowCounts) -> None:
+            table, names = source.rows(), {}
+            groups = [names.setdefault(json.dumps(row["prompt"]), row.get("source_id") or row["id"]) for row in table]
+            different = sorted(set(groups))
+            if count >= len(different):
+                raise UserError(
+                    f"sweep.validation.{what}={count} leaves none of {len(different)} to train on: lower it"
+                )
+            drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
             kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
             counts.read, counts.kept = len(table), len(kept)
             write_rows(out / "part-0.parquet", kept, kind)
 
-        return run.stage(f"{name}_{what}", build, config={"count": count}, inputs={"source": source})
+        work = Work(source.max_rows, note=f"{what} for {'validation' if inside else 'training'}")
+        return run.execute(Stage(f"{name}_{what}", build, {"count": count}, {"source": source}, work))
 
     return part("train", False), part("validation", True)

@@ -11,7 +11,7 @@ from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work
 
 ROWS_PER_SHARD = 2000
 
@@ -40,7 +40,8 @@ def grade_samples(run: Run, name: str, samples: Artifact) -> Artifact:
                 row_counts.facts[f"pass@{k}"] = sum(pass_at_k(n, c, k) for n, c in counts) / len(counts)
 
     settings = {"verifier": verifier_identity(verifier), "strip": strip}
-    return run.stage(name, build, config=settings, inputs={"samples": samples}, resumable=True)
+    work = Work(samples.max_rows, cpus=1, note="graded samples")
+    return run.execute(Stage(name, build, settings, {"samples": samples}, work, resumable=True))
 
 
 def _stripped(text: str, patterns: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work, times
 
 
 def common_prefix(one: str, other: str) -> int:
@@ -95,7 +95,9 @@ def pair_samples(run: Run, name: str, scored: Artifact) -> Artifact:
         require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", counts)
 
     settings = config.model_dump(include={"per_question", "select"})
-    return run.stage(name, build, config=settings, inputs={"scored": scored}, resumable=True)
+    bound = scored.max_rows
+    work = Work(bound, times(bound, config.per_question), cpus=1, note=f"wrong samples by {config.select}")
+    return run.execute(Stage(name, build, settings, {"scored": scored}, work, resumable=True))
 
 
 def _pairer(config: PairsConfig, seed: int, stage: str) -> Mapper:

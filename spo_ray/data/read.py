@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from spo_ray.config.data import FileData
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import READERS, Artifact, external, on_hub
+from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
 
 ROWS_PER_BATCH = 1000
 NOT_UTF8 = "not UTF-8, which JSON is written in"
@@ -61,8 +61,8 @@ def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
 def _files(path: Path, split: str) -> list[Path]:
     """The file itself, or those of a split in a folder, also in the way datasets lay them out."""
     if path.is_file():
-        if path.suffix not in READERS:
-            raise UserError(f"{path} is no data file: data.path takes {' or '.join(READERS)}")
+        if path.suffix not in DATA_FILES:
+            raise UserError(f"{path} is no data file: data.path takes {' or '.join(DATA_FILES)}")
         return [path]
     for pattern in (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet", f"data/{split}-*.parquet"):
         files = sorted(path.glob(pattern)) if path.is_dir() else []

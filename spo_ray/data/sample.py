@@ -13,9 +13,9 @@ from spo_ray.errors import UserError
 from spo_ray.model.completion import Generations, choose_engine
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
-from spo_ray.runtime.cluster import engine_gpus
+from spo_ray.runtime.cluster import engine_gpus, engine_work
 from spo_ray.runtime.map_rows import Mapped, Mapper, Pool, Row, map_shards
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, times
 
 Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | str]]
 """(prompt, seed) of some questions to their answers, or to the reason why there are none."""
@@ -30,6 +30,8 @@ class SamplingJob(NamedTuple):
     chat_template: str | None = None
     enough: int | None = None
     """Questions with so many responses are passed on without samples."""
+    settings: str = "engine.replicas, engine.cpus"
+    """Settings to lower where the cluster is too small."""
 
     @classmethod
     def policy(cls, config: Config, model: Artifact) -> "SamplingJob":
@@ -42,7 +44,8 @@ class SamplingJob(NamedTuple):
         served = isinstance(teacher.engine, EndpointConfig)
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
         enough = config.sft_data.responses_per_question
-        return cls(model, teacher.engine, teacher.sampling, teacher.chat_template, enough)
+        settings = "the engine of sft_data.teachers"
+        return cls(model, teacher.engine, teacher.sampling, None, enough, settings)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def sample(run: Run, name: str, source: SamplingJob, questions: Artifact) -> Art
     ``questions`` holds :class:`schema.Prompt` or :class:`schema.SftQuestion`. Each question has a seed of its own, made
     of the run's seed, the stage and the question's id, so a retried batch gives the same samples.
     """
-    kind = source.identity["engine"]
+    sampling, kind = source.sampling, source.identity["engine"]
 
     def build(out: Path, counts: RowCounts) -> None:
         require_rows(questions.count, f"questions for {name}")
@@ -81,8 +84,11 @@ def sample(run: Run, name: str, source: SamplingJob, questions: Artifact) -> Art
         )
         _count_refusals(name, out, counts)
 
-    inputs = {"model": source.model, "questions": questions}
-    return run.stage(name, build, config=source.identity, inputs=inputs, resumable=True)
+    inputs, bound = {"model": source.model, "questions": questions}, questions.max_rows
+    note = f"{sampling.samples} samples a question by {source.model.path.name}"
+    tokens = times(bound, sampling.samples * sampling.max_tokens)
+    work = engine_work(source.engine, source.settings, note, rows=bound, tokens=tokens)
+    return run.execute(Stage(name, build, source.identity, inputs, work, resumable=True))
 
 
 def _count_refusals(name: str, out: Path, counts: RowCounts) -> None:

@@ -1,6 +1,6 @@
 """Builds the SFT set from graded samples and teachers; appendix B of the paper."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work
 
 
 def sft_set(run: Run, base: Artifact, questions: Artifact) -> Artifact:
@@ -83,14 +83,16 @@ def choose_sft_questions(run: Run, name: str, scored: Artifact, teachers: Sequen
     """Questions with a low pass@k, with correct responses by the first teachers (:class:`schema.SftQuestion`)."""
     config = run.config.sft_data
     chosen = config.model_dump(include={"pass_k", "max_pass", "quantile"})
-    limit = _highest_pass(config, scored)
     what = "questions for the SFT set (sft_data.max_pass, sft_data.teachers)"
-    return _collect(run, name, scored, teachers, what, last, chosen, max_pass=limit)
+    share = f"at most {config.max_pass}" if config.quantile is None else f"among the lowest {config.quantile:.0%}"
+    note = f"questions with pass@{config.pass_k} {share}"
+    return _collect(run, name, scored, teachers, what, last, chosen, note, partial(_highest_pass, config, scored))
 
 
 def add_responses(run: Run, name: str, scored: Artifact, teachers: Sequence[str], last: bool) -> Artifact:
     """Correct responses of further teachers (:class:`schema.SftQuestion`); ``samples`` are those of the stage."""
-    return _collect(run, name, scored, teachers, "questions with a correct response (sft_data.teachers)", last, {})
+    what = "questions with a correct response (sft_data.teachers)"
+    return _collect(run, name, scored, teachers, what, last, {}, "correct responses added")
 
 
 def _collect(
@@ -101,12 +103,14 @@ def _collect(
     what: str,
     last: bool,
     identity: dict[str, Any],
-    max_pass: float | None = None,
+    note: str,
+    highest_pass: Callable[[], float] | None = None,
 ) -> Artifact:
     config = run.config.sft_data
     stage = scored.path.name.replace("_scores", "_samples")
 
     def build(out: Path, counts: RowCounts) -> None:
+        max_pass = highest_pass() if highest_pass else None
         collector = partial(_collector, config, stage, list(teachers), last, max_pass)
         map_shards(name, scored, out, counts, mapper=collector, kind=schema.SftQuestion, batch_size=ROWS_PER_SHARD)
         require_rows(Artifact(out, "").count, what)
@@ -114,7 +118,8 @@ def _collect(
 
     settings = identity | config.model_dump(include={"responses_per_question", "strip"}) | {"teachers": list(teachers)}
     inputs = {"scored": scored}
-    return run.stage(name, build, config=settings | {"last": last}, inputs=inputs, resumable=True)
+    work = Work(scored.max_rows, cpus=1, note=note)
+    return run.execute(Stage(name, build, settings | {"last": last}, inputs, work, resumable=True))
 
 
 def _highest_pass(config: SftDataConfig, scored: Artifact) -> float:

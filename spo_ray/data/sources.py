@@ -16,8 +16,8 @@ from spo_ray.data.toy import problems
 from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.artifact import Artifact, RowCounts, on_hub, require_rows, write_rows
+from spo_ray.runtime.run import Run, Stage, Work
 
 Split = Literal["train", "test"]
 PAIR = "pair"
@@ -38,7 +38,7 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     reader, kind = READERS[data.type]
     words = data.contamination_words if isinstance(data, FileData) else None
     other = against if words else None
-    if isinstance(data, FileData) and data.path.is_file() and not _held_out_of_train(data):
+    if run.mode != "read" and isinstance(data, FileData) and data.path.is_file() and not _held_out_of_train(data):
         raise UserError(f"data.path={data.path} is one file, for training and for the test: name a folder with both")
 
     def build(out: Path, counts: RowCounts) -> None:
@@ -57,12 +57,29 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     if not isinstance(data, PreferenceData):  # there one split depends on the other's size
         exclude.add("test_questions" if split == "train" else "train_questions")
     settings = data.model_dump(mode="json", exclude=exclude)
-    sources = inputs(data, _file_split(data, split)) if isinstance(data, FileData) else {}
+    sources = {}
+    if isinstance(data, FileData) and run.mode != "read":  # a finished run can be read without its data
+        sources = inputs(data, _file_split(data, split))
     if isinstance(data, QuestionFields):
         settings["verifier"] = verifier_identity(verifier_of(data))
     if other:
         settings["contamination_words"], sources["against"] = words, other
-    return run.stage(f"data_{split}", build, config=settings, inputs=sources)
+    rows, drawn = _count(data, split) if run.mode == "plan" else (None, None)
+    work = Work(rows, drawn, note="rows for training" if split == "train" else "rows for evaluation")
+    return run.execute(Stage(f"data_{split}", build, settings, sources, work))
+
+
+def _count(data: Any, split: Split) -> tuple[int | None, int | None]:
+    """Return upper bounds of the rows that are read and drawn; None where a dataset on the hub has to tell."""
+    if not isinstance(data, FileData):
+        count = data.train_questions if split == "train" else data.test_questions
+        return count, count
+    limit: int | None = getattr(data, f"{split}_{'pairs' if isinstance(data, PreferenceData) else 'questions'}")
+    if on_hub(data.path):
+        return None, limit
+    there = sum(1 for _ in raw_rows(data, _file_split(data, split)))
+    left = there - data.test_pairs if _held_out_of_train(data) and split == "train" else there
+    return there, left if limit is None else min(limit, left)
 
 
 def _toy(data: ToyData, split: Split, seed: int, counts: RowCounts, keep: Keep) -> Iterator[schema.Prompt]:

@@ -11,7 +11,7 @@ from spo_ray.model.completion import TEMPLATE_REFUSES
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
 from spo_ray.runtime.map_rows import Mapped, Mapper, Row, each_row, map_shards
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work, times
 
 if TYPE_CHECKING:
     from spo_ray.model.tokenizer import ChatTokenizer
@@ -22,7 +22,8 @@ ROWS_PER_SHARD = 2000
 
 def tokenise_sft(run: Run, source: Artifact) -> Artifact:
     """SFT questions, or the chosen side of ready pairs, as token ids (:class:`schema.SftRow`)."""
-    return _tokenise(run, "sft_tokens", source, _sft_tokeniser, schema.SftRow)
+    responses = 1 if run.config.data.type == "preference" else run.config.sft_data.responses_per_question
+    return _tokenise(run, "sft_tokens", source, _sft_tokeniser, schema.SftRow, responses)
 
 
 def tokenise_pairs(run: Run, name: str, pairs: Artifact) -> Artifact:
@@ -30,7 +31,9 @@ def tokenise_pairs(run: Run, name: str, pairs: Artifact) -> Artifact:
     return _tokenise(run, name, pairs, _pair_tokeniser, schema.TokenisedPair)
 
 
-def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapper], kind: Any) -> Artifact:
+def _tokenise(
+    run: Run, name: str, source: Artifact, factory: Callable[..., Mapper], kind: Any, most: int = 1
+) -> Artifact:
     config, limit = run.config.model, run.config.train.max_length
     model = external(config.path)
 
@@ -59,7 +62,9 @@ def _tokenise(run: Run, name: str, source: Artifact, factory: Callable[..., Mapp
             )
 
     settings = {"max_length": limit, "chat_template": config.chat_template}
-    return run.stage(name, build, config=settings, inputs={"rows": source, "model": model}, resumable=True)
+    bound = source.max_rows
+    work = Work(bound, times(bound, most), cpus=1, note=f"token ids, up to {limit} a row")
+    return run.execute(Stage(name, build, settings, {"rows": source, "model": model}, work, resumable=True))
 
 
 def _sft_tokeniser(model: str, chat_template: str | None, limit: int) -> Mapper:

@@ -12,6 +12,7 @@ from spo_ray.evaluate.suite import Metric, Suite, SuiteContext
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.map_rows import Row
+from spo_ray.runtime.run import Stage, times
 
 WRONG = Grade(None, correct=False, strict=False)
 """What a question that the engine cannot take counts as."""
@@ -48,7 +49,11 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
 
     identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
     inputs = {"model": checkpoint, "questions": bench.data}
-    return bench.run.stage(f"eval_{name}", build, config=identity, inputs=inputs)
+    bound, each = bench.data.max_rows, 1 + len(config.eval.seeds)
+    note = f"answers, greedy and with {len(config.eval.seeds)} seeds"
+    tokens = times(bound, each * config.eval.max_tokens)
+    work = bench.work(note, rows=bound, out=times(bound, each), tokens=tokens)
+    return bench.run.execute(Stage(f"eval_{name}", build, identity, inputs, work))
 
 
 def by_seed(answers: list[Row]) -> dict[int | None, dict[str, bool]]:

@@ -19,8 +19,10 @@ from spo_ray.evaluate.suite import Metric, Results, Suite, SuiteContext
 from spo_ray.evaluate.win_rates import win_rates
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, on_hub, require_rows, write_json, write_rows
+from spo_ray.runtime.cluster import engine_work
+from spo_ray.runtime.console import log
 from spo_ray.runtime.map_rows import Row
-from spo_ray.runtime.run import Run, log
+from spo_ray.runtime.run import Run, Stage, times
 
 ANNOTATIONS = "annotations.json"
 HUB_FILE = "alpaca_eval_gpt4_baseline.json"
@@ -54,7 +56,9 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         write_rows(out / "part-0.parquet", kept, schema.Output)
 
     inputs = {"model": checkpoint, "instructions": external(config.instructions)}
-    return bench.run.stage(f"alpaca_{name}", build, config={**bench.identity, **settings}, inputs=inputs)
+    note = f"answers of up to {config.max_tokens} tokens"
+    work = bench.work(note, rows=config.limit, tokens=times(config.limit, config.max_tokens))
+    return bench.run.execute(Stage(f"alpaca_{name}", build, {**bench.identity, **settings}, inputs, work))
 
 
 def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
@@ -64,7 +68,10 @@ def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> di
     failed: list[str] = []
     bench.actors.close()  # local judges take their place
     for annotator in config.annotators:
-        template = read_template(annotator)
+        template: Turns = [] if bench.run.mode == "read" else read_template(annotator)
+        requests = 2 if annotator.orders == "both" else 1
+        note, where = f"verdicts of {annotator.model}, {requests} requests each", "the engine of eval.alpaca.annotators"
+        work = engine_work(annotator.engine, where, note, rows=config.limit)
         own = {"orders": annotator.orders, "template": template, "max_unjudged": config.max_unjudged}
         with _asker(annotator) as (ask, model):
             for name, outputs in measured.items():
@@ -72,7 +79,7 @@ def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> di
                 settings = identity(annotator, model) | {"verdict": annotator.verdict} | own
                 stage = f"judged_{name}@{annotator.name}"
                 try:
-                    found[name].append(bench.run.stage(stage, build, config=settings, inputs={"outputs": outputs}))
+                    found[name].append(bench.run.execute(Stage(stage, build, settings, {"outputs": outputs}, work)))
                 except UserError as error:  # what others say is not lost
                     failed.append(str(error))
     if failed:

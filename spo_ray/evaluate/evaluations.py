@@ -17,9 +17,10 @@ from spo_ray.evaluate.win_rates import effective
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.cluster import room_beside
+from spo_ray.runtime.console import log, warn
 from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.parallel import run_parallel
-from spo_ray.runtime.run import Run, log
+from spo_ray.runtime.run import Run, Stage, Work
 
 SUITES = {"accuracy": accuracy.SUITE, "health": health.SUITE, "alpaca_eval": alpaca.SUITE}
 
@@ -36,10 +37,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluations:
-    """The evaluations of one run; use it as a context, which ends the processes."""
+    """The evaluations of one run; use it as a context manager, which ends the processes."""
 
-    def __init__(self, run: Run, data: Artifact) -> None:
-        self.run, self.data = run, data
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.names = run.config.eval.chosen(run.config.data)
         self.suites: dict[str, Suite] = {name: suite_of(name) for name in self.names}
         self.actors = Actors(run.config.engine, run.config.model.chat_template)
@@ -52,10 +53,12 @@ class Evaluations:
     def __exit__(self, *error: Any) -> None:
         self.actors.end()
 
-    def start(self, checkpoints: Mapping[str, Artifact]) -> None:
-        """Measure checkpoints in the background, if an engine has room beside any later stage."""
-        config = self.run.config
-        node = room_beside(config, config.engine) if config.eval.while_training else None
+    def start(self, data: Artifact, checkpoints: Mapping[str, Artifact]) -> None:
+        """Measure checkpoints in the background, if an engine has room beside every planned stage."""
+        run = self.run
+        if run.mode != "execute" or not run.config.eval.while_training:
+            return
+        node = room_beside(run.planned, run.config.engine)
         if node is None:
             return
         log("evaluate", f"{', '.join(checkpoints)} beside the next stages")
@@ -63,15 +66,15 @@ class Evaluations:
         def work() -> None:
             try:
                 for name, checkpoint in checkpoints.items():
-                    self._measure(name, checkpoint, node)
+                    self._measure(data, name, checkpoint, node)
             except Exception as error:  # finish tries again, and raises it if it lasts
-                log("evaluate", f"failed beside other stages, and is put off: {error}")
+                warn("evaluate", f"failed beside other stages, and is put off: {error}")
 
         self.background = threading.Thread(target=work, daemon=True)
         self.background.start()
 
-    def finish(self, checkpoints: Mapping[str, Artifact]) -> Evaluation:
-        """Measure what is left, compare and score.
+    def finish(self, data: Artifact, checkpoints: Mapping[str, Artifact]) -> Evaluation:
+        """Measure what is left on the held-out rows ``data``, compare and score.
 
         Raises:
             ray.exceptions.RayError: an evaluator failed for good; what other checkpoints reached is kept.
@@ -80,25 +83,25 @@ class Evaluations:
             self.background.join(timeout=1.0)  # lets Ctrl-C through
         first = {name: checkpoints[name] for name in (health.SFT,) if name in checkpoints}
         for part in (first, {name: c for name, c in checkpoints.items() if name not in first}):
-            calls: dict[str, Callable[[], None]] = {n: partial(self._measure, n, c) for n, c in part.items()}
+            calls: dict[str, Callable[[], None]] = {n: partial(self._measure, data, n, c) for n, c in part.items()}
             run_parallel(calls, self.actors.replicas)
         concluded: dict[tuple[str, str], list[Artifact]] = {}
         for name, suite in self.suites.items():
             if suite.conclude:
                 measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
                 with self.actors.lease() as call:
-                    bench = SuiteContext(self.run, self.data, self.actors, call)
+                    bench = SuiteContext(self.run, data, self.actors, call)
                     for checkpoint, artifacts in suite.conclude(bench, checkpoints, measured).items():
                         concluded[name, checkpoint] = artifacts
         self.actors.close()
         return self._collect(list(checkpoints), concluded)
 
-    def _measure(self, name: str, checkpoint: Artifact, node: str | None = None) -> None:
+    def _measure(self, data: Artifact, name: str, checkpoint: Artifact, node: str | None = None) -> None:
         with self.actors.lease(node) as call:
             for suite in self.names:
                 if (suite, name) not in self.measured:
                     sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
-                    bench = SuiteContext(self.run, self.data, self.actors, call, sft)
+                    bench = SuiteContext(self.run, data, self.actors, call, sft)
                     self.measured[suite, name] = self.suites[suite].measure(bench, name, checkpoint)
 
     def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:
@@ -121,8 +124,8 @@ class Evaluations:
             counts.read = counts.kept = len(table)
             write_rows(out / "part-0.parquet", table, schema.Comparison)
 
-        scores = self.run.stage("scores", score, config=settings, inputs=inputs)
-        comparisons = self.run.stage("comparisons", contrast, config={}, inputs=inputs)
+        scores = self.run.execute(Stage("scores", score, settings, inputs, Work(note="metrics with intervals")))
+        comparisons = self.run.execute(Stage("comparisons", contrast, {}, inputs, Work(note="paired tests")))
         answers = {name: self.measured["accuracy", name] for name in names} if "accuracy" in self.names else {}
         return Evaluation(scores, comparisons, answers)
 

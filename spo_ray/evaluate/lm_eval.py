@@ -11,6 +11,7 @@ from spo_ray.evaluate.statistics import Z95
 from spo_ray.evaluate.suite import Metric, Suite, SuiteContext
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, write_json, write_rows
+from spo_ray.runtime.run import Stage
 
 RESULTS = "results.json"
 
@@ -53,7 +54,8 @@ def _measure(task: str, bench: SuiteContext, name: str, checkpoint: Artifact) ->
     inputs = {"model": checkpoint}
     if settings.include_path:
         inputs["tasks"] = external(settings.include_path)
-    return bench.run.stage(f"lm_eval_{task}@{name}", build, config=identity, inputs=inputs)
+    work = bench.work("a task of lm-evaluation-harness")
+    return bench.run.execute(Stage(f"lm_eval_{task}@{name}", build, identity, inputs, work))
 
 
 def _estimate(config: EvalConfig, measured: Artifact, concluded: Sequence[Artifact]) -> list[Metric]:

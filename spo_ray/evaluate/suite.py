@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from spo_ray.config.evaluate import EvalConfig
 from spo_ray.evaluate.actors import Actors, Call
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.cluster import engine_work
+from spo_ray.runtime.run import Run, Work
 
 
 class Metric(NamedTuple):
@@ -41,6 +42,10 @@ class SuiteContext:
         config = self.run.config
         engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
         return {"engine": self.actors.kind, "chat_template": config.model.chat_template, **engine}
+
+    def work(self, note: str, **bounds: Any) -> Work:
+        """Return the work of a stage that asks the policy's engines, with its ``bounds``: rows, out and tokens."""
+        return engine_work(self.run.config.engine, "engine.replicas, engine.cpus", note, **bounds)
 
     def provenance(self, checkpoint: Artifact, sampling: Mapping[str, Any]) -> dict[str, Any]:
         """For the manifest; :class:`spo_ray.runtime.schema.Provenance`."""

@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PretrainedConfig
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.model import ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.config.schema import Config
@@ -303,12 +304,8 @@ def _mildest(estimate: MemoryEstimate, variants: Iterable[Changes], available: i
     """Return the first change that fits, or else the one with the smallest total, which may be no change."""
     best: tuple[Changes, MemoryEstimate] = ({}, estimate)
     for changes in variants:
-        tree = estimate.config.model_dump()
-        for key, value in changes.items():
-            section, name = key.split(".")
-            tree[section][name] = value
         try:
-            other = estimate.again(Config.model_validate(tree))
+            other = estimate.again(with_values(estimate.config, changes))
         except (ValidationError, UserError):  # no setting for this configuration, or this model
             continue
         best = (changes, other) if other.total < best[1].total else best

@@ -1,12 +1,14 @@
-"""Command lines: ``spo-ray`` and the scripts in ``pipelines/``. Exit codes: 0, 1 failure, 2 bad input, 130 stopped."""
+"""Command lines of ``spo-ray`` and of the scripts in ``pipelines/``."""
 
 import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -14,24 +16,33 @@ from spo_ray import __version__
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
+from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import end_view, log, place, quieten, redact, set_verbosity
+from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity, warn
 from spo_ray.runtime.failure import AGAIN, card_on, recorded
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import PlannedRun, Run
 
-quieten()  # before the heavy imports of whoever imports this
+quieten()  # before the importing program loads the libraries
 
-
-Stages = Callable[[Run], Iterator[str]]
-Outline = Callable[[Run], str]
-"""What ``--dry-run`` prints."""
-Part = Literal["data", "sample", "sft", "pairs", "reference", "train", "evaluate", "report"]
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
-ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/, or one of your own.")]
-DryRun = Annotated[bool, Parameter(negative="", help="Print the plan, and do nothing.")]
-Verbose = Annotated[bool, Parameter(negative="", help="Show what vLLM, Ray and the workers print.")]
+ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
+DryRun = Annotated[bool, Parameter(negative="", help="Print the plan and do nothing.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
-USAGE = "Overrides are dotted keys of the configuration: methods.spo.lambda_sft=5"
+
+
+@Parameter(name="*", negative="")
+@dataclass(frozen=True)
+class Output:
+    """Options of every command that runs stages."""
+
+    verbose: Annotated[bool, Parameter(alias="-v")] = False
+    """Show what vLLM, Ray and the workers print."""
+    quiet: Annotated[bool, Parameter(alias="-q")] = False
+    """Log warnings and errors only."""
+    log_json: bool = False
+    """Log JSON lines to stderr: time, level, stage, message."""
+
+
 EXAMPLES = """Examples:
 
 * spo-ray doctor --config configs/quickstart.yaml
@@ -43,91 +54,70 @@ EXAMPLES = """Examples:
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 
-def script(stages: Stages, until: Part, description: str, outline: Outline | None = None) -> int:
-    """The command line of one script in ``pipelines/``: run the job up to a stage; gives the exit code."""
-    app = App(help=f"{description}\n\n{USAGE}", version=__version__)
-
-    @app.default
-    def command(*overrides: Overrides, config: ConfigPath, dry_run: DryRun = False, verbose: Verbose = False) -> int:
-        if dry_run and outline:
-            return guarded(lambda: print(outline(Run(load(config, overrides)))))
-        return guarded(lambda: follow(stages, config, overrides, until, dry_run, verbose))
-
-    command.__doc__ = f"{description} Finished stages are reused."
-    return int(app() or 0)
-
-
-def follow(
-    stages: Stages,
-    config: Path,
-    overrides: tuple[str, ...],
-    until: Part,
-    dry_run: bool = False,
-    verbose: bool = False,
-) -> None:
-    """Load the configuration and run the job's stages up to the named one, or print what they would be."""
-    set_verbosity(verbose)
-    run = Run(load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides))
-    if dry_run:
-        show_plan(run.config, stages)
-        return
-    if not run.config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        log(
-            "job",
-            "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
-        )
+def execute(job: Callable[[Run], Any], config: Config, until: Part = "report") -> None:
+    """Run a job in its folder, under the folder's lock, with its state in ``status.json``."""
+    run = Run(config)
+    if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        warn("job", "output is relative to the submitted job's own folder: set output=/some/shared/folder")
     with run.locked(), recorded(run):
-        write_json(run.root / "config.json", run.config.model_dump(mode="json"))
-        for stage in stages(run):
-            if stage == until:
-                break
+        write_json(run.root / "config.json", config.model_dump(mode="json"))
+        job(run)
     log("job", f"{until} finished; results in {place(run.root)}")
 
 
-def show_plan(config: Config, stages: Stages) -> None:
-    """Print what a run would do.
+def show_plan(plan: PlannedRun, more: str = "") -> None:
+    """Print a plan.
 
     Raises:
         UserError: the run would be refused.
     """
-    from spo_ray.pipeline.plan import plan
+    from spo_ray.pipeline.plan import plan_text
 
-    text, problem = plan(config, stages)
-    print(text)
-    if problem:
-        raise UserError(problem)
+    print(plan_text(plan))
+    if more:
+        print(more)
+    if plan.problem:
+        raise UserError(plan.problem)
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run and translate the outcome into an exit code; bad input gives its message without a traceback."""
-    try:
-        work()
-    except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
-        print(f"stopped; {AGAIN}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        card = card_on(error)
-        if not card.details:
-            print(redact(traceback.format_exc()), file=sys.stderr)
-        print(card.text(), file=sys.stderr)
-        return 1
-    finally:
-        end_view()
+def configured(config: Path, overrides: tuple[str, ...], verbose: bool) -> Config:
+    """Load a configuration; ``verbose`` lets its workers' output through."""
+    return load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides)
+
+
+def guarded(work: Callable[[], None], output: Output = Output()) -> int:
+    """Run a command's work with log output on the terminal, and return the exit code.
+
+    Bad input ends with its message, any other error with its card; the traceback is shown if no file holds it.
+    """
+    set_verbosity(output.verbose)
+    with installed(output.quiet, output.log_json):
+        try:
+            work()
+        except UserError as error:
+            LOGGER.error(f"error: {error}")
+            return 2
+        except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
+            LOGGER.error(f"stopped; {AGAIN}")
+            return 130
+        except Exception as error:
+            card = card_on(error)
+            LOGGER.error(card.text() if card.details else f"{traceback.format_exc()}\n{card.text()}")
+            return 1
     return 0
 
 
 app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", help_epilogue=EXAMPLES, version=__version__)
-
-
 app.register_install_completion_command()
 
 
 @app.command
 def run(
-    *overrides: Overrides, config: ConfigPath, until: Part = "report", dry_run: DryRun = False, verbose: Verbose = False
+    *overrides: Overrides,
+    config: ConfigPath,
+    until: Part = "report",
+    dry_run: DryRun = False,
+    output: Output = Output(),
 ) -> int:
     """Run the whole job, or the job up to a stage; finished stages are reused.
 
@@ -136,14 +126,17 @@ def run(
     until
         The part of the job to stop after.
     """
-    return guarded(lambda: follow(whole_job, config, overrides, until, dry_run, verbose))
 
+    def work() -> None:
+        loaded = configured(config, overrides, output.verbose)
+        from spo_ray.pipeline.job import plan_job, run_job
 
-def whole_job(run: Run) -> Iterator[str]:
-    """The stages of ``pipelines/full.py``, whose imports take seconds."""
-    from spo_ray.pipeline.job import stages
+        if dry_run:
+            show_plan(plan_job(loaded))
+        else:
+            execute(partial(run_job, until=until), loaded, until)
 
-    return stages(run)
+    return guarded(work, output)
 
 
 @app.command
@@ -152,15 +145,14 @@ def plan(*overrides: Overrides, config: ConfigPath) -> int:
 
     Example: spo-ray plan --config configs/quickstart.yaml methods.spo.lambda_sft=5
     """
-    set_verbosity(False)
-    return guarded(lambda: show_plan(load(config, overrides), whole_job))
+    return run(*overrides, config=config, dry_run=True)
 
 
 @app.command
 def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json = False) -> int:
     """Check Python, packages, GPU, vLLM, ports and authentication; with a configuration also disk, hub and cluster.
 
-    Every failed check says what to do, and makes the exit code 1. Example: spo-ray doctor -c configs/quickstart.yaml
+    A failed check says what to do, and makes the exit code 1. Example: spo-ray doctor -c configs/quickstart.yaml
     """
     from spo_ray.pipeline.doctor import as_json, examine, passed, table
 
@@ -170,7 +162,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         loaded = load(config, overrides) if config else None
     except UserError as error:
         problem = str(error)
-    with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the answer
+    with contextlib.redirect_stdout(sys.stderr), installed():  # stdout holds only the answer
         checks = examine(loaded, problem)
     print(redact(as_json(checks) if json else table(checks)))
     return 0 if passed(checks) else 1
@@ -180,14 +172,14 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
 def inspect(
     *overrides: Overrides, config: ConfigPath = Path("configs/quickstart.yaml"), data: Path | None = None, rows: int = 3
 ) -> int:
-    """Show what training sees of preference data: tokens, masks, lengths, and what would be dropped.
+    """Show how training reads preference data: tokens, masks, lengths, and which rows would be dropped.
 
     Parameters
     ----------
     data
         A .jsonl or .parquet file, a folder with train.jsonl, or a dataset on the hub.
     rows
-        Rows to show.
+        Number of rows to show.
     """
 
     def work() -> None:
@@ -202,34 +194,38 @@ def inspect(
 
 @app.command
 def evaluate(
-    *overrides: str, config: ConfigPath, checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])]
+    *overrides: str,
+    config: ConfigPath,
+    checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])],
+    output: Output = Output(),
 ) -> int:
-    """Measure checkpoints by the suites of a configuration; results land in OUTPUT/NAME-evaluation.
+    """Evaluate checkpoints with the suites of a configuration; results are written to OUTPUT/NAME-evaluation.
 
     Parameters
     ----------
     overrides
         Dotted keys of the configuration, such as eval.suites=[accuracy].
     config
-        Where the data, the engine and the suites are taken from.
+        The file with the data, the engine and the suites.
     checkpoint
-        NAME=PATH, as often as wanted: a folder (a model, or a PEFT adapter) or a hub id. The one that is named sft is
-        what the others' probabilities are compared with.
+        NAME=PATH, once for each checkpoint: a folder (a model or a PEFT adapter) or a hub id. The probabilities of the
+        others are compared with those of the checkpoint named sft.
     """
 
     def work() -> None:
-        from spo_ray.pipeline.job import evaluate_apart
+
+        from spo_ray.pipeline.evaluate_job import evaluate_checkpoints
 
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
-            raise UserError("checkpoints look like NAME=PATH, each with a name of its own")
-        evaluate_apart(load(config, overrides), named)
+            raise UserError("checkpoints are given as NAME=PATH, each with a different name")
+        evaluate_checkpoints(configured(config, overrides, output.verbose), named)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
 @app.command
-def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
+def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Output = Output()) -> int:
     """Try many settings of a method with Ray Tune; the same command goes on with an unfinished sweep.
 
     Parameters
@@ -239,20 +235,27 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False) -> int:
     config
         A file from configs/sweeps/, or one of your own with a section sweep.
     dry_run
-        Print the resolved configuration and the trials, and do nothing.
+        Print the plan and the trials, and do nothing.
     """
-    from spo_ray.pipeline.sweep_job import stages
-    from spo_ray.pipeline.sweep_outline import sweep_outline
 
-    if dry_run:
-        return guarded(lambda: print(sweep_outline(Run(load(config, overrides)))))
-    return guarded(lambda: follow(stages, config, overrides, "report"))
+    def work() -> None:
+        loaded = configured(config, overrides, output.verbose)
+        from spo_ray.pipeline.plan import trials_text
+        from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
+
+        if dry_run:
+            show_plan(plan_sweep(loaded), trials_text(loaded))
+        else:
+            execute(run_sweep, loaded)
+
+    return guarded(work, output)
 
 
 @app.command
 def report(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs or sweeps, such as runs/quickstart.")],
     out: Path | None = None,
+    output: Output = Output(),
 ) -> int:
     """Write a finished run's page anew, or with several runs one page that compares them; no cluster is started.
 
@@ -267,28 +270,27 @@ def report(
     """
 
     def work() -> None:
+        set_verbosity(False)
+        from spo_ray.pipeline.finished import read_finished
         from spo_ray.report.comparison import write_reports
 
-        set_verbosity(False)
-        write_reports(runs, out)
+        write_reports([read_finished(folder) for folder in runs], out)
 
-    return guarded(work)
-
-
-score = App(name="score", help="Grade responses that were made elsewhere.")
+    return guarded(work, output)
 
 
+score = App(name="score", help="Grade responses of other programs.")
 app.command(score)
 
 
 @score.command
 def gsm8k(file: Path) -> int:
-    """Grade a JSONL file with question, answer and response; writes FILE.scored.jsonl and prints the accuracy.
+    """Grade a JSONL file with question, answer and response; write FILE.scored.jsonl and print the accuracy.
 
     Parameters
     ----------
     file
-        JSONL; answers are GSM8K solutions or numbers.
+        JSONL file; answers are GSM8K solutions or numbers.
     """
 
     def work() -> None:
@@ -304,15 +306,15 @@ def gsm8k(file: Path) -> int:
 
 @score.command(name="alpaca-eval")
 def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> int:
-    """Win rates of AlpacaEval's annotations.json, as JSON.
+    """Print the win rates of AlpacaEval's annotations.json as JSON.
 
     Parameters
     ----------
     annotations
         Records with instruction, output_1, output_2, generator_1, generator_2 and preference (1 to 2, or null).
     lc
-        Formula of the length-controlled win rate. The leaderboard's, v1, needs a table from the hub; where that can't
-        be had, the result is of the minimal one, and lc_method says so.
+        Formula of the length-controlled win rate. v1, the leaderboard's, needs a table from the hub; without it the
+        minimal formula is used, and lc_method in the result says so.
     """
 
     def work() -> None:
@@ -324,11 +326,14 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
         if unjudged:
             print(f"{unjudged} records without a preference are left out", file=sys.stderr)
         if not result["lc_method"].endswith(lc):
-            print("v1's table can't be had: length-controlled by the minimal formula, not by v1", file=sys.stderr)
+            print(
+                "the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1",
+                file=sys.stderr,
+            )
 
     return guarded(work)
 
 
-def main() -> None:
-    """Console script."""
-    sys.exit(app() or 0)
+def main(*command: str) -> None:
+    """Run a command line and exit with its code; ``command`` stands before the words that were typed."""
+    sys.exit(app([*command, *sys.argv[1:]]) or 0)

@@ -1,104 +1,231 @@
-"""``spo-ray plan``: what a run would do, and what it would take, without doing it."""
+"""``spo-ray plan``: the stages of a job, what would happen to each, and estimates of memory, disk and time.
+
+The time of a stage is that of the same stage in an earlier run in the same output folder, scaled by its rows. Without
+one it is arithmetic: 2 operations per parameter and token that is generated or scored, 6 per one that is trained on,
+more for SPO as measured in docs/performance.md, at the rate of this machine's matrix products, for the most rows that
+there can be.
+"""
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import AutoConfig
+
+from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.schema import Config
-from spo_ray.pipeline.estimate import Estimate, Estimator, free_bytes
-from spo_ray.pipeline.outline import Line, outline
-from spo_ray.pipeline.rehearsal import Rehearsal, rehearse
+from spo_ray.errors import UserError
+from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
 from spo_ray.runtime.artifact import MANIFEST
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import PlannedRun, PlannedStage, Work
+from spo_ray.sweep.space import listed_points, short_text, sweep_of
 
-STATES = {"reused": "reused", "goes on": "goes on", "starts": "to do"}
 HEADS = ("stage", "", "rows", "tokens", "memory", "disk", "time")
-UNKNOWN = "?"
+BYTES_PER_TOKEN = 6
+"""Text, ids and counts of a generated or scored token in Parquet, compressed."""
+EXPORTED, CHECKPOINTED = 4, 12
+"""Bytes of a parameter in an exported model, and in a checkpoint with AdamW's states."""
+UNITS = {
+    "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+    "bytes": ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB")),
+    "seconds": ((3600.0, " h"), (60.0, " min"), (1.0, " s")),
+}
 
 
-def plan(config: Config, stages: Callable[[Run], Iterator[str]]) -> tuple[str, str | None]:
-    """The resolved configuration and a table of the stages for a terminal; and why the run would be refused, or None.
+@dataclass(frozen=True)
+class Estimate:
+    """The estimated needs of one stage; None where one can't be known."""
 
-    Rows and tokens are upper bounds. Memory is per worker or engine, disk what stays.
+    memory: int | None = None
+    """Bytes of one worker or engine."""
+    seconds: float | None = None
+    measured: bool = False
+    """True if ``seconds`` comes from an earlier run, not from arithmetic."""
+    disk: int = 0
+    """Bytes that stay."""
+    checkpoints: int = 0
+    """Bytes of checkpoints, which are deleted at the end."""
+
+
+class Estimator:
+    """Estimates for the stages of one configuration."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        gpu = torch.cuda.is_available() if config.train.use_gpu is None else config.train.use_gpu
+        self.device: Device = "cuda" if gpu else "cpu"
+
+    @cached_property
+    def model(self) -> Any:
+        """The model's configuration; None where it can't be read, for instance without a network."""
+        try:
+            return AutoConfig.from_pretrained(self.config.model.path)
+        except (OSError, ValueError):
+            return None
+
+    def of(self, stage: PlannedStage) -> Estimate:
+        """Return the estimate for a stage."""
+        work = stage.work
+        plan, seconds, tokens = self.plan(work.trains or "sft"), self.before(stage), work.tokens or 0
+        if not plan or not tokens:
+            return Estimate(None, seconds, True)
+        count, measured = plan.parameters["total"], seconds is not None
+        if seconds is None:
+            seconds = _operations(self.config, work) / products_per_second() * count
+        if work.trains:
+            checkpoint = self.config.train.checkpoint
+            trained = plan.parameters["theta"] + plan.parameters["phi"]
+            kept = (checkpoint.keep + 1) * CHECKPOINTED * trained if checkpoint.every else 0
+            return Estimate(plan.total, seconds, measured, EXPORTED * count, kept)
+        size = EXPORTED if self.config.engine.dtype == "float32" else 2
+        memory = size * count + (int(self.config.engine.memory_gib * 2**30) if self.device == "cpu" else 0)
+        return Estimate(memory, seconds, measured, BYTES_PER_TOKEN * tokens)
+
+    def plan(self, stage: str) -> MemoryEstimate | None:
+        """Return the memory estimate of ``sft`` or a method; None if the model or the settings are unusable."""
+        if self.model is None:
+            return None
+        method: MethodConfig | None = None if stage == "sft" else self.config.methods[stage]
+        try:
+            return estimate_memory(self.config, self.model, stage, method, self.device)
+        except UserError:  # the run says so
+            return None
+
+    def before(self, stage: PlannedStage) -> float | None:
+        """Return the seconds that the newest readable run in the output folder suggests for a stage, or None."""
+        files = self.config.output.absolute().glob(f"*/{stage.name}/{MANIFEST}")
+        for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                manifest = json.loads(file.read_text())
+                read, seconds = manifest["rows"]["read"], float(manifest["wall_s"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            return seconds * (stage.work.rows / read if stage.work.rows and read else 1.0)
+        return None
+
+
+def plan_text(plan: PlannedRun) -> str:
+    """Return the resolved configuration and a table of the stages, for a terminal.
+
+    Rows and tokens are upper bounds. Memory is per worker or engine; disk is what stays.
     """
-    run, estimator = rehearse(config, stages), Estimator(config)
-    lines = list(outline(config))
-    estimates = {line.stage: estimator.of(line) for line in lines}
-    table = [HEADS, *(_cells(run, line, estimates[line.stage]) for line in lines)]
+    config, estimator = plan.config, Estimator(plan.config)
+    estimates = [estimator.of(stage) for stage in plan.planned]
+    table = [HEADS, *(_cells(s, e) for s, e in zip(plan.planned, estimates, strict=True))]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADS))]
-    whats = ["what", *(f"{line.what} ({line.resources})" for line in lines)]
+    notes = ["what", *(f"{stage.work.note} ({_resources(stage.work)})" for stage in plan.planned)]
     text = [json.dumps(config.model_dump(mode="json"), indent=2), ""]
-    for row, what in zip(table, whats, strict=True):
+    for row, note in zip(table, notes, strict=True):
         sides = "<<" + ">" * (len(HEADS) - 2)
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
-        text.append("  ".join([*cells, what]))
-    text += ["", *_reasons(run), *_totals(config, run, lines, estimates)]
-    return "\n".join(text), run.problem
+        text.append("  ".join([*cells, note]))
+    return "\n".join([*text, "", *_reasons(plan.planned), *_totals(config, plan.planned, estimates)])
 
 
-def _cells(run: Rehearsal, line: Line, estimate: Estimate) -> tuple[str, ...]:
-    time = UNKNOWN if estimate.seconds is None else f"{'' if estimate.measured else '~'}{_time(estimate.seconds)}"
+def trials_text(config: Config) -> str:
+    """Return a line for every trial of a sweep, as far as they are known in advance."""
+    sweep = sweep_of(config)
+    if sweep.searcher == "optuna":
+        keys = ", ".join(sweep.space)
+        return f"{sweep.samples} suggestions by Optuna for {keys}; objectives {', '.join(sweep.objectives)}"
+    lines = [f"trials of {sweep.method}; objectives {', '.join(sweep.objectives)}"]
+    points = listed_points(config)
+    for point in points:
+        values = ", ".join(f"{key}={short_text(value, 6)}" for key, value in point["values"].items())
+        lines.append(f"{point['number']:05d}  {values}  seed={point['seed']}")
+    return "\n".join([*lines, f"{len(points)} trials"])
+
+
+def _cells(stage: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
+    seconds = "" if estimate.measured else "~"
     return (
-        line.stage,
-        _state(run, line.stage),
-        "all" if line.rows is None else f"{line.rows:,}",
-        _count(line.tokens),
-        "" if estimate.memory is None else _size(estimate.memory),
-        _size(estimate.disk) if estimate.disk else "",
-        time,
+        stage.name,
+        stage.state,
+        "?" if stage.work.rows is None else f"{stage.work.rows:,}",
+        _shown(stage.work.tokens, "count"),
+        _shown(estimate.memory, "bytes"),
+        _shown(estimate.disk, "bytes"),
+        "?" if estimate.seconds is None else f"{seconds}{_shown(estimate.seconds, 'seconds') or '0 s'}",
     )
 
 
-def _state(run: Rehearsal, stage: str) -> str:
-    if stage in run.found:
-        state, why = run.found[stage]
-        return "again" if why else STATES[state]
-    return "there" if (run.root / stage / MANIFEST).exists() else "to do"
+def _resources(work: Work) -> str:
+    if not work.actors:
+        return "tasks of 1 CPU" if work.cpus else "driver"
+    gpus = "a GPU where there is one" if work.gpus is None else _plural(work.gpus, "GPU")
+    return f"{_plural(work.actors, 'worker' if work.trains else 'actor')} of {_plural(work.cpus, 'CPU')}, {gpus}"
 
 
-def _reasons(run: Rehearsal) -> Iterator[str]:
-    """Which difference makes which stage be made again."""
-    found = {stage: why for stage, (_, why) in run.found.items() if why}
+def _plural(count: float, what: str) -> str:
+    return f"{count:g} {what}{'' if count == 1 else 's'}"
+
+
+def _reasons(planned: Sequence[PlannedStage]) -> Iterator[str]:
+    found = {stage.name: stage.why for stage in planned if stage.why}
     if found:
-        yield "Made again, because of:"
+        yield "Built again, because of:"
         width = max(map(len, found))
         yield from (f"  {stage:<{width}}  {why}" for stage, why in found.items())
         yield ""
 
 
-def _totals(config: Config, run: Rehearsal, lines: list[Line], estimates: dict[str, Estimate]) -> Iterator[str]:
-    left = [line for line in lines if _state(run, line.stage) != "reused"]
-    seconds = [estimates[line.stage].seconds for line in left]
-    tokens, disk = sum(line.tokens or 0 for line in left), sum(estimates[line.stage].disk for line in left)
-    most = max((estimates[line.stage].while_it_runs for line in left), default=0)
-    known = sum(value for value in seconds if value is not None)
-    bound = "" if all(estimates[line.stage].measured for line in left) else "about "
-    yield f"Left to do: {len(left)} of {len(lines)} stages, at most {_count(tokens) or 0} tokens, {bound}{_time(known)}"
+def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence[Estimate]) -> Iterator[str]:
+    left = [(s, e) for s, e in zip(planned, estimates, strict=True) if s.state != "reused"]
+    tokens, disk = sum(s.work.tokens or 0 for s, _ in left), sum(e.disk for _, e in left)
+    most = max((e.checkpoints for _, e in left), default=0)
+    known = sum(e.seconds for _, e in left if e.seconds is not None)
+    about = "" if all(e.measured for _, e in left) else "about "
+    yield (
+        f"Left to do: {len(left)} of {len(planned)} stages, at most {_shown(tokens, 'count') or 0} tokens, "
+        f"{about}{_shown(known, 'seconds') or '0 s'}"
+    )
     room = free_bytes(config.output)
-    yield f"Disk: {_size(disk)}, and up to {_size(most)} of checkpoints while a method trains; {_size(room)} are free"
+    yield (
+        f"Disk: {_shown(disk, 'bytes') or '0 KiB'}, and up to {_shown(most, 'bytes') or '0 KiB'} of checkpoints while "
+        f"a method trains; {_shown(room, 'bytes')} are free"
+    )
     if disk + most > room:
         yield f"There is too little room in {config.output.absolute()}: set output=, or keep fewer checkpoints"
     yield "Times without ~ are those of an earlier run; the others are arithmetic, for the most rows there can be, "
     yield "without the starts of engines and workers: a quarter to half a minute for each stage that has some."
 
 
-def _count(value: int | None) -> str:
+def _shown(value: float | None, kind: str) -> str:
+    """Return a value in its largest unit; empty for nothing."""
     if not value:
         return ""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}{unit}"
-    return str(value)
+    size, unit = next(((s, u) for s, u in UNITS[kind] if value >= s), UNITS[kind][-1])
+    return f"{value / size:.0f}{unit}" if unit == "" else f"{value / size:.1f}{unit}"
 
 
-def _size(value: float) -> str:
-    for limit, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if value >= limit:
-            return f"{value / limit:.1f} {unit}"
-    return f"{value / 2**10:.0f} KiB"
+def _operations(config: Config, work: Work) -> float:
+    """Return the multiplications and additions of a stage, per parameter."""
+    if work.trains is None:
+        return 2.0 * (work.tokens or 0)
+    method = None if work.trains == "sft" else config.methods[work.trains]
+    factor = (2.5 if method.gamma else 1.5) if isinstance(method, Spo) else 1.0
+    return 6.0 * factor * (work.tokens or 0)
 
 
-def _time(seconds: float) -> str:
-    for limit, unit in ((3600.0, "h"), (60.0, "min")):
-        if seconds >= limit:
-            return f"{seconds / limit:.1f} {unit}"
-    return f"{seconds:.1f} s"
+@cache
+def products_per_second() -> float:
+    """Return this machine's multiplications and additions a second in matrix products, measured now."""
+    matrix = torch.ones(1024, 1024, device="cuda" if torch.cuda.is_available() else "cpu")
+    best = 0.0
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)[0, 0].item()  # a GPU works in the background
+        best = max(best, 2.0 * len(matrix) ** 3 / (time.perf_counter() - started))
+    return best
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes where a folder is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -1,55 +1,97 @@
 """A sweep: what trials share, the trials under Ray Tune, the best on the test split, the sensitivity report.
 
-Trials are scored on validation questions that are kept out of training; the test split is answered once, by the best.
+Trials are scored on validation rows that are kept out of training; the test split is answered once, by the best.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 
+from spo_ray.config.schema import Config
+from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.job import prepare
 from spo_ray.report.sweep import write_sweep_report
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.console import log
-from spo_ray.runtime.run import Run
-from spo_ray.sweep.results import Ranked, rows_of, winner, write_best, write_csv
+from spo_ray.runtime.run import PlannedRun, Run, Stage, Work, never_built
+from spo_ray.sweep.results import Ranked, rank, rows_of, write_best, write_csv
 from spo_ray.sweep.space import listed_points, run_for, sweep_of
 from spo_ray.sweep.trial import TRAINING
 from spo_ray.sweep.tuner import run_trials, starts
+from spo_ray.train.spec import Prepared
 
 
-def stages(run: Run) -> Iterator[str]:
-    """The sweep; the name of each finished part is yielded, so that a caller can stop there."""
-    if sweep_of(run.config).searcher.type != "optuna":
-        listed_points(run.config)  # refuses values that don't go together
-    preflight(run.config)
-    connect(run.config)
-    known = starts(run, prepare)
-    yield "reference"
+@dataclass
+class Sweep:
+    """The results of a sweep."""
 
-    trials = run_trials(run, known, prepare)
-    write_csv(run.root / "results.csv", rows_of(trials), sweep_of(run.config))
-    yield "trials"
-
-    best = winner(run, trials)
-    write_best(run, best)
-    tested = evaluate_best(run, trials, best)
-    yield "evaluate"
-
-    write_sweep_report(run, trials, best, tested)
-    yield "report"
+    trials: Artifact = field(init=False)
+    best: Ranked = field(init=False)
+    start: Prepared = field(init=False)
+    """Where the best point's trials started."""
+    checkpoints: dict[str, Artifact] = field(default_factory=dict)
+    """The best point's trained checkpoints; empty if no trial finished."""
+    evaluation: Evaluation | None = None
+    """Of these checkpoints on the test split; None if no trial finished."""
 
 
-def evaluate_best(run: Run, trials: Artifact, best: Ranked) -> Evaluation | None:
-    """The winner's trials and the SFT model that they started from, on the test split; None where no trial finished."""
+def run_sweep(run: Run) -> Sweep:
+    """Run a sweep to its end, and return its results.
+
+    Raises:
+        UserError: the sweep can't run as configured, or the cluster is too small for it.
+    """
+    if run.mode == "execute":
+        plan = plan_sweep(run.config)
+        if plan.problem:
+            raise UserError(plan.problem)
+        run.planned = plan.planned
+    sweep = Sweep()
+    sweep.trials = run_trials(run, starts(run, prepare_start), prepare_start)
+    if run.mode == "plan":  # which checkpoints are evaluated depends on the trials
+        run.execute(Stage("report", never_built, inputs={"trials": sweep.trials}, work=Work(note="a page")))
+        return sweep
+    rows = rows_of(sweep.trials.present())
+    sweep.best = rank(rows, sweep_of(run.config))[0]
+    if run.mode == "execute":
+        write_csv(run.root / "results.csv", rows, sweep_of(run.config))
+        write_best(run, sweep.best)
+    sweep.start = prepare_start(run_for(run, sweep.best.values))
+    evaluate_best(run, sweep)
+    if run.mode == "execute":
+        write_sweep_report(run, sweep.trials, sweep.best, sweep.evaluation)
+    return sweep
+
+
+def plan_sweep(config: Config) -> PlannedRun:
+    """Return what a sweep would do; its ``problem`` says why it would be refused, if it would."""
+    plan = PlannedRun(config)
+    with plan.noting_problems():
+        if sweep_of(config).searcher != "optuna":
+            listed_points(config)  # refuses values that don't go together
+        preflight(config)
+    with plan.noting_problems():
+        run_sweep(plan)
+    return plan
+
+
+def prepare_start(run: Run) -> Prepared:
+    """Execute the job up to where trials start, without the validation rows."""
+    start = Prepared(run.config)
+    for _ in prepare(run, start, sweep_of(run.config).validation):
+        pass
+    return start
+
+
+def evaluate_best(run: Run, sweep: Sweep) -> None:
+    """Evaluate the best point's trials, and the SFT model that they started from, on the test split."""
+    best, trials = sweep.best, sweep.trials
     if not best.finished:
         log("best", "no trial finished: the test split stays untouched")
-        return None
-    start = prepare(run_for(run, best.values))
-    checkpoints = {"sft": start.sft} | {
+        return
+    sweep.checkpoints = {
         f"trial_{row['trial']}": Artifact(trials.path / row["trial"] / TRAINING, f"{trials.digest}/{row['trial']}")
         for row in best.rows
     }
-    with Evaluations(run, start.test) as evaluations:
-        return evaluations.finish(checkpoints)
+    with Evaluations(run) as evaluations:
+        sweep.evaluation = evaluations.finish(sweep.start.test, {"sft": sweep.start.sft} | sweep.checkpoints)

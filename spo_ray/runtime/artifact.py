@@ -17,21 +17,13 @@ from spo_ray import __version__
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 
-READERS = (".jsonl", ".parquet")
-
-
-def on_hub(path: Path) -> bool:
-    """Whether ``organisation/name`` can be meant: nothing of that name is here, and it is no data file's."""
-    if path.suffix in READERS or path.is_absolute():
-        return False
-    return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
-
-
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
 """A training stage's metrics, one JSON line a step."""
+DATA_FILES = (".jsonl", ".parquet")
+"""Suffixes of files that hold rows."""
 REASONS_TOLD = 3
 HASHED_BYTES = 64 * 2**20
 """Larger files are identified by size and modification time."""
@@ -48,6 +40,10 @@ class Artifact:
     def manifest(self) -> dict[str, Any]:
         """The stage's manifest."""
         return json.loads((self.path / MANIFEST).read_text())
+
+    def present(self) -> "Artifact":
+        """Return this artifact; one that is missing from a finished run raises a UserError instead."""
+        return self
 
     @property
     def parts(self) -> list[str]:
@@ -70,8 +66,51 @@ class Artifact:
 
     @property
     def count(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return sum(pq.read_metadata(part).num_rows for part in self.parts)
+
+    @property
+    def max_rows(self) -> int | None:
+        """Upper bound of the number of rows, which also a planned artifact has; None: unknown."""
+        return self.count
+
+
+@dataclass(frozen=True)
+class MissingArtifact(Artifact):
+    """A stage that a finished run does not have on disk (any more); reading it raises a UserError."""
+
+    why: str = ""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Raise a UserError: there is no manifest."""
+        raise UserError(self.why)
+
+    @property
+    def parts(self) -> list[str]:
+        """Raise a UserError: there are no files."""
+        raise UserError(self.why)
+
+    @property
+    def max_rows(self) -> int | None:
+        """None: the number of rows is unknown."""
+        return None
+
+    def present(self) -> Artifact:
+        """Raise a UserError: the stage is missing."""
+        raise UserError(self.why)
+
+
+@dataclass(frozen=True)
+class PlannedArtifact(Artifact):
+    """A stage that a dry run assumes to be finished: it has an identity, but no files."""
+
+    bound: int | None = None
+
+    @property
+    def max_rows(self) -> int | None:
+        """Upper bound of the number of rows; None: unknown."""
+        return self.bound
 
 
 @dataclass
@@ -94,6 +133,13 @@ class RowCounts:
         counts = sorted(_count(self.rejected).items(), key=lambda item: -item[1])
         told = [f"{n} {reason} (first: {firsts[reason]['excerpt']})" for reason, n in counts[:REASONS_TOLD]]
         return f"{len(self.rejected)} dropped: " + "; ".join(told) if told else ""
+
+
+def on_hub(path: Path) -> bool:
+    """Return True if it can mean ``organisation/name`` on the hub: it is no file, and nothing here has that name."""
+    if path.suffix in DATA_FILES or path.is_absolute():
+        return False
+    return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
 
 
 def external(path: str | Path) -> Artifact:

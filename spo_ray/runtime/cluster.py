@@ -4,16 +4,17 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray.data
 
-from spo_ray.config.data import EngineConfig, TeacherModel
+from spo_ray.config.data import EndpointConfig, EngineConfig
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.runtime.console import log, redact
+from spo_ray.runtime.console import log, redact, warn
 from spo_ray.runtime.failure import TOO_SLOW
+from spo_ray.runtime.run import PlannedStage, Work
 
 LOCAL_CPUS = 4
 """Logical CPUs of a local cluster at least: actors that hold one each must leave some for Ray Data's tasks."""
@@ -22,10 +23,8 @@ REACH_S = 10.0
 """How long to wait for an answer from a cluster's address."""
 
 
-def connect(config: Config, training: bool = True) -> None:
-    """Join ``ray.address`` or ``RAY_ADDRESS``, else start a local cluster; then check the plan.
-
-    Without ``training`` there will be evaluation alone.
+def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
+    """Join ``ray.address`` or ``RAY_ADDRESS``, else start a local cluster; then check that the planned stages fit.
 
     Raises:
         UserError: no cluster at the address, or too few resources; without this, Ray would wait for ever.
@@ -36,7 +35,9 @@ def connect(config: Config, training: bool = True) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if ray.is_initialized():  # in a trial, which runs on the sweep's cluster
+        pass
+    elif address:
         _check_reachable(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": passed_env(config)}, **quiet)
@@ -49,7 +50,7 @@ def connect(config: Config, training: bool = True) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    check_plan(config, nodes, training=training)
+    check_resources(planned, nodes)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
@@ -61,7 +62,7 @@ def _start(**options: Any) -> None:
     except Exception as error:
         if TOO_SLOW not in str(error):
             raise
-        log("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
+        warn("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
         ray.shutdown()
         ray.init(address="local", **options)
 
@@ -81,66 +82,65 @@ def passed_env(config: Config) -> dict[str, str]:
     return found
 
 
-def check_plan(
-    config: Config, nodes: list[dict[str, Any]], has_gpus: bool | None = None, training: bool = True
+def check_resources(
+    planned: Sequence[PlannedStage], nodes: Sequence[Mapping[str, Any]], has_gpus: bool | None = None
 ) -> None:
-    """Compare what the stages hold at once with the cluster's logical resources.
+    """Compare what each planned stage holds at the same time with the cluster's logical resources.
 
-    ``has_gpus``: whether stages take GPUs by default; None: if a node has any. ``training``: whether there will be any.
+    ``has_gpus`` is True if stages take GPUs by default; None: if a node has any.
 
     Raises:
         UserError: naming the stage, what it needs, what there is, and the settings to change.
     """
-    train = config.train
     has_gpus = any(node.get("GPU") for node in nodes) if has_gpus is None else has_gpus
-    workers = train.num_workers * min(train.parallel_methods, len(config.methods))
-    gpu = float(uses_gpu(config, has_gpus))
-    engines = [("sampling", config.engine, "engine.replicas, engine.cpus"), *_other_engines(config)]
-    plans = [
-        *(
-            (stage, own.replicas, own.cpus, engine_gpus(own, has_gpus), DATA_TASK_CPUS, text)
-            for stage, own, text in engines
-        ),
-        ("training", workers, train.cpus_per_worker, gpu, 0.0, "train.num_workers, train.parallel_methods"),
-        ("reference", train.num_workers, train.cpus_per_worker, gpu, DATA_TASK_CPUS, "train.num_workers"),
-    ]
-    for stage, count, cpus, gpus, extra, settings in plans if training else plans[: len(engines)]:
-        slots = sum(_slots(node, cpus, gpus) for node in nodes)
-        total = sum(node.get("CPU", 0.0) for node in nodes)
-        if slots < count or total < count * cpus + extra:
+    total = sum(node.get("CPU", 0.0) for node in nodes)
+    for stage in planned:
+        work = stage.work
+        if stage.state == "reused" or not work.actors:
+            continue
+        gpus = float(has_gpus) if work.gpus is None else work.gpus
+        extra = 0.0 if work.trains else DATA_TASK_CPUS
+        slots = sum(_slots(node, work.cpus, gpus) for node in nodes)
+        if slots < work.actors or total < work.actors * work.cpus + extra:
             raise UserError(
-                f"too few resources: {stage} needs {count} actors of {cpus:g} CPUs and {gpus:g} GPUs"
+                f"too few resources: {stage.name} needs {work.actors} actors of {work.cpus:g} CPUs and {gpus:g} GPUs"
                 f"{f' and {extra:g} CPU for data tasks' if extra else ''}, the cluster has {total:g} CPUs and "
-                f"{sum(node.get('GPU', 0.0) for node in nodes):g} GPUs: lower {settings}, raise ray.num_cpus on a "
+                f"{sum(node.get('GPU', 0.0) for node in nodes):g} GPUs: lower {work.settings}, raise ray.num_cpus on a "
                 "local cluster, or add nodes"
             )
 
 
-def _other_engines(config: Config) -> Iterator[tuple[str, EngineConfig, str]]:
-    """Engines besides the policy's: (stage, engine, setting)."""
-    for teacher in config.sft_data.teachers:
-        if isinstance(teacher, TeacherModel) and isinstance(teacher.engine, EngineConfig):
-            yield "a teacher", teacher.engine, "the engine of sft_data.teachers"
-    judged = config.eval.alpaca if "alpaca_eval" in config.eval.chosen(config.data) else None
-    for annotator in judged.annotators if judged else []:
-        if isinstance(annotator.engine, EngineConfig):
-            yield f"annotator {annotator.name}", annotator.engine, "the engine of eval.alpaca.annotators"
-
-
-def room_beside(config: Config, engine: EngineConfig) -> str | None:
-    """The id of a node where one engine more fits beside every stage of the plan; None: there is no such node."""
-    alive = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+def room_beside(planned: Sequence[PlannedStage], engine: EngineConfig) -> str | None:
+    """Return the id of a node where one engine more fits beside every planned stage, or None."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [dict(node["Resources"]) for node in alive]
     taken = {"CPU": engine.cpus, "GPU": engine_gpus(engine)}
     for number, node in enumerate(nodes):
         if all(node.get(kind, 0.0) >= amount for kind, amount in taken.items()):
             rest = node | {kind: node.get(kind, 0.0) - amount for kind, amount in taken.items()}
             try:
-                check_plan(config, [*nodes[:number], rest, *nodes[number + 1 :]], has_gpus=_has_gpus())
+                check_resources(planned, [*nodes[:number], rest, *nodes[number + 1 :]], has_gpus=_has_gpus())
             except UserError:
                 continue
             return alive[number]["NodeID"]
     return None
+
+
+def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str, **bounds: Any) -> Work:
+    """Return the work of a stage that asks engines, or an endpoint, with its ``bounds``: rows, out and tokens."""
+    if isinstance(engine, EndpointConfig):
+        return Work(note=f"{note}, {engine.concurrency} requests at a time to {engine.url}", **bounds)
+    held: dict[str, Any] = {"actors": engine.replicas, "cpus": engine.cpus, "gpus": engine.gpus}
+    return Work(settings=settings, note=note, **held, **bounds)
+
+
+def worker_work(config: Config, note: str, groups: int = 1, trains: str | None = None, **bounds: Any) -> Work:
+    """Return the work of a stage on ``groups`` groups of training workers, with its ``bounds``: rows and tokens."""
+    train = config.train
+    held: dict[str, Any] = {"actors": train.num_workers * groups, "cpus": train.cpus_per_worker}
+    held["gpus"] = None if train.use_gpu is None else float(train.use_gpu)
+    settings = "train.num_workers" if groups == 1 else "train.num_workers, train.parallel_methods"
+    return Work(trains=trains, settings=settings, note=note, **held, **bounds)
 
 
 def engine_gpus(engine: EngineConfig, has_gpus: bool | None = None) -> float:
@@ -168,6 +168,6 @@ def _check_reachable(address: str) -> None:
         raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
 
 
-def _slots(node: dict[str, Any], cpus: float, gpus: float) -> int:
+def _slots(node: Mapping[str, Any], cpus: float, gpus: float) -> int:
     by_gpu = int(node.get("GPU", 0.0) / gpus) if gpus else 10**9
     return min(int(node.get("CPU", 0.0) / cpus), by_gpu)

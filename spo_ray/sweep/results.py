@@ -103,8 +103,8 @@ def _status(sweep: SweepConfig, last: Mapping[str, Any], failed: bool, error: st
         return "finished", ""
     if last.get("stopped"):
         return "stopped", last["stopped"]
-    part = getattr(sweep.scheduler, "reduction_factor", None)
-    return "stopped", f"{sweep.scheduler.type}: not in the best 1/{part} at {last['share']:.0%} of the steps"
+    best = f"not in the best 1/{sweep.reduction_factor} at {last['share']:.0%} of the steps"
+    return "stopped", f"{sweep.scheduler}: {best}"
 
 
 def one_each(rows: Iterable[Row]) -> list[Row]:
@@ -231,11 +231,6 @@ def write_csv(path: Path, rows: Sequence[Row], sweep: SweepConfig) -> None:
 
 
 BEST = "best.yaml"
-
-
-def winner(run: Run, trials: Artifact) -> Ranked:
-    """The best point; see :func:`spo_ray.sweep.results.rank`."""
-    return rank(rows_of(trials), sweep_of(run.config))[0]
 
 
 def write_best(run: Run, best: Ranked) -> Path:

@@ -1,21 +1,19 @@
-"""From a search space to trials, and to what Ray Tune's schedulers and Optuna make of it."""
+"""From a search space to trials, and to Optuna's distributions."""
 
-import copy
 import hashlib
 import itertools
 import json
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from pydantic import ValidationError
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.schema import Config
-from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value, with_values
+from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 
 
@@ -70,7 +68,7 @@ def listed_points(config: Config) -> list[Point]:
     grids = {key: d.values for key, d in sweep.space.items() if isinstance(d, Grid)}
     drawn = {key: d for key, d in sweep.space.items() if not isinstance(d, Grid)}
     points: dict[str, dict[str, Value]] = {}
-    for _ in range(sweep.samples if sweep.searcher.type == "random" else 1):
+    for _ in range(sweep.samples if sweep.searcher == "random" else 1):
         sample = {key: draw(dimension, rng) for key, dimension in drawn.items()}
         for combination in itertools.product(*grids.values()):
             values = sample | dict(zip(grids, combination, strict=True))
@@ -84,7 +82,7 @@ def listed_points(config: Config) -> list[Point]:
 def trial_count(config: Config) -> int:
     """How many trials a sweep has."""
     sweep = sweep_of(config)
-    return sweep.samples if sweep.searcher.type == "optuna" else len(listed_points(config))
+    return sweep.samples if sweep.searcher == "optuna" else len(listed_points(config))
 
 
 def draw(dimension: LogUniform | Choice | Grid, rng: random.Random) -> Value:
@@ -106,25 +104,6 @@ def trial_config(config: Config, values: Mapping[str, Value], seed: int) -> Conf
         raise UserError(f"sweep.space allows {dict(values)}: {error.errors()[0]['msg']}") from error
 
 
-def mutations(sweep: SweepConfig) -> dict[str, Any]:
-    """The space for Ray Tune's PBT."""
-    from ray import tune
-
-    return {
-        key: tune.loguniform(d.low, d.high) if isinstance(d, LogUniform) else list(d.values)
-        for key, d in sweep.space.items()
-    }
-
-
-def within(sweep: SweepConfig, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that PBT has changed, moved back between their bounds."""
-    clipped = dict(values)
-    for key, dimension in sweep.space.items():
-        if isinstance(dimension, LogUniform):
-            clipped[key] = min(max(values[key], dimension.low), dimension.high)
-    return clipped
-
-
 def distributions(sweep: SweepConfig) -> dict[str, Any]:
     """The space for Optuna."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -141,34 +120,15 @@ OWN = ("methods.", "preference.", "model.lora_rank", "model.lora_alpha", "model.
 """Keys that matter to a trial's own training alone."""
 
 
-@dataclass(frozen=True)
-class Shared:
-    """Where trials start."""
-
-    config: Any
-    """The configuration that it was made with."""
-    sft: Artifact
-    pairs: Artifact
-    """Training pairs with reference log-probabilities."""
-    held_out: Artifact | None
-    """Such pairs for ``held_out_reward_accuracy``."""
-    validation: Artifact
-    """Rows for the suites: questions, for preference data pairs."""
-    test: Artifact
-
-
 def shared_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a trial's values, those that its start depends on."""
     return {key: value for key, value in values.items() if not key.startswith(OWN)}
 
 
 def run_for(run: Run, values: Mapping[str, Any]) -> Run:
-    """The run whose stages a trial starts from: the sweep's own, or one in its folder ``shared``."""
+    """Return the run whose stages a trial starts from: the sweep's own, or one in its folder ``shared``."""
     differing = shared_values(values)
     if not differing:
         return run
-    other = copy.copy(run)
-    other.config = with_values(run.config, differing)
     tag = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
-    other.root = run.root / "shared" / tag
-    return other
+    return run.at(run.root / "shared" / tag, with_values(run.config, differing))

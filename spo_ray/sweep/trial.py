@@ -4,7 +4,6 @@ Everything that a trial knows is in its folder: ``trial.json`` what it is, ``sco
 ``training`` what :mod:`spo_ray.train` writes. A trial that starts again goes on from there, whoever was killed.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -24,10 +23,11 @@ from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
+from spo_ray.runtime.console import install
 from spo_ray.runtime.run import Run
-from spo_ray.sweep.space import Point, Shared, run_for, shared_values, sweep_of, trial_config
-from spo_ray.train.score_gate import TRAINING_STATE, decide, decision, rung_folder
-from spo_ray.train.spec import RESULT, Job
+from spo_ray.sweep.space import Point, run_for, shared_values, sweep_of, trial_config
+from spo_ray.train.score_gate import decide, decision, rung_folder
+from spo_ray.train.spec import Job, Prepared
 
 TRIAL, SCORES, FAILED, TRAINING = "trial.json", "scores.jsonl", "failed.json", "training"
 Record = dict[str, Any]
@@ -44,13 +44,13 @@ class Context:
     """What all trials are given."""
 
     run: Run
-    prepare: Callable[[Run], Shared]
+    prepare: Callable[[Run], Prepared]
     """Makes a trial's start where it is not known yet."""
     folder: Path
     """Of all trials."""
     digest: str
     """Of all that they have in common."""
-    known: dict[str, Shared]
+    known: dict[str, Prepared]
     """Starts by their shared values, as JSON."""
     evaluators: list[Any]
     engine: str
@@ -62,9 +62,8 @@ def trial(config: dict[str, Any], context: Context) -> None:
     # A stopped trial ends its training before the process is used again; Ray Tune reads this here.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_S)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less; nothing here listens to it
-    checkpoint = tune.get_checkpoint()
-    name = folder_name(config, str(tune.get_context().get_trial_id()))
-    Trial(config["point"], context, name, Path(checkpoint.path) if checkpoint else None).run()
+    install()
+    Trial(config["point"], context, folder_name(config, str(tune.get_context().get_trial_id()))).run()
 
 
 def folder_name(config: Mapping[str, Any], trial_id: str) -> str:
@@ -74,15 +73,13 @@ def folder_name(config: Mapping[str, Any], trial_id: str) -> str:
 
 
 class Trial:
-    """One trial at work; ``taken_over`` is a checkpoint to go on from (population-based training)."""
+    """One trial at work."""
 
-    def __init__(self, point: Point, context: Context, name: str, taken_over: Path | None = None) -> None:
+    def __init__(self, point: Point, context: Context, name: str) -> None:
         self.point, self.context, self.name = point, context, name
         self.sweep = sweep_of(context.run.config)
         self.folder = context.folder / name
         self.out = self.folder / TRAINING
-        self.taken_over = taken_over
-        self.after = json.loads((taken_over / "state.json").read_text())["step"] if taken_over else 0
         self.started = time.time()
         self.before = 0.0
         """Seconds of earlier starts."""
@@ -105,28 +102,26 @@ class Trial:
         shared = self._shared()
         config = trial_config(shared.config, self.point["values"], self.point["seed"])
         settings = config.preference
-        total = settings.epochs * -(-shared.pairs.count // settings.batch_size)
+        total = settings.epochs * -(-shared.reference.count // settings.batch_size)
         shares = steps_of(self.sweep, total)
-        self._forget_later_than(self.after)
+        self._forget_undecided()
         earlier = scores(self.folder)
         self.before = earlier[-1]["seconds"] if earlier else 0.0
         job = Job(
             config,
             str(shared.sft.path),
-            shared.pairs,
+            shared.reference,
             str(self.out),
             f"trial_{self.name}_{self.context.digest[:12]}",
             self.sweep.method,
             shared.held_out,
             tuple(shares),
-            str(self.taken_over) if self.taken_over else None,
-            self.sweep.scheduler.type == "pbt",
         )
         training = threading.Thread(target=self._train, args=(job,), daemon=True)
         training.start()
         try:
             for step, share in shares.items():
-                if step > self.after and self._pass(share, step, job, training):
+                if self._pass(share, step, job, training):
                     break
         finally:
             for step in list(shares)[:-1]:
@@ -134,7 +129,7 @@ class Trial:
                     decide(self.out, step, go_on=False)
             training.join(STOP_S)
 
-    def _shared(self) -> Shared:
+    def _shared(self) -> Prepared:
         key = key_of(self.point["values"])
         if key not in self.context.known:
             run = run_for(self.context.run, self.point["values"])
@@ -142,12 +137,8 @@ class Trial:
                 self.context.known[key] = self.context.prepare(run)
         return self.context.known[key]
 
-    def _forget_later_than(self, after: int) -> None:
-        """Leave out what an earlier start decided or scored beyond the state that this one goes on from."""
-        if self.taken_over:
-            kept = [record for record in scores(self.folder) if record["step"] <= after]
-            _write_scores(self.folder, kept)
-            (self.out / RESULT).unlink(missing_ok=True)
+    def _forget_undecided(self) -> None:
+        """Delete an earlier start's exported checkpoints, and its decisions that were to stop or have no score."""
         scored = {record["step"] for record in scores(self.folder)}
         for exported in (path for path in (self.out / "rungs").glob("*") if path.is_dir()):
             shutil.rmtree(exported)  # the log that belongs to it is about to be written anew
@@ -160,10 +151,9 @@ class Trial:
         from spo_ray.train.launch import fit, group_name
 
         try:
-            run = copy.copy(self.context.run)
-            run.config = job.config
+            run = self.context.run.at(self.context.run.root, job.config)
             # named after all that it depends on: another training must not go on from its checkpoints
-            identity = json.dumps([self.context.digest, self.name, self.point, self.after], sort_keys=True)
+            identity = json.dumps([self.context.digest, self.name, self.point], sort_keys=True)
             if not job.finished:
                 fit(run, [job], [f"trial {self.name}"], group_name(identity), from_files=True)
         except BaseException as error:
@@ -187,10 +177,7 @@ class Trial:
         if stop:
             decide(self.out, step, go_on=False)
             training.join(STOP_S)
-        state = folder / TRAINING_STATE
-        checkpoint = tune.Checkpoint.from_directory(state) if state.exists() and not stop else None
-        report = {**values_of(record), PROGRESS: percent(share), "step": step, "done": last or stop}
-        tune.report(report, checkpoint=checkpoint)
+        tune.report({**values_of(record), PROGRESS: percent(share), "step": step, "done": last or stop})
         shutil.rmtree(rung_folder(self.out, step), ignore_errors=True)
         if not stop:
             decide(self.out, step, go_on=True)
@@ -208,9 +195,9 @@ class Trial:
         actor = context.evaluators[(self.point["number"] or 0) % len(context.evaluators)]
         checkpoint = Artifact(folder, f"{context.digest}/{self.name}/{step}")
         scratch = context.folder / f".scored_{self.name}_{step}"
-        run = copy.copy(context.run)
-        run.config = shared.config
-        record = score_texts(run, actor, context.engine, self.name, checkpoint, shared.validation, scratch) | record
+        assert shared.validation is not None  # SweepConfig sees to that
+        run = context.run.at(scratch, shared.config)
+        record = score_texts(run, actor, context.engine, self.name, checkpoint, shared.validation) | record
         missing = [name for name in names_of(self.sweep) if name not in record]
         if missing:
             raise UserError(f"sweep.objectives: there is no score {missing[0]}; there are {', '.join(sorted(record))}")
@@ -267,29 +254,25 @@ class OneActor:
         """Nothing: others use it too."""
 
 
-def score_texts(
-    run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact, scratch: Path
-) -> Record:
-    """What the suites of ``eval`` measure of a checkpoint, through one evaluation actor; ``scratch`` is deleted."""
-    own = copy.copy(run)
-    own.root = scratch
+def score_texts(run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact) -> Record:
+    """Return what the suites of ``eval`` measure of a checkpoint by one evaluation actor; delete the run's folder."""
 
     def call(method: str, *arguments: Any) -> Any:
         return ray.get(getattr(actor, method).remote(*arguments))
 
     actors: Any = OneActor(kind)
-    bench, record = SuiteContext(own, data, actors, call), {}
-    for suite_name in own.config.eval.chosen(own.config.data):
+    bench, record = SuiteContext(run, data, actors, call), {}
+    for suite_name in run.config.eval.chosen(run.config.data):
         suite = suite_of(suite_name)
         found = suite.measure(bench, name, checkpoint)
         others = []
         if suite.conclude and suite_name == AGAINST_OTHERS:
             others = suite.conclude(bench, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
-        for e in suite.estimate(own.config.eval, found, others):
+        for e in suite.estimate(run.config.eval, found, others):
             entry = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
             record[f"{prefix}{e.metric}"] = {key: value for key, value in entry.items() if value is not None}
-    shutil.rmtree(scratch)
+    shutil.rmtree(run.root)
     return record
 
 

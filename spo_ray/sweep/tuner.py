@@ -4,51 +4,46 @@ import itertools
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from spo_ray.config.schema import Config
-from spo_ray.config.sweep import Asha, LogUniform, OptunaSearch, Pbt, SweepConfig, mode_of, names_of
+from spo_ray.config.sweep import LogUniform, SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.runtime.cluster import engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, Work, never_built, times
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import (
-    Shared,
     distributions,
     listed_points,
-    mutations,
     run_for,
     shared_values,
     sweep_of,
-    within,
+    trial_count,
 )
 from spo_ray.sweep.trial import PROGRESS, Context, key_of, percent, trial
+from spo_ray.train.spec import Prepared
 
 TUNE = "tune"
 """Ray Tune's own records, as long as the sweep is under way."""
 ROOM = "room.json"
 """How many trials at a time it was started with; as long, too."""
-KEPT_STATES = 4
-"""Training states of a trial that others may take over (population-based training)."""
-STARTS = ("sft", "pairs", "held_out", "validation")
+STARTS = ("sft", "reference", "held_out", "validation")
 NOT_RESULTS = {"keep", "max_concurrent"}
 
 
-def starts(run: Run, prepare: Callable[[Run], Shared]) -> dict[str, Shared]:
+def starts(run: Run, prepare: Callable[[Run], Prepared]) -> dict[str, Prepared]:
     """The trials' common starts, all that can be known before; ``prepare`` makes one, reusing finished stages."""
     space = sweep_of(run.config).space
     finite = {key: d.values for key in shared_values(space) if not isinstance(d := space[key], LogUniform)}
@@ -60,21 +55,21 @@ def starts(run: Run, prepare: Callable[[Run], Shared]) -> dict[str, Shared]:
     return found
 
 
-def run_trials(run: Run, known: Mapping[str, Shared], prepare: Callable[[Run], Shared]) -> Artifact:
+def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run], Prepared]) -> Artifact:
     """All trials, as one stage with a folder for each; the same command goes on with the unfinished ones."""
     config, sweep = run.config, sweep_of(run.config)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = trial_room(config, nodes)
     inputs = {f"{i}{name}": a for i, s in enumerate(known.values()) for name in STARTS if (a := getattr(s, name))}
     settings = {
         "sweep": sweep.model_dump(mode="json", exclude=NOT_RESULTS),
         "run": config.model_dump(mode="json", exclude={"name", "output", "ray", "sweep", "methods", "tracking"}),
         "method": config.methods[sweep.method].model_dump(mode="json"),
     }
-    stage = run.open("trials", config=settings, inputs=inputs, resumable=True)
+    work = _work(config, known) if run.mode == "plan" else Work()
+    stage = run.open(Stage("trials", never_built, settings, inputs, work, resumable=True))
     if isinstance(stage, Artifact):
         return stage
-    room = _room_of_start(config, stage.scratch, nodes, room)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = _room_of_start(config, stage.scratch, nodes, trial_room(config, nodes))
     kind, _ = choose_engine(config.engine)
     evaluators = _evaluators(config, kind)
     log("trials", f"{room} at a time")
@@ -90,6 +85,16 @@ def run_trials(run: Run, known: Mapping[str, Shared], prepare: Callable[[Run], S
     for leftover in (run.root / ".unfinished").glob("train_*"):  # of trainings that were ended with their trial
         shutil.rmtree(leftover)
     return run.close(stage)
+
+
+def _work(config: Config, known: Mapping[str, Prepared]) -> Work:
+    sweep, trials = sweep_of(config), trial_count(config)
+    bounds = [start.reference.max_rows for start in known.values()]
+    rows = None if not bounds or None in bounds else max(bound for bound in bounds if bound is not None) * trials
+    tokens = times(rows, 2 * config.train.max_length * config.preference.epochs)
+    stops = ", ".join(f"{share:.0%}" for share in sweep.score_at)
+    note = f"{trials} trials, scored after {stops} of their steps, scheduler {sweep.scheduler}"
+    return Work(rows, tokens=tokens, trains=sweep.method, note=note)
 
 
 def _room_of_start(config: Config, folder: Path, nodes: list[dict[str, Any]], room: int) -> int:
@@ -123,14 +128,12 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial has its own log
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # by it Ctrl-C would end fit() as if all trials had ended
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    random.seed(config.seed)  # PBT draws from the global generators
-    np.random.seed(config.seed)
     sweep = sweep_of(config)
     folder = context.folder / TUNE
     entry: Any = tune.with_resources(partial(trial, context=context), DRIVER)
     if tune.Tuner.can_restore(str(folder)):
         return tune.Tuner.restore(str(folder), trainable=entry, resume_unfinished=True)
-    algorithm, space, samples = SEARCHERS[sweep.searcher.type](config)
+    algorithm, space, samples = SEARCHERS[sweep.searcher](config)
     return tune.Tuner(
         entry,
         param_space=space,
@@ -146,7 +149,6 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
             name=TUNE,
             storage_path=str(context.folder),
             failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_STATES),
             callbacks=[Progress(context.folder, sweep)],
             verbose=0,
         ),
@@ -155,10 +157,11 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
 
 def _listed(config: Config) -> tuple[None, dict[str, Any], int]:
     """A list made in advance: the same trials whatever the number at a time."""
-    points: list[Any] = listed_points(config)
-    if sweep_of(config).scheduler.type == "pbt":  # where a trial takes over all of another's point
-        points = [point | {"number": None} for point in points]
-    return None, {"point": tune.grid_search(points)}, 1
+    return None, {"point": tune.grid_search(listed_points(config))}, 1
+
+
+STARTUP_TRIALS = 10
+"""Random suggestions before TPE learns, as Optuna has it; of few samples only the first half."""
 
 
 def _suggested(config: Config) -> tuple[Any, dict[str, Any], int]:
@@ -166,9 +169,8 @@ def _suggested(config: Config) -> tuple[Any, dict[str, Any], int]:
     from ray.tune.search.optuna import OptunaSearch as RayOptuna
 
     sweep = sweep_of(config)
-    assert isinstance(sweep.searcher, OptunaSearch)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=sweep.searcher.startup_trials)
+    sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=min(STARTUP_TRIALS, sweep.samples // 2))
     space = {f"point/values/{key}": distribution for key, distribution in distributions(sweep).items()}
     modes: list[str] = [mode_of(objective) for objective in sweep.objectives]
     algorithm = RayOptuna(space=space, metric=names_of(sweep), mode=modes, sampler=sampler)
@@ -179,25 +181,12 @@ SEARCHERS = {"random": _listed, "grid": _listed, "optuna": _suggested}
 
 
 def _scheduler(sweep: SweepConfig) -> TrialScheduler:
-    chosen, first = sweep.scheduler, percent(sweep.score_at[0])
     usual: dict[str, Any] = {"metric": names_of(sweep)[0], "mode": mode_of(sweep.objectives[0]), "time_attr": PROGRESS}
-    if isinstance(chosen, Asha):
-        rungs: Any = {"max_t": 100, "grace_period": first, "reduction_factor": chosen.reduction_factor}
+    if sweep.scheduler == "asha":
+        first = percent(sweep.score_at[0])
+        rungs: Any = {"max_t": 100, "grace_period": first, "reduction_factor": sweep.reduction_factor}
         return ASHAScheduler(**usual, **rungs)
-    if isinstance(chosen, Pbt):
-        return PopulationBasedTraining(
-            **usual,
-            perturbation_interval=first,
-            hyperparam_mutations={"point": {"values": mutations(sweep)}},
-            quantile_fraction=chosen.quantile,
-            resample_probability=chosen.resample,
-            custom_explore_fn=partial(_clip, sweep=sweep),
-        )
     return FIFOScheduler()
-
-
-def _clip(config: dict[str, Any], sweep: SweepConfig) -> dict[str, Any]:
-    return {"point": config["point"] | {"values": within(sweep, config["point"]["values"])}}
 
 
 DRIVER = {"memory": 2.0**26}
@@ -209,16 +198,10 @@ def trial_room(config: Config, nodes: list[dict[str, Any]]) -> int:
     """Trials at a time: as many as fit, at most ``max_concurrent``.
 
     Raises:
-        UserError: none fits, or not all members of a population.
+        UserError: none fits.
     """
-    sweep, count = sweep_of(config), fitting_trials(config, nodes)
-    room = min(count, sweep.max_concurrent or count)
-    if sweep.scheduler.type == "pbt" and room < sweep.samples:
-        raise UserError(
-            f"scheduler pbt trains all sweep.samples={sweep.samples} members at a time, and there is room for {room} "
-            "trials: lower sweep.samples, or use a larger cluster"
-        )
-    return room
+    count = fitting_trials(config, nodes)
+    return min(count, sweep_of(config).max_concurrent or count)
 
 
 def fitting_trials(config: Config, nodes: list[dict[str, Any]]) -> int:

@@ -42,28 +42,17 @@ Extra = dict[str, Any]
 class Checkpointer:
     """A job's checkpoints in its Ray Train run; jobs one after another share a run."""
 
-    def __init__(
-        self,
-        job: str,
-        config: CheckpointConfig,
-        rank: Distributed,
-        start_from: str | None = None,
-        timeout_s: float = 1800.0,
-    ) -> None:
-        self.job, self.config, self.rank, self.start_from = job, config, rank, start_from
+    def __init__(self, job: str, config: CheckpointConfig, rank: Distributed, timeout_s: float = 1800.0) -> None:
+        self.job, self.config, self.rank = job, config, rank
         # saving in the background must not get between the collectives of training
         limit = timedelta(seconds=timeout_s)
         self.group = dist.new_group(backend="gloo", timeout=limit) if config.every else None
         self.pending = 0
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
-        """Load the job's newest checkpoint, or what it starts from; gives its ``state.json``, empty without any."""
+        """Load the job's newest checkpoint; gives its ``state.json``, empty without any."""
         checkpoint = ray.train.get_checkpoint()
-        extra = self.load(checkpoint, model, optimizer) if checkpoint else {}
-        if extra or not self.start_from:
-            return extra
-        load_tensors(self.start_from, model, optimizer, self.rank)
-        return json.loads((Path(self.start_from) / STATE).read_text())
+        return self.load(checkpoint, model, optimizer) if checkpoint else {}
 
     def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
         """Load one checkpoint, if it is this job's."""
@@ -117,7 +106,9 @@ class Checkpointer:
     def _write(self, local: Checkpoint, name: str, tensors: Mapping[str, Any], extra: Extra) -> Checkpoint:
         storage = ray.train.get_context().get_storage()
         try:
-            write_state(Path(local.path), tensors, extra, self.rank, self.group)
+            write_tensors(local.path, tensors, self.group)
+            if self.rank.index == 0:
+                (Path(local.path) / STATE).write_text(json.dumps(extra))
             return storage.persist_current_checkpoint(local, name)
         except Exception as error:
             raise TrainingError(
@@ -159,13 +150,6 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: Distribute
     if not on_cpu:
         generators[f"cuda.{rank.index}"] = torch.cuda.get_rng_state(rank.device)
     return _map(lambda tensor: tensor.detach().clone(), state | {"generators": generators})
-
-
-def write_state(folder: Path, tensors: Mapping[str, Any], extra: Extra, rank: Distributed, group: Any = None) -> None:
-    """Tensors and ``state.json`` of a checkpoint; a collective of ``group``."""
-    write_tensors(str(folder), tensors, group)
-    if rank.index == 0:
-        (folder / STATE).write_text(json.dumps(extra))
 
 
 def write_tensors(folder: str, tensors: Mapping[str, Any], group: Any = None) -> None:

@@ -55,7 +55,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
         done = [job.finished]
         if not any(rank.gather(done)):
             check_room(job, rank, held.now())
-            snapshots = Checkpointer(job.key, job.checkpoint, rank, job.start_from, job.config.train.timeout_s)
+            snapshots = Checkpointer(job.key, job.checkpoint, rank, job.config.train.timeout_s)
             try:
                 run_job(job, rank, snapshots, table_of)
             except StoppedError:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import ceil
 from typing import Any
 
 from pyarrow.fs import FileSystem, FileType
@@ -23,11 +24,11 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.model.memory import Device, estimate_memory
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.cluster import uses_gpu
+from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.parallel import run_parallel
-from spo_ray.runtime.run import OpenStage, Run
+from spo_ray.runtime.run import OpenStage, Run, Stage, Work, never_built, times
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
 from spo_ray.train.entry import RecordFailures, train_loop
@@ -46,7 +47,9 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     settings = {"sft": run.config.sft.model_dump(), "train": matter, "theta": theta.model_dump()}
     if theta.type == "adapter":
         settings["lora_targets"] = run.config.model.lora_targets
-    stage = run.open("sft", config=settings, inputs={"model": model, "rows": rows}, resumable=True)
+    work = _work(run.config, rows, "sft", run.config.sft.batch_size, run.config.sft.epochs)
+    inputs = {"model": model, "rows": rows}
+    stage = run.open(Stage("sft", never_built, settings, inputs, work, resumable=True))
     if isinstance(stage, Artifact):
         return stage
     # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
@@ -66,15 +69,19 @@ def train_methods(
     more = {} if held_out is None else {"held_out": held_out}
     stages = {
         name: run.open(
-            f"method_{name}{suffix}",
-            config={
-                "method": config.methods[name].model_dump(),
-                "preference": config.preference.model_dump(),
-                "train": _identity(run),
-                "model": config.model.model_dump(exclude={"path", "attention", "max_template_mismatch"}),
-            },
-            inputs={"model": start.model, "pairs": start.rows} | more,
-            resumable=True,
+            Stage(
+                f"method_{name}{suffix}",
+                never_built,
+                {
+                    "method": config.methods[name].model_dump(),
+                    "preference": config.preference.model_dump(),
+                    "train": _identity(run),
+                    "model": config.model.model_dump(exclude={"path", "attention", "max_template_mismatch"}),
+                },
+                {"model": start.model, "pairs": start.rows} | more,
+                _work(config, start.rows, name, config.preference.batch_size, config.preference.epochs),
+                resumable=True,
+            )
         )
         for name, start in starts.items()
     }
@@ -90,6 +97,15 @@ def train_methods(
     for closed in run_parallel(calls, config.train.parallel_methods).values():
         trained |= closed
     return {n: s if isinstance(s, Artifact) else trained[s.name] for n, s in stages.items()}
+
+
+def _work(config: Config, rows: Artifact, trains: str, batch: int, epochs: int) -> Work:
+    bound, sft = rows.max_rows, trains == "sft"
+    what = "supervised fine-tuning" if sft else config.methods[trains].type
+    steps = "" if bound is None else f", at most {ceil(bound / batch) * epochs:,} steps"
+    tokens = times(bound, config.train.max_length * epochs * (1 if sft else 2))
+    groups = 1 if sft else min(config.train.parallel_methods, len(config.methods))
+    return worker_work(config, f"{what}{steps}", groups, trains, rows=bound, tokens=tokens)
 
 
 def _name(stages: Sequence[OpenStage | Artifact]) -> str:

@@ -24,6 +24,9 @@ from spo_ray.train.spec import Job
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Gradients by parameter name and metrics of a step (from 1) on a global batch of row numbers."""
 
+MAX_SKIPPED = 5
+"""Steps in a row without a finite gradient that are skipped. More are no accident, and end the training."""
+
 
 class Callback:
     """What hangs on the training loop. Every method is a collective of all ranks; here they do nothing."""
@@ -32,11 +35,8 @@ class Callback:
         """Metrics about the state after a step on these rows, to be recorded with it; step 0 is the start."""
         return {}
 
-    def on_step_logged(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
-        """When a step is recorded; once more where it goes on from the job's checkpoint of that step.
-
-        ``extra`` is what a checkpoint of it keeps beside tensors.
-        """
+    def on_step_logged(self, step: int) -> None:
+        """When a step is recorded; once more where it goes on from the job's checkpoint of that step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the callback remembers between steps, for checkpoints; all callbacks' keys differ."""
@@ -95,11 +95,10 @@ def optimise(
         return record
 
     if extra:
-        _recall(callbacks, optimizer, extra)
+        _recall(callbacks, extra)
     else:
         log.write(watched({"step": 0, "total_steps": total}, []))
-    ended = extra.get("ended") == job.key  # not: another job, whose state this one goes on from
-    for step, indices in enumerate(batches[total if ended else first - 1 :], start=first):
+    for step, indices in enumerate(batches[total if extra.get("ended") else first - 1 :], start=first):
         rates = learning_rates(optimizer, groups, step - 1, total)
         grads, metrics = gradients(step, indices)
         norms = clip(groups, grads)
@@ -107,7 +106,7 @@ def optimise(
         in_a_row = 0 if math.isfinite(whole) else in_a_row + 1
         if in_a_row:
             skipped += 1
-            _check_skipped(step, indices, in_a_row, config.max_skipped_steps, metrics)
+            _check_skipped(step, indices, in_a_row, metrics)
         else:
             take_step(optimizer, groups, grads)
         record: Metrics = {"step": step, "total_steps": total, "grad_norm": whole}
@@ -118,18 +117,18 @@ def optimise(
         log.write(watched(record, indices))
         state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "wall_s": before + time.time() - started}
         state["remembered"] = {key: value for callback in callbacks for key, value in callback.state_dict().items()}
-        state["ended"] = job.key if record.get(STOP) else None
+        state["ended"] = bool(record.get(STOP))
         if snapshots.due(step, total):
             snapshots.save(model, optimizer, state, record)
         for callback in callbacks:
-            callback.on_step_logged(step, optimizer, state)
+            callback.on_step_logged(step)
         if record.get(STOP):
             break
     snapshots.wait()
     return before + time.time() - started
 
 
-def _recall(callbacks: Sequence[Callback], optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+def _recall(callbacks: Sequence[Callback], extra: Extra) -> None:
     """Put the callbacks where a checkpoint was made; what happens behind its step may not have happened yet.
 
     Raises:
@@ -137,10 +136,8 @@ def _recall(callbacks: Sequence[Callback], optimizer: torch.optim.Optimizer, ext
     """
     for callback in callbacks:
         callback.load_state_dict(extra["remembered"])
-    if "job" in extra:  # the job's own; a state that it has taken over from another one was made behind its step
-        state = {key: value for key, value in extra.items() if key != "job"}
-        for callback in callbacks:
-            callback.on_step_logged(extra["step"], optimizer, state)
+    for callback in callbacks:
+        callback.on_step_logged(extra["step"])
 
 
 def clip(groups: Sequence[Group], grads: Mapping[str, Tensor]) -> dict[str, float]:
@@ -163,8 +160,8 @@ def take_step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], grads: 
     optimizer.zero_grad()
 
 
-def _check_skipped(step: int, indices: Sequence[int], in_a_row: int, allowed: int, metrics: Metrics) -> None:
-    if in_a_row > allowed:
+def _check_skipped(step: int, indices: Sequence[int], in_a_row: int, metrics: Metrics) -> None:
+    if in_a_row > MAX_SKIPPED:
         shown = {key: value for key, value in metrics.items() if not math.isfinite(value)} or metrics
         raise TrainingError(
             f"step {step}: the gradient is not finite, {in_a_row} steps in a row (rows {list(indices)[:8]}): {shown}. "

@@ -10,9 +10,9 @@ from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts
-from spo_ray.runtime.cluster import uses_gpu
+from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.map_rows import Mapped, Pool, Row, map_shards
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, times
 
 
 def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Artifact:
@@ -38,7 +38,9 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
         )
 
     settings = {"precision": config.train.precision}
-    return run.stage(name, build, config=settings, inputs={"model": model, "pairs": pairs}, resumable=True)
+    tokens = times(pairs.max_rows, 2 * config.train.max_length)
+    work = worker_work(config, "reference log-probabilities", rows=pairs.max_rows, tokens=tokens)
+    return run.execute(Stage(name, build, settings, {"model": model, "pairs": pairs}, work, resumable=True))
 
 
 class ReferenceLogps:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 
 POLL_S = 0.1
-TRAINING_STATE = "state"
-"""In a checkpoint to score: what another job can go on from."""
 
 
 class StoppedError(Exception):

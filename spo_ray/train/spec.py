@@ -1,6 +1,6 @@
 """Descriptions of training jobs. Imports no torch, so that Ray Train's controller starts quickly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,6 @@ class Job:
     held_out: Artifact | None = None
     score_at: tuple[int, ...] = ()
     """Steps at which it is scored; after all but the last it waits for a decision (:mod:`spo_ray.train.score_gate`)."""
-    start_from: str | None = None
-    """Folder with the training state of another job, to go on from."""
-    keep_state: bool = False
-    """Put the training state beside the checkpoints that are scored."""
 
     @property
     def checkpoint(self) -> CheckpointConfig:
@@ -53,6 +49,27 @@ FAILURES = "failures.jsonl"
 def failures_of(folder: Path) -> list[dict[str, Any]]:
     """What was written down about a job."""
     return read_lines(folder / FAILURES)
+
+
+@dataclass
+class Prepared:
+    """The artifacts of a job up to the start of preference training, set one after another."""
+
+    config: Config
+    test: Artifact = field(init=False)
+    """Held-out questions, or for preference data pairs."""
+    base: Artifact = field(init=False)
+    chosen: Artifact = field(init=False)
+    """Questions with responses, or pairs, that SFT is trained on."""
+    sft: Artifact = field(init=False)
+    pairs: Artifact = field(init=False)
+    """Training pairs as text."""
+    reference: Artifact = field(init=False)
+    """Training pairs as token ids with reference log-probabilities."""
+    held_out: Artifact | None = None
+    """Held-out pairs with reference log-probabilities."""
+    validation: Artifact | None = None
+    """Rows that sweeps score trials on: questions, or for preference data pairs."""
 
 
 @dataclass(frozen=True)

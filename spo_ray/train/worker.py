@@ -34,13 +34,13 @@ from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.train.alarm import Alarm
 from spo_ray.train.callbacks import AlarmCallback, DynamicsCallback, ProbePairsCallback, TextHealthCallback
-from spo_ray.train.checkpointer import Checkpointer, Extra, collect, write_state
+from spo_ray.train.checkpointer import Checkpointer
 from spo_ray.train.data_loader import RowTable, epoch_batches
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure, compute_type
 from spo_ray.train.loop import Callback, optimise
 from spo_ray.train.method_state import Method
-from spo_ray.train.score_gate import TRAINING_STATE, wait_for_decision
+from spo_ray.train.score_gate import wait_for_decision
 from spo_ray.train.spec import RESULT, Job
 
 TableOf = Callable[[Artifact], RowTable]
@@ -190,18 +190,12 @@ class ScoreGate(Callback):
     def __init__(self, job: Job, measure: Measure, text: TokenRow) -> None:
         self.job, self.measure, self.text = job, measure, text
 
-    def on_step_logged(self, step: int, optimizer: torch.optim.Optimizer, extra: Extra) -> None:
+    def on_step_logged(self, step: int) -> None:
         """Wait for the decision, where there is one to come."""
-        job, rank, model = self.job, self.measure.rank, self.measure.model
-        if step not in job.score_at[:-1]:
-            return
-
-        def export(folder: Path) -> None:
-            save(model, job, rank, self.measure.chat, self.text, folder)
-            if job.keep_state:
-                write_state(folder / TRAINING_STATE, collect(model, optimizer, rank), extra, rank)
-
-        wait_for_decision(job.out, step, rank, export)
+        job, measure = self.job, self.measure
+        if step in job.score_at[:-1]:
+            export = partial(save, measure.model, job, measure.rank, measure.chat, self.text)
+            wait_for_decision(job.out, step, measure.rank, export)
 
 
 def load_policy(job: Job, rank: Distributed, *, with_phi: bool) -> nn.Module:

@@ -68,7 +68,7 @@ def test_killed_engines_and_a_killed_driver_lose_and_repeat_nothing(tmp_path):
     again = start(tmp_path, 256)
     assert again.wait(DEADLINE_S) == 0, (tmp_path / "output.txt").read_text()[-3000:]
     output = (tmp_path / "output.txt").read_text()
-    assert "base_samples: goes on" in output
+    assert "base_samples: resume" in output
     final = tmp_path / "quickstart" / "base_samples"
     assert {name: (final / name).stat().st_mtime_ns for name in times} == times
     table = Artifact(final, "").rows()

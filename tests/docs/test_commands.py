@@ -23,6 +23,7 @@ from spo_ray.pipeline import cli, doctor
 from ..cluster import RAY, free_port, head, submit
 from ..conftest import ROOT
 from ..helpers import SMALL
+from ..pipeline.against_plan import check_against_plan
 from .pages import inline_commands, shell_commands
 
 LISTED = {
@@ -208,11 +209,14 @@ def without_names(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", list(dict.fromkeys(map(without_names, TRAINS))))
-def test_commands_that_train(files, output, command):
+def test_commands_that_train(in_root, files, output, tmp_path, command):
     words = small(words_of(command, files), output)
     done = subprocess.run([BIN / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     if "evaluate" not in words:
+        config = load(words[words.index("--config") + 1], [word for word in words if re.match(r"[\w.]+=", word)])
+        if "--until" not in words:
+            check_against_plan(config, output / "docs", tmp_path)
         assert json.loads((output / "docs" / "status.json").read_text())["state"] == "finished"
 
 

@@ -34,7 +34,7 @@ OPTIONS = [
     "engine.replicas=2",
     "engine.cpus=0.5",
     "eval.seeds=[0, 1]",
-    "eval.health={prompts: 6}",
+    "eval.health_prompts=6",
     "eval.max_tokens=48",
 ]
 
@@ -93,11 +93,11 @@ def evaluated(local_ray, checkpoints, tmp_path_factory, request):
             time.sleep(0.05)
 
     assassin = threading.Thread(target=kill, daemon=True)
-    with Evaluations(run, questions) as evaluations:
-        evaluations.start({name: checkpoints[name] for name in ("base", "sft")})
+    with Evaluations(run) as evaluations:
+        evaluations.start(questions, {name: checkpoints[name] for name in ("base", "sft")})
         evaluations.background.join()
         assassin.start()
-        found = evaluations.finish(checkpoints)
+        found = evaluations.finish(questions, checkpoints)
     assassin.join()
     assert killed
     return run, questions, found
@@ -119,8 +119,8 @@ def test_all_results_are_there_once(evaluated):
 
 def test_a_second_run_measures_nothing(evaluated, checkpoints):
     run, questions, found = evaluated
-    with Evaluations(run, questions) as again:
-        assert again.finish(checkpoints).scores.digest == found.scores.digest
+    with Evaluations(run) as again:
+        assert again.finish(questions, checkpoints).scores.digest == found.scores.digest
         assert not again.actors.started
 
 
@@ -218,7 +218,7 @@ def test_checkpoints_by_themselves_from_the_command_line(
 ):
     from spo_ray.pipeline.cli import app
 
-    monkeypatch.setattr("spo_ray.evaluate.evaluations.connect", lambda config, training: None)  # the cluster is there
+    monkeypatch.setattr("spo_ray.pipeline.evaluate_job.connect", lambda config, planned: None)  # the cluster is there
     shared = ["--config", "configs/quickstart.yaml", f"output={tmp_path}", "data.test_questions=8", "eval.seeds=[0]"]
     command = ["evaluate", *shared, "eval.suites=[accuracy]", "engine.type=transformers", "name=mine"]
     named = [f"--checkpoint=one={checkpoints['sft'].path}", f"--checkpoint=two={checkpoints['spo'].path}"]

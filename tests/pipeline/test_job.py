@@ -15,15 +15,19 @@ import pytest
 
 from spo_ray.config.load import load
 from spo_ray.errors import UserError
+from spo_ray.pipeline import cli
 from spo_ray.pipeline.checks import preflight
-from spo_ray.pipeline.cli import follow, guarded
+from spo_ray.pipeline.cli import guarded
+from spo_ray.pipeline.finished import read_finished
+from spo_ray.pipeline.job import plan_job
 from spo_ray.report.comparison import write_reports
-from spo_ray.report.data_section import SHOWN_DROPPED
+from spo_ray.report.run_page import SHOWN_DROPPED
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.cluster import check_plan
+from spo_ray.runtime.cluster import check_resources
 
 from ..cluster import head, submit
 from ..helpers import SMALL
+from .against_plan import check_against_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = "sft_data.teachers=[{model: absent/teacher/here, engine: {type: transformers, gpus: 2, max_model_len: 5000}}]"
@@ -67,16 +71,12 @@ def test_summary_has_every_method_with_its_figures(finished):
             assert (entry[f"delta_logp_{side}"] is None) == (name in ("base", "sft"))
 
 
-def test_a_dry_run_names_the_stages_and_bounds_their_rows(finished):
+def test_the_plan_names_the_stages_and_bounds_their_work(finished, in_root, tmp_path):
     root, arguments, _ = finished
+    check_against_plan(load(FULL[-1], arguments), root, tmp_path)
     text = run([*FULL, *arguments, "--dry-run"]).stdout
-    found = dict(re.findall(r"^(\w+) +reused +([\d,]+|all) ", text, re.MULTILINE))
-    made = {path.parent.name: json.loads(path.read_text()) for path in root.glob("*/manifest.json")}
-    assert found.keys() == made.keys()
-    for name, most in found.items():
-        if most != "all" and not name.endswith(("_samples", "_scores")):  # whose rows have several samples each
-            assert made[name]["rows"]["kept"] <= int(most.replace(",", "")), name
-    assert int(found["base_samples"]) == made["base_samples"]["rows"]["kept"] * 4
+    stages = {path.parent.name for path in root.glob("*/manifest.json")}
+    assert set(re.findall(r"^(\w+) +reused ", text, re.MULTILINE)) == stages
 
 
 def test_stages_account_for_every_row(finished):
@@ -161,9 +161,9 @@ def test_a_finished_run_gets_its_page_again_and_is_compared_without_a_cluster(fi
     page = (root / "report" / "index.html").read_text()
     shutil.rmtree(root / "report")
     other = shutil.copytree(root, tmp_path / "other")
-    assert guarded(lambda: write_reports([root], None)) == 0
+    assert guarded(lambda: write_reports([read_finished(root)], None)) == 0
     assert (root / "report" / "index.html").read_text() == page
-    assert guarded(lambda: write_reports([root, other], tmp_path / "both.html")) == 0
+    assert guarded(lambda: write_reports([read_finished(root), read_finished(other)], tmp_path / "both.html")) == 0
     assert "ray: started" not in capsys.readouterr().out
     both = (tmp_path / "both.html").read_text()
     for label in ("quickstart", "other"):
@@ -182,12 +182,12 @@ def test_progress_is_reported_while_sampling_and_training(finished):
 def test_the_same_command_reuses_everything_and_a_change_redoes_its_part_only(finished):
     _, arguments, _ = finished
     again = run([*FULL, *arguments]).stdout
-    assert not re.search(r": starts$", again, re.M)
+    assert not re.search(r": build$", again, re.M)
     plan = run([*FULL, *arguments, "--dry-run", "methods.spo.lambda_sft=2"]).stdout
-    assert re.findall(r"^(\w+) +again ", plan, re.M) == REDONE
+    assert re.findall(r"^(\w+) +build ", plan, re.M) == REDONE
     assert re.search(r"^  method_spo +method\.lambda_sft 1\.0 -> 2\.0$", plan, re.M)
     changed = run([*TRAIN, *arguments, "methods.spo.lambda_sft=2"]).stdout
-    assert re.findall(r"(\w+): starts$", changed, re.M) == ["method_spo"]
+    assert re.findall(r"(\w+): build$", changed, re.M) == ["method_spo"]
 
 
 def test_the_exported_model_loads_anywhere(finished):
@@ -220,7 +220,7 @@ def interrupted(arguments, line):
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
     arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
-    code, errors = interrupted(arguments, "base_samples: starts")
+    code, errors = interrupted(arguments, "base_samples: build")
     assert code == 130, errors[-2000:]
     assert "finished stages are kept" in errors
     assert finished_stages(tmp_path) == ["data_test", "data_train"]
@@ -233,7 +233,7 @@ def finished_stages(output):
 def test_an_interrupt_while_methods_train(finished):
     root, arguments, _ = finished
     before = finished_stages(root.parent)
-    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: starts")
+    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: build")
     assert code == 130, errors[-2000:]
     assert finished_stages(root.parent) == before
 
@@ -267,11 +267,7 @@ def test_bad_input_is_refused_before_anything_long(tmp_path, arguments, message)
     ],
 )
 def test_bad_input_exits_with_2_and_one_message(in_root, tmp_path, capsys, arguments, message):
-    from spo_ray.pipeline.job import stages
-
-    config = in_root / "configs" / "quickstart.yaml"
-    code = guarded(lambda: follow(stages, config, (f"output={tmp_path}", *arguments), "report"))
-    assert code == 2
+    assert cli.run(f"output={tmp_path}", *arguments, config=in_root / "configs" / "quickstart.yaml") == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ")
     assert message in errors
@@ -289,28 +285,28 @@ def test_a_model_without_chat_template_is_refused(in_root, tmp_path, toy_base):
     ("overrides", "nodes", "message"),
     [
         ([], [{"CPU": 2.0}], None),
-        ([], [{"CPU": 1.0}], "sampling needs 1 actors of 1 CPUs and 0 GPUs and 1 CPU for data tasks"),
-        (["train.num_workers=3", "train.parallel_methods=2"], [{"CPU": 4.0}], "training needs 6 actors"),
+        ([], [{"CPU": 1.0}], "base_samples needs 1 actors of 1 CPUs and 0 GPUs and 1 CPU for data tasks"),
+        (["train.num_workers=3", "train.parallel_methods=2"], [{"CPU": 4.0}], "method_nll needs 6 actors"),
         (["train.num_workers=3", "train.parallel_methods=1"], [{"CPU": 2.0}, {"CPU": 2.0}], None),
         (
             ["train.num_workers=2", "train.cpus_per_worker=2", "train.parallel_methods=1"],
             [{"CPU": 3.0}, {"CPU": 1.0}],
-            "training needs 2 actors",
+            "sft needs 2 actors",
         ),
         (["engine.gpus=1"], [{"CPU": 8.0}], "the cluster has 8 CPUs and 0 GPUs"),
-        ([TEACHER], [{"CPU": 8.0}], "a teacher needs 1 actors of 1 CPUs and 2 GPUs"),
+        ([TEACHER], [{"CPU": 8.0}], "teacher1_samples needs 1 actors of 1 CPUs and 2 GPUs"),
         ([TEACHER, "train.use_gpu=false", "engine.gpus=0"], [{"CPU": 8.0, "GPU": 2.0}], None),
-        (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "training needs 2 actors"),
+        (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "sft needs 2 actors"),
         (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 2.0}], None),
     ],
 )
-def test_plans_are_compared_with_the_cluster(in_root, overrides, nodes, message):
-    config = load(FULL[-1], overrides)
+def test_plans_are_compared_with_the_cluster(in_root, tmp_path, overrides, nodes, message):
+    planned = plan_job(load(FULL[-1], [*overrides, f"output={tmp_path}"])).planned
     if message is None:
-        check_plan(config, nodes)
+        check_resources(planned, nodes)
     else:
         with pytest.raises(UserError) as caught:
-            check_plan(config, nodes)
+            check_resources(planned, nodes)
         assert message in str(caught.value)
 
 
@@ -319,7 +315,7 @@ def test_usage_errors_exit_with_2():
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data, rounds):
+def test_real_gsm8k_questions_run_through_the_whole_job(in_root, tmp_path, shared_data, rounds):
     config = "configs/gsm8k/tiny-cpu.yaml"
     arguments = [
         f"output={tmp_path}",
@@ -334,6 +330,7 @@ def test_real_gsm8k_questions_run_through_the_whole_job(tmp_path, shared_data, r
     ]
     run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
     root = tmp_path / "gsm8k-tiny-cpu"
+    check_against_plan(load(config, arguments), root, tmp_path)
     summary = json.loads((root / "summary.json").read_text())
     assert summary["methods"]["spo"]["accuracy_greedy"]["n"] == 4
     assert summary["methods"]["spo"]["pairs"] > 0
@@ -354,12 +351,13 @@ def digest_of(stage):
 
 
 @pytest.mark.slow
-def test_real_preference_pairs_run_through_the_whole_job(tmp_path, shared_data):
+def test_real_preference_pairs_run_through_the_whole_job(in_root, tmp_path, shared_data):
     config = "configs/ultrafeedback/tiny-cpu.yaml"
     arguments = [f"output={tmp_path}", f"data.path={shared_data}/ultrafeedback", "data.train_pairs=24"]
     arguments += ["data.contamination_words=13", "pairs.dedup=near"]
     run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
     root = tmp_path / "ultrafeedback-tiny-cpu"
+    check_against_plan(load(config, arguments), root, tmp_path)
     summary = json.loads((root / "summary.json").read_text())
     assert summary["methods"]["spo"]["accuracy_greedy"] is None
     assert summary["methods"]["spo"]["held_out"]["reward_accuracy"]["n"] > 0

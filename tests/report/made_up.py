@@ -8,7 +8,7 @@ from spo_ray.data.toy import problems
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage
 from spo_ray.sweep.results import write_csv
 
 SEEDS = [0, 1]
@@ -24,7 +24,7 @@ def made_up_run(root, name, rights, *overrides, questions=12, seed=0):
     write_pairs(run)
     models = {"base": sft, "sft": sft}
     for key in methods:
-        models[key] = run.stage(f"method_{key}", trained(key), config={}, inputs={"model": sft})
+        models[key] = run.execute(Stage(f"method_{key}", trained(key), config={}, inputs={"model": sft}))
     measure(run, test, models, rights)
     write_json(run.root / "config.json", run.config.model_dump(mode="json"))
     return run.root
@@ -55,7 +55,7 @@ def made_up_sweep(root, name, right, questions=12, finish=True):
             write_json(out / trial / "row.json", row)
             table.append(row)
 
-    trials = run.stage("trials", build, config={}, inputs={"sft": sft})
+    trials = run.execute(Stage("trials", build, config={}, inputs={"0sft": sft}))
     write_csv(run.root / "results.csv", table, config.sweep)
     if finish:
         best = type(trials)(trials.path / "00003" / "training", f"{trials.digest}/00003")
@@ -74,8 +74,8 @@ def start(run, questions):
         write_rows(out / "part-0.parquet", prompts, schema.Prompt)
 
     return (
-        run.stage("data_test", ask, config={"questions": questions}, inputs={}),
-        run.stage("sft", lambda out, counts: None, config={}, inputs={}),
+        run.execute(Stage("data_test", ask, config={"questions": questions}, inputs={})),
+        run.execute(Stage("sft", lambda out, counts: None, config={}, inputs={})),
     )
 
 
@@ -88,7 +88,7 @@ def write_pairs(run):
         counts.reject("p9", "no wrong sample", "<b>excerpt</b>")
         write_rows(out / "part-0.parquet", table, schema.Pair)
 
-    return run.stage("pairs", build, config={}, inputs={})
+    return run.execute(Stage("pairs", build, config={}, inputs={}))
 
 
 def trained(name):
@@ -118,7 +118,7 @@ def trained(name):
 
 def measure(run, test, models, rights):
     """Graded answers, and what the evaluation makes of them: the first so many questions are answered rightly."""
-    evaluations = Evaluations(run, test)
+    evaluations = Evaluations(run)
     for name, model in models.items():
 
         def build(out, counts, name=name):
@@ -136,6 +136,6 @@ def measure(run, test, models, rights):
             write_rows(out / "part-0.parquet", table, schema.EvalRow)
 
         inputs = {"model": model, "questions": test}
-        artifact = run.stage(f"eval_{name}", build, config={"rights": rights[name]}, inputs=inputs)
+        artifact = run.execute(Stage(f"eval_{name}", build, config={"rights": rights[name]}, inputs=inputs))
         evaluations.measured["accuracy", name] = artifact
     return evaluations._collect(list(models), {})

@@ -27,7 +27,7 @@ LOOK = """
 import json, os, sys
 import ray
 from spo_ray.runtime.cluster import connect
-from spo_ray.config.schema import load
+from spo_ray.config.load import load
 connect(load("configs/quickstart.yaml", sys.argv[1:]))
 @ray.remote
 def look():

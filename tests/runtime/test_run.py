@@ -12,7 +12,7 @@ from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import RowCounts, external, write_json, write_rows
 from spo_ray.runtime.failure import STATUS, recorded
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, never_built
 
 from ..helpers import small_config
 
@@ -38,13 +38,13 @@ def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(run, t
     data = tmp_path / "data.txt"
     data.write_text("one")
     for config in ({"k": 1}, {"k": 1}, {"k": 2}, {"k": 2}):
-        run.stage("s", counting(calls), config=config, inputs={"data": external(data)})
+        run.execute(Stage("s", counting(calls), config=config, inputs={"data": external(data)}))
     assert len(calls) == 2
     data.write_text("two")
-    artifact = run.stage("s", counting(calls), config={"k": 2}, inputs={"data": external(data)})
+    artifact = run.execute(Stage("s", counting(calls), config={"k": 2}, inputs={"data": external(data)}))
     assert len(calls) == 3
-    run.stage("next", counting(calls), config={}, inputs={"s": artifact})
-    run.stage("next", counting(calls), config={}, inputs={"s": artifact})
+    run.execute(Stage("next", counting(calls), config={}, inputs={"s": artifact}))
+    run.execute(Stage("next", counting(calls), config={}, inputs={"s": artifact}))
     assert len(calls) == 4
     assert [row["id"] for row in artifact.rows()] == ["a", "b"]
 
@@ -52,26 +52,26 @@ def test_a_finished_stage_is_reused_until_something_it_depends_on_changes(run, t
 def test_a_run_that_is_at_work_can_be_sent_to_other_processes(run):
     run.root.mkdir(parents=True)
     with recorded(run):
-        run.open("s", config={}, inputs={})
+        run.open(Stage("s", never_built, config={}, inputs={}))
         sent = pickle.loads(pickle.dumps(run))
         assert (sent.root, sent.config, sent.names) == (run.root, run.config, run.names)
         before = (run.root / STATUS).read_text()
-        sent.open("of another process", config={}, inputs={})
+        sent.open(Stage("of another process", never_built))
         assert (run.root / STATUS).read_text() == before
     assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
 
 
 def test_a_failed_stage_leaves_the_finished_one_alone(run):
     calls = []
-    first = run.stage("s", counting(calls), config={"k": 1}, inputs={})
+    first = run.execute(Stage("s", counting(calls), config={"k": 1}, inputs={}))
 
     def broken(out, counts):
         counting(calls)(out, counts)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.stage("s", broken, config={"k": 2}, inputs={})
-    assert run.stage("s", counting(calls), config={"k": 1}, inputs={}) == first
+        run.execute(Stage("s", broken, config={"k": 2}, inputs={}))
+    assert run.execute(Stage("s", counting(calls), config={"k": 1}, inputs={})) == first
     assert len(calls) == 2
 
 
@@ -88,8 +88,8 @@ def test_a_stage_that_was_cut_off_on_the_way_to_its_place_is_finished(run, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "_put", cut_off)
-        run.stage("s", build, config={}, inputs={}, resumable=True)
-    artifact = run.stage("s", build, config={}, inputs={}, resumable=True)
+        run.execute(Stage("s", build, config={}, inputs={}, resumable=True))
+    artifact = run.execute(Stage("s", build, config={}, inputs={}, resumable=True))
     assert len(calls) == 1
     assert artifact.path == run.root / "s"
     assert sorted(file.name for file in artifact.path.iterdir()) == [
@@ -98,11 +98,11 @@ def test_a_stage_that_was_cut_off_on_the_way_to_its_place_is_finished(run, monke
         "rejected.parquet",
     ]
     assert artifact.manifest["rows"]["dropped"] == {"malformed": 1}
-    assert run.stage("s", build, config={}, inputs={}) == artifact
+    assert run.execute(Stage("s", build, config={}, inputs={})) == artifact
 
 
 def test_manifest_and_rejected_rows(run):
-    artifact = run.stage("s", counting([], rejected=3), config={"k": 1}, inputs={})
+    artifact = run.execute(Stage("s", counting([], rejected=3), config={"k": 1}, inputs={}))
     manifest = json.loads((artifact.path / "manifest.json").read_text())
     assert manifest["rows"] == {"read": 5, "kept": 2, "dropped": {"malformed": 3}}
     assert manifest["config"] == {"k": 1}
@@ -121,6 +121,19 @@ def test_two_processes_never_share_a_run(run):
     assert other.returncode == 2
     assert "another process is working in" in other.stderr
     assert subprocess.run(command, capture_output=True, text=True).stdout == "inside\n"
+
+
+def test_the_lock_of_a_killed_process_is_free_again(run):
+    code = "import sys, time; from spo_ray.runtime.run import Run; from tests.helpers import small_config\n"
+    code += "with Run(small_config(sys.argv[1])).locked(): print('inside', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(run.config.output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "inside\n"
+        with pytest.raises(UserError, match="another process is working in"), run.locked():
+            pass
+        process.kill()
+    with run.locked(), pytest.raises(UserError), Run(run.config).locked():
+        pass
 
 
 def test_schemas_keep_their_types_without_rows(tmp_path):

@@ -19,10 +19,10 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_rows
 from spo_ray.runtime.failure import recorded
 from spo_ray.runtime.run import Run
-from spo_ray.sweep.results import rows_of, winner, write_best, write_csv
-from spo_ray.sweep.space import Shared
+from spo_ray.sweep.results import rank, rows_of, write_best, write_csv
 from spo_ray.sweep.trial import key_of
 from spo_ray.sweep.tuner import run_trials
+from spo_ray.train.spec import Prepared
 
 SMALL = [
     "engine.type=transformers",
@@ -33,7 +33,7 @@ SMALL = [
     "sweep.score_at=[0.25, 0.5, 1.0]",
     "sweep.max_fall=null",
     "sweep.validation={questions: 12, pairs: 0}",
-    "sweep.scheduler={type: fifo}",
+    "sweep.scheduler=fifo",
 ]
 
 
@@ -62,12 +62,21 @@ def sweep(output, referenced, *overrides):
         return _stages(run, output, referenced)
 
 
+def prepared(run, pairs, questions):
+    found = Prepared(run.config, held_out=pairs, validation=questions)
+    found.sft, found.reference, found.test = external("assets/toy_base"), pairs, questions
+    return found
+
+
+def prepare(run):
+    raise AssertionError("the only start is known")
+
+
 def _stages(run, output, referenced):
     pairs, questions = start(output, referenced)
-    shared = Shared(run.config, external("assets/toy_base"), pairs, pairs, questions, questions)
-    trials = run_trials(run, {key_of({}): shared})
+    trials = run_trials(run, {key_of({}): prepared(run, pairs, questions)}, prepare)
     write_csv(run.root / "results.csv", rows_of(trials), run.config.sweep)
-    best = winner(run, trials)
+    best = rank(rows_of(trials), run.config.sweep)[0]
     write_best(run, best)
     write_sweep_report(run, trials, best, None)
     print("FINISHED", flush=True)

@@ -20,19 +20,19 @@ from spo_ray.report.sweep_figures import (
     parallel_figure,
     sensitivity_figure,
 )
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import Run, Stage, never_built
 from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, winner, write_best, write_csv
 from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
 from .test_space import LAMBDA, TOY, space
 
-BETA = "methods.spo.beta"
+BETA = "methods.spo.base.beta"
 WIDE = [
     space(
         methods__spo__lambda_sft="{type: loguniform, low: 0.01, high: 100}",
-        methods__spo__beta="{type: choice, values: [0.1, 0.5]}",
+        methods__spo__base__beta="{type: choice, values: [0.1, 0.5]}",
     ),
-    "sweep.searcher={type: random}",
+    "sweep.searcher=random",
     "sweep.seeds=[0, 1]",
 ]
 
@@ -211,7 +211,7 @@ def result_of(number, values, seed=0, error=None):
 def closing(tmp_path, *overrides):
     """A sweep whose trials' folders are to be put into the stage's."""
     run = Run(load(TOY, [*WIDE, f"output={tmp_path / 'runs'}", *overrides]))
-    stage = run.open("trials", config={}, inputs={})
+    stage = run.open(Stage("trials", never_built, config={}, inputs={}))
     return run, stage
 
 

@@ -16,13 +16,12 @@ from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 from spo_ray.sweep import trial as module
 from spo_ray.sweep import tuner
-from spo_ray.sweep.space import Shared
 from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of, percent, steps_of
 from spo_ray.sweep.tuner import _scheduler
 from spo_ray.train import launch
 from spo_ray.train.score_gate import StoppedError, decide, decision, rung_folder, wait_for_decision
 
-from .driver import small_run
+from .driver import prepare, prepared, small_run
 from .test_space import LAMBDA, TOY
 
 POINT = {"number": 0, "values": {LAMBDA: 2.0}, "seed": 0}
@@ -44,8 +43,8 @@ def stage(tmp_path, monkeypatch, in_root):
     """A trial with a training that a function stands in for; what is reported to Ray Tune is in ``reports``."""
     run: Run = small_run(tmp_path)
     artifact = Artifact(tmp_path, "digest")
-    shared = Shared(run.config, artifact, Pairs(tmp_path, "pairs"), None, artifact, artifact)
-    context = Context(run, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
+    shared = prepared(run, Pairs(tmp_path, "pairs"), artifact)
+    context = Context(run, prepare, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
     found = SimpleNamespace(reports=[], fits=0, falls=Counter(), context=context, scored=[], keys=[])
 
     def train(run, jobs, names, group, **options):
@@ -67,7 +66,7 @@ def stage(tmp_path, monkeypatch, in_root):
     monkeypatch.setattr(module, "score_log", score)
     texts = {"accuracy_greedy": {"value": 0.5}, "accuracy_sampled": {"value": 0.5}}
     monkeypatch.setattr(module, "score_texts", lambda *given: texts)
-    monkeypatch.setattr(module.tune, "report", lambda metrics, checkpoint: found.reports.append(metrics))
+    monkeypatch.setattr(module.tune, "report", lambda metrics: found.reports.append(metrics))
     monkeypatch.setattr(module.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "id"))
     return found
 

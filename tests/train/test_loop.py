@@ -1,10 +1,9 @@
 """The loop alone, on one number: what happens where it goes on from a checkpoint."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from spo_ray.errors import TrainingError
 from spo_ray.model.optimizer import Group
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.train.alarm import STOP
@@ -23,9 +22,9 @@ TOTAL = 6
 class OneSnapshot(NoSnapshots):
     """Behind step 3, in memory."""
 
-    def __init__(self, extra=None):
+    def __init__(self):
         super().__init__(Distributed(0, 1, torch.device("cpu")))
-        self.extra = extra or {}
+        self.extra = {}
 
     def restore(self, model, optimizer):
         return self.extra
@@ -34,7 +33,7 @@ class OneSnapshot(NoSnapshots):
         return step == 3
 
     def save(self, model, optimizer, extra, record):
-        self.extra = extra | {"job": "own"}
+        self.extra = extra
 
 
 class Seen(Callback):
@@ -46,9 +45,8 @@ class Seen(Callback):
     def on_step_end(self, record, indices):
         return {STOP: 1.0} if record["step"] == self.alarm else {}
 
-    def on_step_logged(self, step, optimizer, extra):
+    def on_step_logged(self, step):
         self.behinds.append(step)
-        assert "job" not in extra, "a job that takes this state over would take it for its own"
         if step == 3 and self.error:
             raise self.error
 
@@ -59,14 +57,22 @@ def loop(in_root, tmp_path):
     config = small_config(tmp_path)
     job = Job(config, "model", Artifact(tmp_path, "rows"), str(tmp_path), "own")
 
-    def run(snapshots, callback, key="own"):
+    def run(snapshots, callback, value=1.0):
         model = torch.nn.Linear(1, 1)
         groups = [Group("theta", dict(model.named_parameters()), config.sft)]
-        gradients = lambda step, indices: ({n: torch.ones_like(p) for n, p in model.named_parameters()}, {"loss": 1.0})  # noqa: E731
+
+        def gradients(step, indices):
+            return {n: torch.full_like(p, value) for n, p in model.named_parameters()}, {"loss": 1.0}
+
         batches = [[i] for i in range(TOTAL)]
-        optimise(replace(job, key=key), model, groups, batches, gradients, snapshots.rank, snapshots, [callback])
+        optimise(job, model, groups, batches, gradients, snapshots.rank, snapshots, [callback])
 
     return run
+
+
+def test_many_steps_in_a_row_without_a_finite_gradient_end_the_training(loop):
+    with pytest.raises(TrainingError, match="step 6: the gradient is not finite, 6 steps in a row"):
+        loop(OneSnapshot(), Seen(), value=float("nan"))
 
 
 def test_what_happens_behind_a_checkpoints_step_happens_when_it_goes_on_from_there(loop):
@@ -87,14 +93,6 @@ def test_a_training_that_was_stopped_behind_a_step_is_stopped_there_again(loop, 
         assert log_of(tmp_path)[-1]["step"] == 3
 
 
-def test_a_state_of_another_job_was_made_behind_its_step(loop):
-    snapshots = OneSnapshot()
-    loop(snapshots, Seen())
-    taken = Seen()
-    loop(OneSnapshot({key: value for key, value in snapshots.extra.items() if key != "job"}), taken, key="another")
-    assert taken.behinds == [4, 5, 6]
-
-
 def test_a_training_that_its_alarm_has_ended_makes_no_step_more(loop, tmp_path):
     snapshots = OneSnapshot()
     loop(snapshots, Seen(alarm=3))
@@ -103,8 +101,3 @@ def test_a_training_that_its_alarm_has_ended_makes_no_step_more(loop, tmp_path):
     loop(snapshots, again)  # killed before its results were written
     assert again.behinds == [3]
     assert log_of(tmp_path) == log
-    own, another = Seen(), Seen()
-    state = {key: value for key, value in snapshots.extra.items() if key != "job"}
-    loop(OneSnapshot(state), own)
-    loop(OneSnapshot(state), another, key="another")
-    assert (own.behinds, another.behinds) == ([], [4, 5, 6])

@@ -94,9 +94,9 @@ def test_resume_after_the_kill_of_a_rank_and_of_the_driver(uninterrupted, refere
     assert json.loads((run / "method_dpo" / "manifest.json").read_text())["facts"]["restarts"] == 1
     assert not list((run / ".unfinished").glob("train_*"))
     output = (tmp_path / "output.txt").read_text()
-    assert output.count("sft: starts") == 1
+    assert output.count("sft: build") == 1
     assert "sft: reused" in output
-    assert "method_spo: goes on" in output
+    assert "method_spo: resume" in output
 
 
 @pytest.mark.parametrize("storage", [None, "elsewhere"])
@@ -140,7 +140,7 @@ def test_resume_after_a_full_disk(uninterrupted, referenced, tmp_path):
         assert "No space left on device" in output
         subprocess.run(["mount", "-o", "remount,size=200m", str(storage)], check=True)
         run = finish(start(tmp_path, referenced, "methods", *options), tmp_path)
-        assert "goes on" in (tmp_path / "output.txt").read_text()
+        assert ": resume" in (tmp_path / "output.txt").read_text()
     finally:
         subprocess.run(["umount", "-l", str(storage)], check=True)
     for name in ("dpo", "spo"):
