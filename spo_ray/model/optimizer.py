@@ -76,18 +76,13 @@ def _factor(config: GroupConfig, step: int, total_steps: int) -> float:
 
 
 def _parts(group: Group) -> Iterator[dict[str, Any]]:
-    config = group.config
+    """Yield the optimizer's groups: matrices with weight decay, then norms and biases without."""
+    options = {"name": group.name, "lr": group.config.lr, "initial_lr": group.config.lr}
     decaying = [p for p in group.parameters.values() if p.ndim >= 2]
     others = [p for p in group.parameters.values() if p.ndim < 2]
-    for params, decay in ((decaying, config.weight_decay), (others, 0.0)):
+    for params, decay in ((decaying, group.config.weight_decay), (others, 0.0)):
         if params:
-            yield {
-                "params": params,
-                "name": group.name,
-                "lr": config.lr,
-                "initial_lr": config.lr,
-                "weight_decay": decay,
-            }
+            yield {"params": params, **options, "weight_decay": decay}
 
 
 def _adamw_8bit() -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
