@@ -1,7 +1,7 @@
-"""The mathematics: pure PyTorch and standard library.
+"""The mathematics of SPO, in PyTorch and the standard library alone.
 
-``from spo_ray.core import spo_gradients`` is the short way to ``spo_ray.core.spo.spo_gradients``. Names are looked up
-when they are first used, so that grading a million answers never imports torch.
+``from spo_ray.core import spo_gradients`` is short for ``from spo_ray.core.spo import spo_gradients``. Names are
+imported when they are first used, so that processes that only grade answers never import torch.
 """
 
 from importlib import import_module

@@ -27,12 +27,15 @@ class PairLogps:
     chosen: Tensor
     """Logps [B] of the chosen responses under the policy."""
     rejected: Tensor
+    """Logps [B] of the rejected responses under the policy."""
     ref_chosen: Tensor
     """Logps [B] of the chosen responses under the reference model."""
     ref_rejected: Tensor
+    """Logps [B] of the rejected responses under the reference model."""
     chosen_lengths: Tensor
     """Tokens [B] of the chosen responses."""
     rejected_lengths: Tensor
+    """Tokens [B] of the rejected responses."""
     mean_chosen_length: float
     """Mean over the pairs of the whole batch and all ranks."""
     all_reduce: AllReduce = single_rank

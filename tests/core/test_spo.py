@@ -228,7 +228,7 @@ def gradient_of(model, names, batch, **options):
 
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 0.02), (True, 0.02)])
 def test_hinge_in_single_precision_and_under_autocast(autocast, tolerance):
-    """What gamma adds, against float64: under bfloat16 autocast the hinge's passes must leave autocast."""
+    """Compare what gamma adds with float64: under bfloat16 autocast the hinge's passes must leave autocast."""
     double, *names = tiny_model()
     single = tiny_model()[0].float()
     added = {}
@@ -296,7 +296,7 @@ def test_value_term_at_the_papers_step_size(precision, difference, steps):
 
 
 def test_literal_value_term_is_noise_in_bfloat16():
-    """Why it is not the default: theta moves by less than bfloat16 can tell."""
+    """The literal mode is not the default, because theta moves by less than the rounding of bfloat16."""
     double, *names = tiny_model()
     truth, _ = value_term(double, names, inner_mode="literal")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -411,7 +411,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 
 
 def gradients_of(config, batch, checkpointed=False, **options):
-    """Of all parameters of a fresh model."""
+    """Return the gradients of all parameters of a new model, and the model."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     if checkpointed:

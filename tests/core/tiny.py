@@ -49,7 +49,7 @@ def tiny_batch(pairs=3, seed=1):
 
 
 def swapped(batch):
-    """The same pairs with chosen and rejected exchanged."""
+    """Exchange chosen and rejected of all pairs."""
     other = {"chosen": "rejected", "rejected": "chosen"}
     return {next(k.replace(side, other[side]) for side in other if side in k): v for k, v in batch.items()}
 

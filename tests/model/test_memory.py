@@ -162,7 +162,7 @@ def test_counts_are_those_of_a_real_model_with_real_adapters(kind, tied):
 
 
 def saved_bytes(model, batch, autocast):
-    """What two forward passes keep for their backward, parameters and their copies left out; each storage once."""
+    """Return the bytes that two forward passes keep for their backward, without parameters and their copies."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.ndim == 2}
     kept, sizes = [], {}
