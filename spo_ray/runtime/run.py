@@ -10,7 +10,6 @@ is on disk.
 """
 
 import copy
-import fcntl
 import hashlib
 import json
 import shutil
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from spo_ray import __version__
 from spo_ray.config.keys import leaves
@@ -154,13 +155,13 @@ class Run:
             UserError: another process works there, and ``wait`` is False.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is working in {self.root}: wait for it, or set another name="
-                ) from error
+        lock = FileLock(self.root / ".lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
+        try:
+            held = lock.acquire(blocking=wait)
+        except Timeout as error:
+            text = f"another process is working in {self.root}: wait for it, or set another name="
+            raise UserError(text) from error
+        with held:
             yield
 
     def execute(self, stage: Stage) -> Artifact:

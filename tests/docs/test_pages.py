@@ -149,7 +149,7 @@ def test_fields_that_pages_name_exist(page):
 
 def test_functions_that_the_map_names_exist():
     page = text_of("docs/mathematics.md")
-    names = re.findall(r"`((?:losses|dynamics|spo|passes|safe_region)\.[\w.]+)`", page)
+    names = re.findall(r"`((?:losses|dynamics|spo|batch_gradients|safe_region)\.[\w.]+)`", page)
     assert len(names) > 8
     for module, _, path in (name.partition(".") for name in names):
         if path == "py":

@@ -115,12 +115,11 @@ def test_wandb_offline(in_root, trained, tmp_path, monkeypatch):
         assert found[name] == pytest.approx(curve)
 
 
-def test_a_tracker_that_fails_does_not_end_the_training(in_root, trained, tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_does_not_end_the_training(in_root, trained, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
     (tmp_path / "file").write_text("")
     followed(trained, tmp_path, "tracking=[mlflow, tensorboard]")
-    printed = capsys.readouterr().out
-    assert printed.count("the tracker mlflow is off from here on: ") == 1
+    assert caplog.text.count("the tracker mlflow is off from here on: ") == 1
     assert list(Path(tmp_path).glob("quickstart/tensorboard/method_dpo/events*"))
 
 
@@ -131,7 +130,7 @@ def test_a_missing_library_is_one_clear_error(in_root, tmp_path, monkeypatch):
     preflight(small_config(tmp_path))
 
 
-def test_alarms_and_repeated_steps(in_root, trained, tmp_path, capsys):
+def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
     """A log that is cut back, as after the loss of a worker, is told and tracked once."""
     run = Run(small_config(tmp_path, "tracking=[tensorboard]"))
     out = tmp_path / "out"
@@ -145,4 +144,4 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, capsys):
         view.look(lambda *progress: told.append(progress[0]))
     view.close()
     assert told == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().out.count("ALARM at step 3: the mean log pi(y_w) of the probe pairs is 1.50 nats") == 1
+    assert caplog.text.count("ALARM at step 3: the mean log pi(y_w) of the probe pairs is 1.50 nats") == 1

@@ -35,6 +35,9 @@ def train(output, referenced, stages, *overrides):
 def main(*arguments):
     import ray
 
+    from spo_ray.runtime.console import install
+
+    install()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     train(*arguments)
 
