@@ -45,6 +45,12 @@ def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
         assert re.search(rf"^method_{name} +build +[\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
 
 
+def test_every_field_is_explained_on_the_generated_page():
+    rows = [line for line in (ROOT / "docs" / "configuration.md").read_text().splitlines() if line.startswith("| `")]
+    assert rows
+    assert not [row for row in rows if row.endswith("|  |")]
+
+
 def test_overrides_reach_nested_fields_and_take_yaml_values():
     config = load(QUICKSTART, ["methods.spo.lambda_sft=5", "methods.spo.inner.eta=1e-6", "seed=3", "eval.seeds=[4, 5]"])
     assert config.methods["spo"].lambda_sft == 5.0
