@@ -251,7 +251,7 @@ def test_an_evaluator_starts_at_its_first_call_and_its_user_errors_are_user_erro
 
     evaluator = EvaluatorHandle("transformers", start)
     assert not started
-    with pytest.raises(UserError, match="^there is no checkpoint$"):
+    with pytest.raises(UserError, match=r"^there is no checkpoint$"):
         evaluator.describe("there")
     with pytest.raises(RayTaskError, match="broken"):
         evaluator.score("there", [])
