@@ -19,19 +19,19 @@ WRONG = Grade(None, correct=False, strict=False)
 """Grade of a question that the engine could not answer."""
 
 
-def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer every question greedily and once per seed, and grade the answers (:class:`schema.EvalRow`)."""
-    config = bench.run.config
+    config = context.run.config
     settings = config.eval.model_dump(include={"seeds", "temperature", "max_tokens", "batch_size"})
     verifier = verifier_of(config.data)
 
     def build(out: Any, row_counts: RowCounts) -> None:
-        table, grade = bench.data.rows(), load_verifier(verifier).grade
+        table, grade = context.data.rows(), load_verifier(verifier).grade
         passes = [Pass(None, 0.0), *(Pass(seed, config.eval.temperature) for seed in config.eval.seeds)]
-        row_counts.facts |= bench.provenance(checkpoint, settings)
+        row_counts.facts |= context.provenance(checkpoint, settings)
         answers: list[Row] = []
         unanswered: Counter[str] = Counter()
-        for seed, row, answer in bench.answer(checkpoint, table, passes, config.eval.max_tokens):
+        for seed, row, answer in context.answer(checkpoint, table, passes, config.eval.max_tokens):
             if isinstance(answer, Skipped):
                 response, graded = f"[{answer.reason}]", WRONG
                 unanswered[answer.reason] += 1
@@ -44,9 +44,9 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         row_counts.facts["unanswered_counted_wrong"] = dict(sorted(unanswered.items()))
         write_rows(out / "part-0.parquet", answers, schema.EvalRow)
 
-    identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
-    inputs = {"model": checkpoint, "questions": bench.data}
-    return bench.run.stage(f"eval_{name}", build, config=identity, inputs=inputs)
+    identity = {**context.identity, **settings, "verifier": verifier_identity(verifier)}
+    inputs = {"model": checkpoint, "questions": context.data}
+    return context.run.stage(f"eval_{name}", build, config=identity, inputs=inputs)
 
 
 def by_seed(answers: list[Row]) -> dict[int | None, dict[str, bool]]:

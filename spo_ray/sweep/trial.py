@@ -263,13 +263,13 @@ def score_texts(
     """What the suites of ``eval`` measure of a checkpoint, through one evaluation actor; ``scratch`` is deleted."""
     own = copy.copy(run)
     own.root = scratch
-    bench, record = SuiteContext(own, data, EvaluatorHandle(kind, lambda: actor)), {}
+    context, record = SuiteContext(own, data, EvaluatorHandle(kind, lambda: actor)), {}
     for suite_name in own.config.eval.chosen(own.config.data):
         suite = suite_of(suite_name)
-        found = suite.measure(bench, name, checkpoint)
+        found = suite.measure(context, name, checkpoint)
         others = []
         if suite.second_pass and suite_name == AGAINST_OTHERS:
-            others = suite.second_pass(bench, {name: checkpoint}, {name: found})[name]
+            others = suite.second_pass(context, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
         for m in suite.metrics(own.config.eval, found, others):
             entry = {"value": m.value, "low": m.low, "high": m.high, "n": m.n}
