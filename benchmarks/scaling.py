@@ -49,7 +49,7 @@ BATCH, EPOCH = 8, 5
 SKIPPED = 2  # steps at the start
 ENVIRONMENT = launch.KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
 METHODS = ("sft", "dpo", "spo", "spo_hinge")
-SPO = "methods.{}={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 1, eta: 2e-5, full_precision: {}}}}}"
+SPO = "methods.{}={{type: spo, gamma: {}, inner: {{full_precision: {}}}}}"
 UNWATCHED = "probe_every=100000 probe_pairs=1 probe_top_tokens=0 dynamics_every=null"
 BASE = [
     *(f"preference.{setting}" for setting in f"{UNWATCHED} batch_size={BATCH}".split()),

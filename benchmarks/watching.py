@@ -23,7 +23,7 @@ from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
 from spo_ray.model.optimizer import Group, make_optimizer
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.train.callbacks import DynamicsCallback, text_health
+from spo_ray.train.callbacks import HEALTH_PROMPTS, HEALTH_TOKENS, DynamicsCallback, text_health
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure
@@ -79,8 +79,8 @@ class Bench:
 
     def health(self) -> None:
         """Sampled answers."""
-        asked = self.table.rows(range(self.settings.health_prompts))
-        text_health(self.model, self.chat, asked, self.settings.health_tokens, self.rank, 0)
+        asked = self.table.rows(range(HEALTH_PROMPTS))
+        text_health(self.model, self.chat, asked, HEALTH_TOKENS, self.rank, 0)
 
 
 def main() -> None:

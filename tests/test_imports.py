@@ -1,11 +1,16 @@
-"""The order of the folders of spo_ray: a folder imports only from those below it, and no import leads in a circle."""
+"""Imports of spo_ray: its folders in their order, no circle, and only packages that pyproject.toml declares."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from .conftest import ROOT
 
@@ -89,3 +94,36 @@ def test_the_training_controller_starts_without_torch():
     code = "import sys, spo_ray.train.entry, spo_ray.train.spec; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def declared(*extras):
+    """Requirements by name: those of every installation, and of the extras."""
+    lines = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): r for r in found if canonicalize_name(r.name) != "spo-ray"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("core", ()), ("", ("pipeline", "cpu", "gpu", "tracking", "lm-eval", "low-memory"))]
+)
+def test_every_package_that_is_imported_is_declared(folder, extras):
+    modules = [module for module in FILES if module.startswith(f"spo_ray.{folder}")]
+    roots = {name.split(".")[0] for module in modules for name in imported(module)}
+    distributions = packages_distributions()
+    undeclared = {
+        root
+        for root in roots - set(sys.stdlib_module_names) - {"spo_ray"}
+        if not {canonicalize_name(name) for name in distributions.get(root, [root])} & declared(*extras).keys()
+    }
+    assert not undeclared
+
+
+@pytest.mark.parametrize("build", ["cpu", "gpu"])
+def test_the_pinned_requirements_hold_what_is_declared(build):
+    text = (ROOT / "requirements" / f"{build}.txt").read_text()
+    pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)}
+    wanted = declared("pipeline", build, "tracking", "lm-eval", "low-memory", "dev")
+    assert not {name for name, r in wanted.items() if not r.specifier.contains(pins.get(name, "0"), prereleases=True)}

@@ -85,16 +85,23 @@ class PreferenceData(FileData):
 DataConfig = Annotated[ToyData | QuestionData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
-class SamplingConfig(ConfigModel):
+class GenerationConfig(ConfigModel):
+    """How a model's responses are generated."""
+
+    temperature: PositiveFloat = 0.7
+    """Sampling temperature."""
+    max_tokens: PositiveInt = 256
+    """Longest response, in tokens."""
+    batch_size: PositiveInt = 256
+    """Prompts per engine call; of sampling also per output file, which is made again if an engine dies. An engine waits
+    for the last answers of a batch, so small batches are slow."""
+
+
+class SamplingConfig(GenerationConfig):
     """Sampling a model, for the SFT set and for the rejected responses."""
 
     samples: PositiveInt = 8
     """Responses per question, the K of pass@K."""
-    temperature: PositiveFloat = 0.7
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 256
-    """Questions per engine call, and per output file: what is made again if an engine dies. An engine waits for the
-    last answers of a batch, so that small ones are slow."""
 
 
 class EngineConfig(ConfigModel):
@@ -161,8 +168,6 @@ class TeacherModel(ConfigModel):
     """A local directory, a hub id, or the name of the model at an endpoint."""
     engine: Annotated[EngineConfig | EndpointConfig, Field(discriminator="type")] = EngineConfig(max_model_len=8192)
     sampling: SamplingConfig = SamplingConfig(samples=4, temperature=0.6, max_tokens=4096)
-    chat_template: str | None = None
-    """Jinja text that replaces the teacher's template."""
 
     @model_validator(mode="after")
     def _room_for_answers(self) -> "TeacherModel":
@@ -217,7 +222,5 @@ class PairsConfig(ConfigModel):
     """Which wrong samples: any; the most probable ones; those most like the chosen response; or that begin like it."""
     dedup: Literal["none", "exact", "normalised", "near"] = "exact"
     """Drop pairs that were there before: to the letter; but for case, punctuation and spaces; or nearly (MinHash)."""
-    near_threshold: Annotated[float, Field(ge=0.1, le=0.95)] = 0.9
-    """Jaccard similarity of word triples from which on two pairs are near duplicates."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Longest allowed ratio of the two sides' lengths in characters."""

@@ -7,17 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from spo_ray.config.base import ConfigModel, Fraction
-from spo_ray.config.data import EndpointConfig, EngineConfig
+from spo_ray.config.data import EndpointConfig, EngineConfig, GenerationConfig
 
 LM_EVAL = "lm_eval:"
 SUITES = ("accuracy", "health", "alpaca_eval")
-
-
-class HealthConfig(ConfigModel):
-    """Suite ``health``: signs of degenerate text, and where probability went."""
-
-    prompts: PositiveInt = 128
-    """Random held-out prompts to answer, once greedily and once at temperature 1."""
 
 
 class AnnotatorConfig(ConfigModel):
@@ -95,7 +88,7 @@ class LmEvalConfig(ConfigModel):
     """Documents per task; None: all."""
 
 
-class EvalConfig(ConfigModel):
+class EvalConfig(GenerationConfig):
     """What checkpoints are judged by, on data that training has not seen."""
 
     suites: list[str] | None = None
@@ -105,11 +98,8 @@ class EvalConfig(ConfigModel):
     """Evaluate the base and the SFT model beside later stages, where the cluster has room for an engine more."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """One sampled answer per question and seed."""
-    temperature: PositiveFloat = 0.7
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 256
-    """Prompts per engine call."""
-    health: HealthConfig = HealthConfig()
+    health_prompts: PositiveInt = 128
+    """Random held-out prompts that suite ``health`` asks, once greedily and once at temperature 1."""
     alpaca: AlpacaConfig | None = None
     lm_eval: LmEvalConfig = LmEvalConfig()
 

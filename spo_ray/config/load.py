@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
+from spo_ray.config.keys import set_key
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import space_problems
 from spo_ray.errors import UserError
@@ -54,18 +55,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} must look like key.sub=value")
-    *parents, last = key.split(".")
-    node: Any = tree
-    for parent in parents:
-        if node.get(parent) is None:
-            node[parent] = CommentedMap()
-        node = node[parent]
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {parent} holds a value, not a section")
     try:
-        node[last] = YAML(typ="safe").load(text)
+        set_key(tree, key, YAML(typ="safe").load(text))
     except YAMLError as error:
         raise UserError(f"override {override!r}: the value is no YAML: {error}") from error
+    except ValueError as error:
+        raise UserError(f"override {override!r}: {error}") from error
 
 
 def _given(key: Sequence[int | str], overrides: Sequence[str]) -> bool:

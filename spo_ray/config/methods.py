@@ -1,13 +1,10 @@
 """The schema of the preference methods: a union told apart by ``type``, so that no method carries another's fields."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from spo_ray.config.base import ConfigModel
-
-SftReduction = Literal["sum", "token_mean"]
-FlipRate = Annotated[float, Field(ge=0.0, lt=0.5)]
 
 
 class Trained(ConfigModel):
@@ -17,35 +14,49 @@ class Trained(ConfigModel):
     """Peak learning rate of theta and phi; None: those of ``preference``."""
 
 
-class Nll(Trained):
-    """-log pi(y_w) alone."""
+class WithSftLoss(ConfigModel):
+    """Fields of the methods that have the SFT loss L_SFT, -log pi(y_w), as a term."""
 
-    type: Literal["nll"]
-    sft_reduction: SftReduction = "sum"
+    sft_reduction: Literal["sum", "token_mean"] = "sum"
+    """L_SFT summed over a completion's tokens, or their mean."""
 
 
-class Dpo(Trained):
-    """DPO."""
+class Scaled(Trained):
+    """Fields of DPO and the losses derived from it."""
 
-    type: Literal["dpo"]
     beta: PositiveFloat = 0.5
+    """Factor of the log-ratios of policy and reference; a smaller one lets the policy move further."""
 
 
-class CDpo(Trained):
-    """Conservative DPO."""
+class Smoothed(Scaled):
+    """Fields of the losses that take some labels for wrong."""
 
-    type: Literal["cdpo"]
-    beta: PositiveFloat = 0.5
-    label_smoothing: FlipRate = 0.1
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
     """Share of pairs believed to be the wrong way round."""
 
 
-class RobustDpo(Trained):
-    """Robust DPO: without bias under flipped labels."""
+class Nll(Trained, WithSftLoss):
+    """The SFT loss alone: -log pi(y_w)."""
+
+    type: Literal["nll"]
+
+
+class Dpo(Scaled):
+    """DPO: direct preference optimization."""
+
+    type: Literal["dpo"]
+
+
+class CDpo(Smoothed):
+    """Conservative DPO: cross-entropy with smoothed labels."""
+
+    type: Literal["cdpo"]
+
+
+class RobustDpo(Smoothed):
+    """Robust DPO: an unbiased estimate of DPO's loss where labels are flipped at random."""
 
     type: Literal["robust_dpo"]
-    beta: PositiveFloat = 0.5
-    label_smoothing: FlipRate = 0.1
 
 
 class Ipo(Trained):
@@ -58,27 +69,33 @@ class Ipo(Trained):
     """Log-ratios per token, or summed (the paper)."""
 
 
-class SimPo(Trained):
-    """SimPO; the margin is absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
+class LengthNormalised(Trained):
+    """Fields of the losses on mean log-probabilities per token."""
+
+    beta: PositiveFloat = 2.0
+    """Factor of the difference of the two completions' mean log-probabilities per token."""
+    margin: NonNegativeFloat = 1.0
+    """Target margin, absolute: -log sigma(beta * (mean_w - mean_l) - margin)."""
+
+
+class SimPo(LengthNormalised):
+    """SimPO: no reference model."""
 
     type: Literal["simpo"]
-    beta: PositiveFloat = 2.0
-    margin: NonNegativeFloat = 1.0
 
 
-class AlphaDpo(Trained):
-    """AlphaDPO; alpha is beta times the alpha of its public trainer."""
+class AlphaDpo(LengthNormalised):
+    """AlphaDPO: SimPO with a margin of its own for each pair, from policy and reference."""
 
     type: Literal["alpha_dpo"]
-    beta: PositiveFloat = 2.0
-    margin: NonNegativeFloat = 1.0
     alpha: NonNegativeFloat = 0.5
+    """Weight of the pair's own part of the margin: beta times the alpha of the public trainer."""
     statistics: Literal["corrected", "reference_exact"] = "corrected"
     """Running statistics of the z-score: corrected for their start, or just as in the public trainer."""
 
 
 class Dpop(Trained):
-    """DPO-Positive."""
+    """DPO-Positive: DPO with a penalty where log pi(y_w) falls below the reference's."""
 
     type: Literal["dpop"]
     beta: PositiveFloat = 0.3
@@ -86,26 +103,17 @@ class Dpop(Trained):
     """Weight of a fall of log pi(y_w), inside beta."""
 
 
-class DpoNll(Trained):
+class DpoNll(Scaled, WithSftLoss):
     """DPO + mu * L_SFT, on all parameters."""
 
     type: Literal["dpo_nll"]
-    beta: PositiveFloat = 0.5
     mu: NonNegativeFloat = 1.0
-    sft_reduction: SftReduction = "sum"
+    """Weight of the SFT loss."""
 
 
 Base = Dpo | CDpo | RobustDpo | Ipo | SimPo | AlphaDpo | Dpop
-BASES: dict[str, type[Base]] = {
-    "dpo": Dpo,
-    "cdpo": CDpo,
-    "robust_dpo": RobustDpo,
-    "ipo": Ipo,
-    "simpo": SimPo,
-    "alpha_dpo": AlphaDpo,
-    "dpop": Dpop,
-}
-BASE_FIELDS = ("beta", "margin", "alpha", "statistics", "label_smoothing", "ipo_reduction", "penalty")
+"""Losses that SPO can be built around."""
+BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {"type", "lr"}
 
 
 class Inner(ConfigModel):
@@ -132,24 +140,17 @@ class SafeRegion(ConfigModel):
     max_lambda: PositiveFloat = 100.0
 
 
-class Spo(Trained):
-    """Stable Preference Optimization around a base loss, whose own fields stand here too."""
+class Spo(Trained, WithSftLoss):
+    """Stable Preference Optimization around a base loss."""
 
     type: Literal["spo"]
-    base: Literal["dpo", "cdpo", "robust_dpo", "ipo", "simpo", "alpha_dpo", "dpop"] = "dpo"
-    beta: PositiveFloat | None = None
-    margin: NonNegativeFloat | None = None
-    alpha: NonNegativeFloat | None = None
-    statistics: Literal["corrected", "reference_exact"] | None = None
-    label_smoothing: FlipRate | None = None
-    ipo_reduction: Literal["mean", "sum"] | None = None
-    penalty: NonNegativeFloat | None = None
+    base: Annotated[Base, Field(discriminator="type")] = Dpo(type="dpo")
+    """The base loss with its own fields, such as ``{type: simpo, beta: 2.0, margin: 1.0}``."""
     lambda_sft: NonNegativeFloat = 1.0
     """Weight of the SFT loss; with a safe region, where it starts."""
     safe_region: SafeRegion | None = None
     gamma: NonNegativeFloat = 0.0
     inner: Inner = Inner()
-    sft_reduction: SftReduction = "sum"
     norm_scope: Literal["all", "backbone", "adapters"] = "all"
     norm_of: Literal["sum", "mean"] = "sum"
     """R's norms of summed log-probabilities, or of means per token (for length-normalised bases)."""
@@ -157,24 +158,27 @@ class Spo(Trained):
     difference: Literal["forward", "central"] = "forward"
     """Finite differences in grad R and the rescaled (b)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _base_is_a_section(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        base, flat = value.get("base", {}), {name: value[name] for name in value if name in BASE_FIELDS}
+        section = (
+            {"type": base} if isinstance(base, str) else {"type": "dpo"} | (base if isinstance(base, dict) else {})
+        )
+        if flat or isinstance(base, str):
+            text = ", ".join(f"{name}: {item}" for name, item in (section | flat).items())
+            raise ValueError(f"the base loss is a section with its own fields: write base: {{{text}}}")
+        return value | {"base": section} if isinstance(value.get("base"), dict) else value
+
     @model_validator(mode="after")
-    def _base_takes_its_fields(self) -> "Spo":
-        known = BASES[self.base].model_fields
-        wrong = [name for name in self._given() if name not in known]
-        if wrong:
-            raise ValueError(f"base {self.base} takes no {' and no '.join(wrong)}")
+    def _fits_together(self) -> "Spo":
+        if self.base.lr is not None:
+            raise ValueError("base.lr has no effect: set the method's own lr")
         if self.safe_region and self.safe_region.gap == "inner" and not self.inner.steps:
             raise ValueError("safe_region.gap=inner needs a lower level: inner.steps must be at least 1")
         return self
-
-    def _given(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in BASE_FIELDS}
-        return {name: value for name, value in values.items() if value is not None}
-
-    @property
-    def base_config(self) -> Base:
-        """The base loss as a method of its own, with its defaults for what is not given."""
-        return BASES[self.base].model_validate({"type": self.base, **self._given()})
 
 
 def _not_reserved(name: str) -> str:

@@ -5,7 +5,7 @@ nearest valid key. Every field is documented where it stands.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -22,7 +22,7 @@ from spo_ray.config.evaluate import EvalConfig
 from spo_ray.config.methods import MethodConfig, MethodName, Spo
 from spo_ray.config.model import ModelConfig
 from spo_ray.config.sweep import SweepConfig, unmeasured
-from spo_ray.config.train import PreferenceConfig, SftConfig, TrackingConfig, TrainConfig
+from spo_ray.config.train import PreferenceConfig, SftConfig, TrainConfig
 
 PASSED_ENV = [
     "HF_HUB_OFFLINE",
@@ -35,6 +35,11 @@ PASSED_ENV = [
     "GLOO_SOCKET_IFNAME",
     "AWS_ENDPOINT_URL",
     "AWS_DEFAULT_REGION",
+    "WANDB_PROJECT",
+    "WANDB_ENTITY",
+    "WANDB_MODE",
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_EXPERIMENT_NAME",
 ]
 
 
@@ -81,7 +86,10 @@ class Config(ConfigModel):
     """Rounds of sampling, pairing and training; each method's further rounds go on from its own last checkpoint."""
     methods: dict[MethodName, MethodConfig] = Field(min_length=1)
     eval: EvalConfig = EvalConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Trackers that training curves go to besides ``log.jsonl``. Their own environment variables say where:
+    ``WANDB_API_KEY``, ``WANDB_PROJECT``, ``WANDB_ENTITY``, ``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI`` and
+    ``MLFLOW_EXPERIMENT_NAME``. TensorBoard's event files are in the run's folder ``tensorboard``."""
     sweep: SweepConfig | None = None
     """For ``pipelines/sweep.py``; all other scripts take no notice of it."""
 

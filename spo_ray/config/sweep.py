@@ -1,12 +1,13 @@
 """The schema of a sweep: which keys vary and how, which trials are stopped early, what is scored, what is kept."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from spo_ray.config.base import ConfigModel
+from spo_ray.config.keys import with_values
 
 Value = bool | int | float | str | None
 FROM_LOG = ("delta_logp_chosen", "delta_logp_rejected", "reward_accuracy", "held_out_reward_accuracy")
@@ -44,43 +45,6 @@ class Grid(ConfigModel):
 Dimension = Annotated[LogUniform | Choice | Grid, Field(discriminator="type")]
 
 
-class RandomSearch(ConfigModel):
-    """``samples`` draws, each combined with every point of the grids if there are any; equal ones are tried once."""
-
-    type: Literal["random"]
-
-
-class GridSearch(ConfigModel):
-    """Every point of the grids once."""
-
-    type: Literal["grid"]
-
-
-class OptunaSearch(ConfigModel):
-    """Optuna's TPE: ``samples`` suggestions, which learn from the finished trials; for all objectives together."""
-
-    type: Literal["optuna"]
-    startup_trials: PositiveInt = 10
-    """Random suggestions before the first that learns."""
-
-
-class Fifo(ConfigModel):
-    """Every trial trains to its end, but for those that collapse."""
-
-    type: Literal["fifo"]
-
-
-class Asha(ConfigModel):
-    """Asynchronous successive halving on the first objective: of what has reached a rung, the best part goes on.
-
-    The rungs are ``score_at[0]`` times the powers of ``reduction_factor``.
-    """
-
-    type: Literal["asha"]
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """One in so many trials goes on from a rung."""
-
-
 class ValidationConfig(ConfigModel):
     """What trials are scored on: rows of the training split that no trial trains on, and not of the test split."""
 
@@ -97,10 +61,14 @@ class SweepConfig(ConfigModel):
     """A name in ``methods``."""
     space: dict[str, Dimension] = Field(min_length=1)
     """What varies: dotted keys of the configuration, such as ``methods.spo.lambda_sft``."""
-    searcher: Annotated[RandomSearch | GridSearch | OptunaSearch, Field(discriminator="type")] = RandomSearch(
-        type="random"
-    )
-    scheduler: Annotated[Fifo | Asha, Field(discriminator="type")] = Asha(type="asha")
+    searcher: Literal["random", "grid", "optuna"] = "random"
+    """``random``: ``samples`` draws, each combined with every point of the grids. ``grid``: every point of the grids
+    once. ``optuna``: ``samples`` suggestions of TPE, which learns from the finished trials' objectives."""
+    scheduler: Literal["asha", "fifo"] = "asha"
+    """``asha``: asynchronous successive halving on the first objective, at ``score_at[0]`` times the powers of
+    ``reduction_factor``. ``fifo``: every trial trains to its end unless it collapses."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """ASHA lets the best of so many trials go on; the others are stopped."""
     samples: PositiveInt = 12
     """Draws or suggestions; a grid search has none. Equal draws are tried once."""
     seeds: list[int] = Field(default=[0], min_length=1)
@@ -123,9 +91,9 @@ class SweepConfig(ConfigModel):
     def _fits_together(self) -> "SweepConfig":
         if self.score_at != sorted(set(self.score_at)) or self.score_at[-1] != 1.0:
             raise ValueError(f"score_at={self.score_at} must rise and end with 1.0")
-        if self.searcher.type == "grid" and any(d.type != "grid" for d in self.space.values()):
+        if self.searcher == "grid" and any(d.type != "grid" for d in self.space.values()):
             raise ValueError("searcher grid takes grids alone: give every key of space values with type: grid")
-        if self.searcher.type == "optuna" and len(self.seeds) > 1:
+        if self.searcher == "optuna" and len(self.seeds) > 1:
             raise ValueError("searcher optuna learns from single trials: give one seed, and repeat the best with more")
         if "held_out_reward_accuracy" in self.objectives and not self.validation.pairs:
             raise ValueError("held_out_reward_accuracy needs validation.pairs")
@@ -154,22 +122,6 @@ def unmeasured(sweep: SweepConfig, suites: Sequence[str]) -> list[str]:
 
 FIXED = ("name", "output", "ray", "rounds", "engine", "eval", "sweep")
 """Sections that are the same for all trials."""
-
-
-def with_values(config: Any, values: Mapping[str, Any]) -> Any:
-    """The configuration with other values at some dotted keys.
-
-    Raises:
-        pydantic.ValidationError: they are no valid values there.
-    """
-    tree = config.model_dump(mode="json")
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
-    return type(config).model_validate(tree)
 
 
 def space_problems(config: Any) -> Iterator[tuple[str, str]]:

@@ -69,9 +69,6 @@ class PreferenceConfig(ConfigModel):
     """Steps between measurements of the learning dynamics (gradient terms, forecasts, what came true); None: never."""
     health_every: PositiveInt | None = 500
     """Steps between looks at sampled answers to probe prompts (repetition, diversity, length, entropy); None: never."""
-    health_prompts: PositiveInt = 8
-    health_tokens: PositiveInt = 64
-    """Longest sampled answer."""
     alarm: AlarmConfig = AlarmConfig()
 
 
@@ -127,34 +124,7 @@ class TrainConfig(ConfigModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_failures: NonNegativeInt = 3
     """Restarts after lost workers or nodes, from the newest checkpoint."""
-    max_skipped_steps: NonNegativeInt = 5
-    """Steps in a row whose gradient is not finite: each is skipped; one more stops the training."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that a worker waits for the others before they count as lost."""
     memory_check: bool = True
     """Refuse a training whose planned memory is beyond the worker's."""
-
-
-class WandbConfig(ConfigModel):
-    """Weights & Biases; the key is ``WANDB_API_KEY``, and ``WANDB_MODE=offline`` writes files alone."""
-
-    project: str = "spo-ray"
-    entity: str | None = None
-    """Team or user; None: the key's own."""
-
-
-class MlflowConfig(ConfigModel):
-    """MLflow."""
-
-    uri: str | None = None
-    """Server, database or folder; None: ``MLFLOW_TRACKING_URI``, else MLflow's own default."""
-    experiment: str = "spo-ray"
-
-
-class TrackingConfig(ConfigModel):
-    """Where training curves go besides ``log.jsonl``; None and false: nowhere."""
-
-    tensorboard: bool = False
-    """Event files in the run's folder ``tensorboard``."""
-    wandb: WandbConfig | None = None
-    mlflow: MlflowConfig | None = None

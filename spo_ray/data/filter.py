@@ -16,6 +16,8 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
 from spo_ray.runtime.run import Run, Stage, Work
 
+NEAR = 0.9
+"""Jaccard similarity of word triples from which on two pairs are near duplicates: few words differ."""
 PERMUTATIONS = 128
 
 
@@ -41,7 +43,7 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
             counts.kept += len(kept)
         require_rows(counts.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", counts)
 
-    settings = config.model_dump(include={"dedup", "near_threshold", "max_length_ratio"})
+    settings = config.model_dump(include={"dedup", "max_length_ratio"}) | {"near_threshold": NEAR}
     work = Work(candidates.max_rows, note=f"pairs without duplicates (dedup {config.dedup})")
     return run.execute(Stage(name, build, settings, {"candidates": candidates}, work))
 
@@ -86,8 +88,7 @@ class _Near:
     def __init__(self, config: PairsConfig) -> None:
         from datasketch import MinHashLSH  # needs SciPy, which takes a second
 
-        self.index: Any = MinHashLSH(threshold=config.near_threshold, num_perm=PERMUTATIONS)
-        self.threshold = config.near_threshold
+        self.index: Any = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
         self.sketches: dict[str, Any] = {}
 
     def earlier(self, row_id: str, text: str) -> str | None:
@@ -96,7 +97,7 @@ class _Near:
         sketch = MinHash(num_perm=PERMUTATIONS)
         sketch.update_batch([" ".join(shingle).encode() for shingle in shingles(words(text), 3)])
         found = self.index.query(sketch)  # candidates: the estimate decides
-        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= self.threshold]
+        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= NEAR]
         if alike:
             return min(alike)
         self.index.insert(row_id, sketch)

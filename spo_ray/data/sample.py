@@ -45,7 +45,7 @@ class SamplingJob(NamedTuple):
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
         enough = config.sft_data.responses_per_question
         settings = "the engine of sft_data.teachers"
-        return cls(model, teacher.engine, teacher.sampling, teacher.chat_template, enough, settings)
+        return cls(model, teacher.engine, teacher.sampling, None, enough, settings)
 
     @property
     def identity(self) -> dict[str, Any]:

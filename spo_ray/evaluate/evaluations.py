@@ -17,7 +17,7 @@ from spo_ray.evaluate.win_rates import effective
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.cluster import room_beside
-from spo_ray.runtime.console import log
+from spo_ray.runtime.console import log, warn
 from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.parallel import run_parallel
 from spo_ray.runtime.run import Run, Stage, Work
@@ -68,7 +68,7 @@ class Evaluations:
                 for name, checkpoint in checkpoints.items():
                     self._measure(data, name, checkpoint, node)
             except Exception as error:  # finish tries again, and raises it if it lasts
-                log("evaluate", f"failed beside other stages, and is put off: {error}")
+                warn("evaluate", f"failed beside other stages, and is put off: {error}")
 
         self.background = threading.Thread(target=work, daemon=True)
         self.background.start()

@@ -25,11 +25,11 @@ UNCOMPARED = ("base", SFT)
 def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer prompts greedily and at temperature 1, and score the SFT model's samples (:class:`schema.HealthRow`)."""
     config = bench.run.config
-    settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | config.eval.health.model_dump()
+    settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | {"prompts": config.eval.health_prompts}
 
     def build(out: Path, counts: RowCounts) -> None:
         table = bench.data.rows()
-        drawn = random.Random(config.seed).sample(table, min(config.eval.health.prompts, len(table)))
+        drawn = random.Random(config.seed).sample(table, min(config.eval.health_prompts, len(table)))
         passes = [Pass(None, 0.0), Pass(SAMPLED, 1.0)]
         counts.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
         limits = (config.eval.max_tokens, config.eval.batch_size)
@@ -51,7 +51,7 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         write_rows(out / "part-0.parquet", kept, schema.HealthRow)
 
     inputs = {"model": checkpoint, "questions": bench.data} | ({"sft": bench.sft} if bench.sft else {})
-    prompts = min(config.eval.health.prompts, bench.data.max_rows or config.eval.health.prompts)
+    prompts = min(config.eval.health_prompts, bench.data.max_rows or config.eval.health_prompts)
     texts = prompts * (3 if bench.sft else 2)
     note = f"texts of up to {config.eval.max_tokens} tokens, and their log-probabilities"
     work = bench.work(note, rows=prompts, out=texts, tokens=texts * config.eval.max_tokens)
@@ -85,7 +85,7 @@ def conclude(bench: SuiteContext, checkpoints: Results, measured: Results) -> di
             write_rows(out / "part-0.parquet", table, schema.ShiftRow)
 
         inputs = {"health": measured[name], "sft": judge}
-        prompts = bench.run.config.eval.health.prompts
+        prompts = bench.run.config.eval.health_prompts
         tokens = prompts * bench.run.config.eval.max_tokens
         work = bench.work("log-probabilities of its texts under the SFT model", rows=prompts, tokens=tokens)
         found[name] = [bench.run.execute(Stage(f"shift_{name}", build, bench.identity, inputs, work))]

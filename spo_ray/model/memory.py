@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import PretrainedConfig
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.model import ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.config.schema import Config
@@ -332,7 +333,7 @@ def _mildest(plan: MemoryPlan, variants: Iterable[Changes], available: int) -> t
     best: tuple[Changes, MemoryPlan] = ({}, plan)
     for changes in variants:
         try:
-            other = plan.again(_changed(plan.config, changes))
+            other = plan.again(with_values(plan.config, changes))
         except (ValidationError, UserError):  # no setting for this configuration, or this model
             continue
         best = (changes, other) if other.total < best[1].total else best
@@ -353,14 +354,6 @@ def _changes(plan: MemoryPlan) -> Iterator[Iterable[Changes]]:
     yield [{"train.optimizer": "adamw_8bit"}]
     yield [{"model.theta": {"type": "adapter"}}]
     yield [{"train.max_length": length >> shift} for shift in range(1, max(1, length.bit_length() - 7))]
-
-
-def _changed(config: Config, changes: Changes) -> Config:
-    tree = config.model_dump()
-    for key, value in changes.items():
-        section, name = key.split(".")
-        tree[section][name] = value
-    return Config.model_validate(tree)
 
 
 def _text(changes: Changes) -> str:

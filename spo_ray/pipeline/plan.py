@@ -131,7 +131,7 @@ def plan_text(plan: PlannedRun) -> str:
 def trials_text(config: Config) -> str:
     """Return a line for every trial of a sweep, as far as they are known in advance."""
     sweep = sweep_of(config)
-    if sweep.searcher.type == "optuna":
+    if sweep.searcher == "optuna":
         keys = ", ".join(sweep.space)
         return f"{sweep.samples} suggestions by Optuna for {keys}; objectives {', '.join(sweep.objectives)}"
     lines = [f"trials of {sweep.method}; objectives {', '.join(sweep.objectives)}"]

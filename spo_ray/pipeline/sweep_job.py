@@ -67,7 +67,7 @@ def plan_sweep(config: Config) -> PlannedRun:
     """Return what a sweep would do; its ``problem`` says why it would be refused, if it would."""
     plan = PlannedRun(config)
     with plan.noting_problems():
-        if sweep_of(config).searcher.type != "optuna":
+        if sweep_of(config).searcher != "optuna":
             listed_points(config)  # refuses values that don't go together
         preflight(config)
     with plan.noting_problems():

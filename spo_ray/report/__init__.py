@@ -1,1 +1,1 @@
-"""The report page and its figures."""
+"""HTML pages of runs, comparisons and sweeps, and their figures."""

@@ -1,4 +1,4 @@
-"""``summary.json``: what every method reached, from the stages' own files."""
+"""``summary.json``: the results of every checkpoint, read from the stages' files."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,11 @@ NO_CHANGE = {"delta_logp_chosen": None, "delta_logp_rejected": None}
 
 
 def summarise(run: Run, methods: dict[str, Artifact], evaluation: Evaluation) -> dict[str, Any]:
-    """Every score of every checkpoint, and the change of log-probabilities on the training pairs.
+    """Return the content of ``summary.json``.
 
-    ``accuracy_greedy`` and ``accuracy_sampled`` are None for ready pairs without questions; ``held_out`` has the share
-    of held-out pairs whose chosen response gained more than the rejected one. ``scores`` has all figures by metric,
-    ``comparisons`` every two checkpoints on the same items.
+    ``methods`` has for each checkpoint ``accuracy_greedy`` and ``accuracy_sampled`` (None without graded answers), the
+    change of log-probabilities on the training pairs, ``held_out`` with the share of held-out pairs whose chosen
+    response gained more than the rejected one, and ``scores`` with all metrics. ``comparisons`` has the paired tests.
     """
     scores = evaluation.scores.rows()
     table: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def summarise(run: Run, methods: dict[str, Artifact], evaluation: Evaluation) ->
 
 
 def versions_of(run: Run) -> dict[str, str]:
-    """Of the packages that the run's stages were made with; several where they changed in between."""
+    """Return the package versions that the run's stages were built with; all of them if they changed in between."""
     found: dict[str, dict[str, None]] = {}
     for path in sorted(run.root.glob(f"*/{MANIFEST}")):
         for name, version in json.loads(path.read_text())["versions"].items():
@@ -51,7 +51,7 @@ def versions_of(run: Run) -> dict[str, str]:
 
 
 def _figures(score: dict[str, Any]) -> dict[str, Any]:
-    """What a score says, without what it does not have."""
+    """Return the value of a score, its interval and counts; without those that it does not have."""
     names = ("value", "low", "high", "std", "n", "seeds")
     return {name: score[name] for name in names if score[name] not in (None, [])}
 

@@ -1,35 +1,27 @@
-"""The sensitivity report: one self-contained page, its figures, and the table of the trials."""
+"""The sweep page: one self-contained HTML file, its figures as SVG, and ``summary.json``."""
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.evaluate.statistics import in_words
-from spo_ray.report import html
 from spo_ray.report.figures import spec, svg
-from spo_ray.report.sweep_figures import (
-    heat_figure,
-    importance_figure,
-    importances,
-    parallel_figure,
-    sensitivity_figure,
-)
+from spo_ray.report.page import Table, render
+from spo_ray.report.scores import with_interval
+from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import Artifact, RowCounts, versions, write_json
 from spo_ray.runtime.console import log, place
 from spo_ray.runtime.run import Run, Stage
-from spo_ray.sweep.results import BEST, Ranked, Row, one_each, rows_of
+from spo_ray.sweep.results import BEST, Ranked, Row, rows_of
 from spo_ray.sweep.space import short_names, short_text, sweep_of
-
-MOST_MAPS = 6
 
 
 def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluation | None) -> None:
-    """Write ``report/index.html`` with the figures beside it, and ``summary.json``."""
+    """Write ``report/index.html`` with its figures, and ``summary.json``."""
     sweep, rows = sweep_of(run.config), rows_of(trials)
     summary = summarise(run, rows, best, tested)
 
@@ -37,27 +29,34 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
         figures = dict(sensitivity_figures(rows, sweep, summary["importances"]))
         for title, chart in figures.items():
             (out / file_name(title)).write_text(svg(chart), encoding="utf-8")
-        (out / "index.html").write_text(_page(run, rows, summary, figures), encoding="utf-8")
+        page = render("sweep.html.j2", **_content(run, rows, summary, figures))
+        (out / "index.html").write_text(page, encoding="utf-8")
         row_counts.read = row_counts.kept = len(rows)
 
     inputs = {"trials": trials} | ({"scores": tested.scores, "comparisons": tested.comparisons} if tested else {})
     report = run.execute(Stage("report", build, config={}, inputs=inputs))
     write_json(run.root / "summary.json", summary)
     log("best", f"{values_in_words(best.values)}; {BEST} is ready to run")
-    for line in _test_lines(summary["test"], names_of(sweep)):
+    for line in _test_lines(summary, names_of(sweep)):
         log("test", " ".join(line))
     log("report", place(report.path / "index.html"))
 
 
 def file_name(title: str) -> str:
-    """A figure's, whatever the names of scores and parameters in its title."""
+    """Return the file name of a figure; names of scores and parameters in its title can hold any character."""
     return f"{re.sub(r'[^a-z0-9.-]+', '_', title.lower())}.svg"
 
 
 def summarise(run: Run, rows: Sequence[Row], best: Ranked, tested: Evaluation | None) -> dict[str, Any]:
-    """What ``summary.json`` has."""
+    """Return the content of ``summary.json``; ``test`` holds scores on the test split by checkpoint and name."""
     sweep = sweep_of(run.config)
     status = [row["status"] for row in rows]
+    test: dict[str, dict[str, Any]] = {}
+    for score in tested.scores.rows() if tested else []:
+        name = score["metric"] if score["suite"] == "accuracy" else f"{score['suite']}/{score['metric']}"
+        entry = {key: score[key] for key in ("value", "low", "high", "n") if score[key] is not None}
+        test.setdefault(score["checkpoint"], {})[name] = entry
+    without = [row["bytes"] for row in rows if not row["checkpoint"]]
     return {
         "run": run.config.name,
         "seed": run.config.seed,
@@ -67,83 +66,48 @@ def summarise(run: Run, rows: Sequence[Row], best: Ranked, tested: Evaluation | 
             "trials": [row["trial"] for row in best.rows],
             "validation": dict(zip(names_of(sweep), best.means, strict=False)),
         },
-        "test": _tested(tested),
+        "test": test,
         "comparisons": tested.comparisons.rows() if tested else [],
         "importances": importances(rows, sweep),
-        "bytes": {"trials": sum(row["bytes"] for row in rows), "without_checkpoint": _median_bytes(rows)},
+        "bytes": {
+            "trials": sum(row["bytes"] for row in rows),
+            "without_checkpoint": median_high(without) if without else None,
+        },
         "versions": versions(),
     }
 
 
-def _tested(tested: Evaluation | None) -> dict[str, dict[str, Any]]:
-    """Scores on the test split by checkpoint, then by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for score in tested.scores.rows() if tested else []:
-        name = score["metric"] if score["suite"] == "accuracy" else f"{score['suite']}/{score['metric']}"
-        entry = {key: score[key] for key in ("value", "low", "high", "n") if score[key] is not None}
-        found.setdefault(score["checkpoint"], {})[name] = entry
-    return found
+def _content(run: Run, rows: Sequence[Row], summary: dict[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of ``sweep.html.j2``."""
+    sweep = sweep_of(run.config)
+    return {
+        "config": run.config,
+        "sweep": sweep,
+        "summary": summary,
+        "versions": summary["versions"],
+        "best": values_in_words(summary["best"]["values"]),
+        "best_file": BEST,
+        "scores": _best_table(summary, names_of(sweep)),
+        "tests": [f"Test split, {row['metric']}: {in_words(row)}." for row in summary["comparisons"]],
+        "figures": [(title, spec(chart)) for title, chart in figures.items()],
+        "trials": _trial_table(rows, sweep),
+    }
 
 
-def _median_bytes(rows: Sequence[Row]) -> int | None:
-    sizes = sorted(row["bytes"] for row in rows if not row["checkpoint"])
-    return sizes[len(sizes) // 2] if sizes else None
+def _best_table(summary: Mapping[str, Any], names: Sequence[str]) -> Table:
+    found = summary["best"]["validation"]
+    validation = ["validation", *(f"{found[name]:.4g}" if name in found else "" for name in names)]
+    test = [[f"test, {line[0]}", *line[1:]] for line in _test_lines(summary, names)]
+    return Table(["on", *names], [validation, *test])
 
 
-def sensitivity_figures(rows: Sequence[Row], sweep: SweepConfig, found: dict[str, float]) -> list[tuple[str, Any]]:
-    """The first objective against each parameter and pair of them, all parameters at once, and importances."""
-    objective, names = names_of(sweep)[0], short_names(sweep.space)
-    scored = one_each(row for row in rows if objective in row["scores"])
-    figures = [(f"{objective} against {name}", sensitivity_figure(scored, key, sweep)) for key, name in names.items()]
-    for first, second in list(itertools.combinations(sweep.space, 2))[:MOST_MAPS]:
-        figures.append((f"{names[first]} x {names[second]}", heat_figure(scored, first, second, sweep)))
-    figures.append(("Parallel coordinates", parallel_figure(scored, sweep)))
-    if found:
-        figures.append(("Importance", importance_figure(found)))
-    return figures
+def _test_lines(summary: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
+    """Return checkpoints with their scores on the test split."""
+    tested = summary["test"]
+    return [[name, *(with_interval(scores.get(key), ".3f") for key in names)] for name, scores in tested.items()]
 
 
-def _page(run: Run, rows: Sequence[Row], summary: dict[str, Any], figures: Mapping[str, Any]) -> str:
-    sweep, counts = sweep_of(run.config), summary["trials"]
-    told = ", ".join(f"{n} {name}" for name, n in counts.items())
-    sections = [
-        f"<h1>{escape(run.config.name)}</h1>",
-        f"<p class=note>{len(rows)} trials of {escape(sweep.method)}: {told}. Searcher {sweep.searcher.type}, "
-        f"scheduler {sweep.scheduler.type}, seeds {', '.join(map(str, sweep.seeds))}. Scored on "
-        f"{_validation(run, sweep)}, which no trial was trained on.</p>",
-        "<h2>Best</h2>",
-        f"<p>{escape(values_in_words(summary['best']['values']))}. Ready to run: <code>{BEST}</code>.</p>",
-        html.table(["on", *names_of(sweep)], _best_lines(summary, sweep)),
-        *(f"<p class=note>Test split, {row['metric']}: {escape(in_words(row))}.</p>" for row in summary["comparisons"]),
-        "<h2>Sensitivity</h2>",
-        "<p class=note>A point is one setting: the mean over its seeds with the 95% interval (Student's t over seeds; "
-        "with one seed the interval of the score itself). Hollow: not all of its trials reached the end, and their "
-        "last score is shown. Heat maps average over everything else.</p>",
-    ]
-    for title, chart in figures.items():
-        sections += [f"<h3>{escape(title)}</h3>", html.figure(spec(chart))]
-    sections += ["<h2>Trials</h2>", html.table(*_trial_table(rows, sweep))]
-    footer = " · ".join(f"{k} {v}" for k, v in summary["versions"].items())
-    return html.page(f"{run.config.name}: spo_ray sweep", sections, footer)
-
-
-def _validation(run: Run, sweep: SweepConfig) -> str:
-    questions = "" if run.config.data.type == "preference" else f"{sweep.validation.questions} validation questions"
-    pairs = f"{sweep.validation.pairs} held-out pairs" if sweep.validation.pairs else ""
-    return " and ".join(part for part in (questions, pairs) if part) or "the probe pairs"
-
-
-def _best_lines(summary: Mapping[str, Any], sweep: SweepConfig) -> list[list[str]]:
-    lines = [["validation", *(f"{value:.4g}" for value in summary["best"]["validation"].values())]]
-    lines += [[f"test, {line[0]}", *line[1:]] for line in _test_lines(summary["test"], names_of(sweep))]
-    return [line + [""] * (1 + len(sweep.objectives) - len(line)) for line in lines]
-
-
-def _test_lines(tested: Mapping[str, Any], names: Sequence[str]) -> list[list[str]]:
-    return [[name, *(_with_interval(entry.get(key)) for key in names)] for name, entry in tested.items()]
-
-
-def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> tuple[list[str], list[list[str]]]:
+def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row["scores"]))
     header = ["trial", *short_names(sweep.space).values(), "seed", "status", "steps", "seconds", "bytes", *names]
     lines = []
@@ -151,17 +115,11 @@ def _trial_table(rows: Sequence[Row], sweep: SweepConfig) -> tuple[list[str], li
         values = [short_text(row["values"].get(key)) for key in sweep.space]
         status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
         plain = [str(row["seed"]), status, str(row["steps"]), f"{row['seconds']:.0f}", f"{row['bytes']:,}"]
-        lines.append([row["trial"], *values, *plain, *(_with_interval(row["scores"].get(name)) for name in names)])
-    return header, lines
-
-
-def _with_interval(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    interval = f" ({entry['low']:.3f} – {entry['high']:.3f})" if "low" in entry else ""
-    return f"{entry['value']:.3f}{interval}"
+        scores = [with_interval(row["scores"].get(name), ".3f") for name in names]
+        lines.append([row["trial"], *values, *plain, *scores])
+    return Table(header, lines)
 
 
 def values_in_words(values: Mapping[str, Any]) -> str:
-    """A point of the search space."""
+    """Return a point of the search space as text."""
     return ", ".join(f"{key} {short_text(value)}" for key, value in values.items())

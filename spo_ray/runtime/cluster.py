@@ -12,7 +12,7 @@ import ray.data
 from spo_ray.config.data import EndpointConfig, EngineConfig
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.runtime.console import log, redact
+from spo_ray.runtime.console import log, redact, warn
 from spo_ray.runtime.failure import TOO_SLOW
 from spo_ray.runtime.run import PlannedStage, Work
 
@@ -62,7 +62,7 @@ def _start(**options: Any) -> None:
     except Exception as error:
         if TOO_SLOW not in str(error):
             raise
-        log("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
+        warn("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
         ray.shutdown()
         ray.init(address="local", **options)
 

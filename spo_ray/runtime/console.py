@@ -1,6 +1,6 @@
-"""What people see while a run works: a live view on a terminal, plain lines elsewhere; and quiet libraries."""
+"""Log records of the logger ``spo_ray`` as lines or JSON, progress bars on a terminal, and quiet libraries."""
 
-import atexit
+import json
 import logging
 import os
 import re
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from spo_ray.config.base import is_secret
 
+LOGGER = logging.getLogger("spo_ray")
 EVERY_S = 2.0
-"""Between two plain lines of a stage."""
+"""Seconds between two progress lines of a stage, where there are no bars."""
 NOISY = (
     "torchao",
     "torch.utils._pytree",
@@ -27,122 +29,194 @@ NOISY = (
     "ray.data",
     "ray._private.authentication",
 )
+"""Loggers of libraries that are silenced below ERROR unless the user asks for their messages."""
+MIN_SECRET = 6
+"""Fewest characters of a secret; shorter values occur in ordinary words."""
+IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]*:(?!\d+/)[^\s@]+(?=@)")
+"""User and password in a URL; a port number is followed by a slash."""
+KNOWN = re.compile(r"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{12,}")
+"""Tokens of Hugging Face, OpenAI, GitHub and AWS."""
 Update = Callable[[int, int, str], None]
-"""(done, total, text)."""
+"""Reports progress: (done, total, text)."""
 
 
-class _View:
-    """The bars of all stages that are under way, which are shown as long as there are any."""
+def log(stage: str, text: str) -> None:
+    """Log one line of a stage's progress at level INFO."""
+    LOGGER.info(text, extra={"stage": stage})
+
+
+def warn(stage: str, text: str) -> None:
+    """Log one line about a stage at level WARNING, which ``--quiet`` shows too."""
+    LOGGER.warning(text, extra={"stage": stage})
+
+
+def redact(text: str) -> str:
+    """Return the text without the secrets of this process's environment, and without what looks like one."""
+    secrets = {value: name for name, value in os.environ.items() if is_secret(name) and len(value) >= MIN_SECRET}
+    for value in sorted(secrets, key=len, reverse=True):
+        text = text.replace(value, f"[{secrets[value]}]")
+    return KNOWN.sub("[secret]", IN_ADDRESS.sub("[secret]", text))
+
+
+class _Redact(logging.Filter):
+    """Replaces the secrets in a record before any formatter sees it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact(record.getMessage()), None
+        record.stage = redact(getattr(record, "stage", ""))
+        if record.exc_info:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+        return True
+
+
+class _Plain(logging.Formatter):
+    """Formats ``[HH:MM:SS] stage: text``, or the text alone for a record without a stage."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text, stage = super().format(record), getattr(record, "stage", "")
+        return f"[{self.formatTime(record, '%H:%M:%S')}] {stage}: {text}" if stage else text
+
+
+class _Json(logging.Formatter):
+    """Formats one JSON object per record: time (ISO 8601), level, stage (null if none), message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "stage": getattr(record, "stage", "") or None,
+            "message": super().format(record),
+        }
+        return json.dumps(fields)
+
+
+class _Bars:
+    """Progress bars of the stages under way, shown as long as there is one."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
+        self.terminal: Console | None = None
+        """None: no bars."""
         self.progress: Progress | None = None
-        self.open = 0
+        """None: no stage is under way."""
 
-    def add(self, stage: str) -> tuple[Progress, int]:
+    @contextmanager
+    def bar(self, stage: str, terminal: Console) -> Generator[Update]:
+        """Show one stage's bar while the block runs."""
         with self.lock:
             if self.progress is None:
                 columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
                 times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-                self.progress = Progress(*columns, *times, console=Console(file=sys.stdout), transient=True)
+                self.progress = Progress(*columns, *times, console=terminal, transient=True)
                 self.progress.start()
-            self.open += 1
-            return self.progress, self.progress.add_task(stage, total=None, text="")
-
-    def drop(self, task: int) -> None:
-        with self.lock:
-            if self.progress is not None:
-                self.progress.remove_task(task)  # ty: ignore[invalid-argument-type]
-                self.open -= 1
-        if not self.open:
-            self.end()
+            shown = self.progress
+            task = shown.add_task(stage, total=None, text="")
+        try:
+            yield lambda done, total, text: shown.update(task, completed=done, total=total, text=text)
+        finally:
+            with self.lock:
+                shown.remove_task(task)
+                if not shown.task_ids:
+                    self.end()
 
     def end(self) -> None:
+        """Give the terminal back, whatever is under way."""
         with self.lock:
-            shown, self.progress, self.open = self.progress, None, 0
+            shown, self.progress = self.progress, None
             if shown is not None:
                 shown.stop()
 
 
-_view = _View()
+_bars = _Bars()
 
 
-def log(stage: str, text: str) -> None:
-    """One line of progress, without secrets."""
-    line = f"[{time.strftime('%H:%M:%S')}] {stage}: {redact(text)}"
-    shown = _view.progress
-    if shown is None:
-        print(line, flush=True)
-    else:
-        shown.console.print(line, markup=False, highlight=False, soft_wrap=True)
+class _Handler(logging.Handler):
+    """Writes records to stdout and errors to stderr; JSON goes to stderr, so that stdout holds only the answer."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.as_json = as_json
+        self.setFormatter(_Json() if as_json else _Plain())
+        self.addFilter(_Redact())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if record.levelno >= logging.ERROR:
+                _bars.end()
+            shown, line = _bars.progress, self.format(record)
+            if shown is not None:
+                shown.console.out(line, highlight=False)
+            else:
+                to_stderr = self.as_json or record.levelno >= logging.ERROR
+                print(line, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def install(quiet: bool = False, as_json: bool = False) -> None:
+    """Write this process's log records to the terminal, and replace earlier handlers.
+
+    Command lines and the processes of sweep trials call this. A program that only imports spo_ray configures
+    ``logging.getLogger("spo_ray")`` itself.
+
+    Args:
+        quiet: write warnings and errors only, and show no bars.
+        as_json: write JSON lines to stderr, and show no bars.
+    """
+    terminal = Console()
+    _bars.terminal = terminal if terminal.is_interactive and not (quiet or as_json) else None
+    LOGGER.handlers[:] = [_Handler(as_json)]
+    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)
+    LOGGER.propagate = False
+
+
+@contextmanager
+def installed(quiet: bool = False, as_json: bool = False) -> Generator[None]:
+    """Write log records to the terminal while the block runs; see :func:`install`."""
+    handlers, level, propagate = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    install(quiet, as_json)
+    try:
+        yield
+    finally:
+        _bars.end()
+        _bars.terminal = None
+        LOGGER.handlers[:], LOGGER.propagate = handlers, propagate
+        LOGGER.setLevel(level)
 
 
 @contextmanager
 def progress(stage: str) -> Generator[Update]:
-    """How far a stage is: a bar with its text where there is a terminal, else the text every few seconds."""
+    """Show how far a stage is: a bar on a terminal, elsewhere a log line every few seconds."""
     last = time.monotonic()
 
-    def plain(done: int, total: int, text: str) -> None:
+    def line(done: int, total: int, text: str) -> None:
         nonlocal last
         if time.monotonic() - last > EVERY_S and done < total:
             log(stage, text)
             last = time.monotonic()
 
-    if not Console(file=sys.stdout).is_interactive:
-        yield plain
-        return
-    bars, task = _view.add(stage)
-
-    def live(done: int, total: int, text: str) -> None:
-        bars.update(task, completed=done, total=total, text=text)  # ty: ignore[invalid-argument-type]
-
-    try:
-        yield live
-    finally:
-        _view.drop(task)
-
-
-def end_view() -> None:
-    """Give the terminal back, whatever is under way."""
-    _view.end()
-
-
-atexit.register(end_view)
+    if _bars.terminal is None:
+        yield line
+    else:
+        with _bars.bar(stage, _bars.terminal) as update:
+            yield update
 
 
 def set_verbosity(verbose: bool) -> None:
-    """Let libraries tell all, or errors alone. To be called before they are imported."""
+    """Show all messages of libraries, or their errors only. Must be called before they are imported."""
     quieten(logging.NOTSET if verbose else logging.ERROR)
-    if verbose:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-        return
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
 
 
 def quieten(level: int = logging.ERROR) -> None:
-    """Keep libraries' messages below a level to themselves."""
+    """Silence the messages of libraries below a level."""
     for name in NOISY:
         logging.getLogger(name).setLevel(level)
 
 
 def place(path: Path) -> str:
-    """A path to look up: relative to where the command was given, if it is below."""
+    """Return a path relative to the working directory if it is below it, else the absolute path."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-SHORTEST = 6
-"""A shorter value is no secret, and would be struck out of innocent words."""
-IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]*:(?!\d+/)[^\s@]+(?=@)")
-"""User and password; a port ends at a slash."""
-KNOWN = re.compile(r"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{12,}")
-"""Hugging Face, OpenAI, GitHub, AWS."""
-
-
-def redact(text: str) -> str:
-    """The text without the secrets of this process's environment, and without what looks like one."""
-    secrets = {value: name for name, value in os.environ.items() if is_secret(name) and len(value) >= SHORTEST}
-    for value in sorted(secrets, key=len, reverse=True):
-        text = text.replace(value, f"[{secrets[value]}]")
-    return KNOWN.sub("[secret]", IN_ADDRESS.sub("[secret]", text))

@@ -1,13 +1,12 @@
-"""Row-mapping stages on Ray Data, written as Parquet shards by the tasks that made the rows.
+"""Stages that map rows with Ray Data; each task writes the rows it made as one Parquet shard.
 
-What travels through Ray Data are shards: which rows to read, and how many came out. Rows never pass through the driver,
-and one operator does all the work, which spares the start of more worker processes. A retried task replaces its own
-file, so no row is written twice; a stage that was cut off goes on with the shards whose files are missing.
+The items in Ray Data are shards: which rows to read, and how many were written. Rows never pass through the driver, and
+a single operator reads, maps and writes, so that no further worker processes start. A retried task replaces its own
+file, so no row is written twice; an interrupted stage resumes with the shards whose files are missing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,22 @@ from spo_ray.runtime.console import log, progress
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[schema.Rejected]]
 Mapper = Callable[[list[Row]], Mapped]
-"""Rows in, (rows out, quarantined rows)."""
+"""Function from rows to (mapped rows, quarantined rows)."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors that keep state, such as a model, between batches."""
+    """Resources of actors that keep state, such as a model, between batches."""
 
     actors: int
     cpus: float
     gpus: float = 0.0
     most: int | None = None
-    """Actors may be added up to so many; None: no more."""
+    """Upper bound of actors that Ray Data may scale to; None: ``actors``."""
 
 
 def each_row(function: Callable[[Row], list[Row]]) -> Mapper:
-    """A mapper from a function of one row to any number of rows."""
+    """Return a mapper that applies a function from one row to a list of rows."""
 
     def mapper(batch: list[Row]) -> Mapped:
         kept: list[Row] = []
@@ -67,20 +66,20 @@ def map_shards(
     pool: Pool | None = None,
     **arguments: Any,
 ) -> None:
-    """Send a stage's rows through ``mapper(**arguments)`` and write the results into ``out``.
+    """Map a stage's rows with ``mapper(**arguments)`` and write the results into ``out``.
 
     Args:
-        name: the stage, for progress lines.
-        source: the stage to read.
-        out: directory of the shards, and of ``rejected.parquet``.
-        row_counts: receives the counts.
-        mapper: makes the row mapper inside a task or, with ``pool``, once in each actor.
+        name: name of the stage, for progress.
+        source: the stage whose rows are read.
+        out: directory of the shards, and of files with rejected rows.
+        row_counts: the counts are added here.
+        mapper: makes the row mapper, in the driver or, with ``pool``, once in each actor.
         kind: row class of the output, from :mod:`spo_ray.runtime.schema`.
-        batch_size: rows per call, and input rows per shard.
-        pool: actors; None runs stateless tasks.
-        arguments: for ``mapper``.
+        batch_size: input rows per call of the row mapper and per shard.
+        pool: resources of the actors; None: stateless tasks of one CPU.
+        arguments: keyword arguments of ``mapper``.
     """
-    every = _plan(source, batch_size)
+    every = _shards_of(source, batch_size)
     shards = []
     for shard in every:
         part = _part(out, shard)
@@ -90,31 +89,23 @@ def map_shards(
         else:
             shards.append(shard)
     if every and len(shards) < len(every):
-        log(name, f"{len(every) - len(shards)} of {len(every)} parts are there already")
+        log(name, f"{len(every) - len(shards)} of {len(every)} shards are there already")
     if shards:
-        _run(name, shards, row_counts, mapper, pool, {"out": str(out), "kind": kind}, arguments)
+        task = {"mapper": mapper, "arguments": arguments, "out": out, "kind": kind}
+        _run(name, shards, row_counts, pool, task)
     for file in sorted(out.glob(REJECTED_PARTS)):
         row_counts.rejected += pq.read_table(file).to_pylist()
 
 
-def _run(
-    name: str,
-    shards: list[Row],
-    row_counts: RowCounts,
-    mapper: Callable[..., Mapper],
-    pool: Pool | None,
-    write: Row,
-    arguments: Row,
-) -> None:
+def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None, task: Row) -> None:
     dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
     if pool is None:
-        task = partial(_map_and_write, mapper=mapper(**arguments), **write)
-        stats = dataset.map(task, num_cpus=1)
+        stats = dataset.map(_MapAndWrite(**task).__call__, num_cpus=1)
     else:
-        actor: Any = _Actor  # Ray's annotation knows functions only
+        actor: Any = _MapAndWrite  # Ray's annotation allows functions only
         stats = dataset.map(
             actor,
-            fn_constructor_kwargs={"mapper": mapper, "arguments": arguments, **write},
+            fn_constructor_kwargs=task,
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(pool.actors, len(shards)), max_size=min(pool.most or pool.actors, len(shards))
             ),
@@ -122,21 +113,38 @@ def _run(
             num_gpus=pool.gpus,
         )
     total = sum(shard["rows"] for shard in shards)
-    for done in _progress(name, stats.iter_rows(), total):
-        row_counts.read += done["read"]
-        row_counts.kept += done["kept"]
+    done, kept = 0, 0
+    with progress(name) as update:
+        for shard in stats.iter_rows():
+            row_counts.read += shard["read"]
+            row_counts.kept += shard["kept"]
+            done, kept = done + shard["read"], kept + shard["kept"]
+            update(done, total, f"{done}/{total} rows read, {kept} written")
 
 
-class _Actor:
-    def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: str, kind: Any) -> None:
-        self.write = partial(_map_and_write, mapper=mapper(**arguments), out=out, kind=kind)
+class _MapAndWrite:
+    """Reads the rows of a shard, maps them and writes the result."""
+
+    def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: Path, kind: Any) -> None:
+        self.mapper, self.out, self.kind = mapper(**arguments), out, kind
 
     def __call__(self, shard: Row) -> Row:
-        return self.write(shard)
+        table: list[Row] = []
+        for piece in shard["pieces"]:
+            table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
+        try:
+            kept, rejected = self.mapper(table)
+        except Exception as error:
+            error.add_note(f"shard {shard['name']}, rows {table[0]['id']} to {table[-1]['id']}")
+            raise
+        if rejected:  # before the kept rows, whose file marks the shard as done
+            write_rows(self.out / f"rejected-{shard['name']}.parquet", rejected, schema.Rejected)
+        write_rows(_part(self.out, shard), kept, self.kind)
+        return {"read": len(table), "kept": len(kept)}
 
 
-def _plan(source: Artifact, batch_size: int) -> list[Row]:
-    """Shards of at most ``batch_size`` rows, each with the file pieces (path, first row, rows) that it is made of."""
+def _shards_of(source: Artifact, batch_size: int) -> list[Row]:
+    """Return shards of at most ``batch_size`` rows: each a name, a row count and pieces (file, first row, rows)."""
     shards: list[Row] = []
     room = 0
     for file in source.parts:
@@ -154,27 +162,3 @@ def _plan(source: Artifact, batch_size: int) -> list[Row]:
 
 def _part(out: Path, shard: Row) -> Path:
     return out / f"part-{shard['name']}.parquet"
-
-
-def _map_and_write(shard: Row, mapper: Mapper, out: str, kind: Any) -> Row:
-    table: list[Row] = []
-    for piece in shard["pieces"]:
-        table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
-    try:
-        kept, rejected = mapper(table)
-    except Exception as error:
-        error.add_note(f"shard {shard['name']}, rows {table[0]['id']} to {table[-1]['id']}")
-        raise
-    if rejected:  # first: the part's presence means that the shard is done
-        write_rows(Path(out) / f"rejected-{shard['name']}.parquet", rejected, schema.Rejected)
-    write_rows(_part(Path(out), shard), kept, kind)
-    return {"read": len(table), "kept": len(kept)}
-
-
-def _progress(name: str, stats: Iterable[Row], total: int) -> Iterator[Row]:
-    done, kept = 0, 0
-    with progress(name) as update:
-        for row in stats:
-            yield row
-            done, kept = done + row["read"], kept + row["kept"]
-            update(done, total, f"{done}/{total} rows read, {kept} written")

@@ -1,4 +1,4 @@
-"""Independent calls side by side, in threads that never outlive an interrupt or a failure."""
+"""Independent calls in parallel threads; an interrupt or a failure does not wait for the other calls."""
 
 import queue
 import threading
@@ -10,10 +10,10 @@ POLL_S = 0.2
 
 
 def run_parallel(calls: Mapping[str, Callable[[], T]], limit: int) -> dict[str, T]:
-    """Results of the calls by name, at most ``limit`` at a time.
+    """Run the calls, at most ``limit`` at a time, and return their results by name.
 
-    The first failure, or Ctrl-C, is raised at once: calls still under way are abandoned in their daemon threads, and no
-    further one starts. (An executor would wait for them.)
+    Raises the first failure, or Ctrl-C, at once: no further call starts, and calls under way are abandoned in their
+    daemon threads. (An executor of the standard library would wait for them.)
     """
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in calls:

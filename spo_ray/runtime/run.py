@@ -10,7 +10,6 @@ is on disk.
 """
 
 import copy
-import fcntl
 import hashlib
 import json
 import shutil
@@ -21,7 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from spo_ray import __version__
+from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
@@ -153,13 +155,13 @@ class Run:
             UserError: another process works there, and ``wait`` is False.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is working in {self.root}: wait for it, or set another name="
-                ) from error
+        lock = FileLock(self.root / ".lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
+        try:
+            held = lock.acquire(blocking=wait)
+        except Timeout as error:
+            text = f"another process is working in {self.root}: wait for it, or set another name="
+            raise UserError(text) from error
+        with held:
             yield
 
     def execute(self, stage: Stage) -> Artifact:
@@ -379,15 +381,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[
         if inputs.get(key) != digest:
             yield f"input changed: {names.get(digest, key)}"
     yield from (f"input removed: {key}" for key in inputs if key not in new["inputs"])
-
-
-def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested mappings by their dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        yield prefix, tree
-        return
-    for key, value in tree.items():
-        yield from leaves(value, f"{prefix}.{key}" if prefix else key)
 
 
 def shown(value: Any) -> str:

@@ -1,7 +1,7 @@
-"""The rows that cross from one stage to the next, as Parquet columns.
+"""Rows that pass from one stage to the next, as typed dictionaries and as Parquet columns.
 
-One row stands for one question wherever samples are concerned, with its responses in lists: then pass@K, the choice
-of questions and the pairing are all row-wise and need no shuffle.
+A row of samples is one question with all its responses in lists, so that pass@K, the choice of questions and the
+pairing work on single rows and need no shuffle. Log-probabilities are in nats, summed over the tokens of the text.
 """
 
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -14,42 +14,34 @@ class Prompt(TypedDict):
 
     id: str
     prompt: str
-    gold: str
-    """The reference solution, ending in the gold answer."""
+    gold: str  # the reference solution, which ends in the gold answer
 
 
 class SftQuestion(Prompt):
-    """A question chosen for SFT with its correct responses."""
+    """A question chosen for SFT, with its correct responses."""
 
     responses: list[str]
-    response_sources: list[str]
-    """``gold``, or ``STAGE:INDEX`` of the sample."""
+    response_sources: list[str]  # "gold", or "STAGE:INDEX" of the sample
 
 
 class Samples(SftQuestion):
-    """A question with a model's samples; ``responses`` is carried along (empty before the SFT set exists)."""
+    """A question with a model's samples; ``responses`` is empty until the SFT set exists."""
 
-    prompt_ids: list[int]
-    """What the model was given, templated; empty where an endpoint did that."""
-    refused: str | None
-    """Why there are no samples, where a teacher could not be asked."""
-    seed: int | None
-    """All samples follow from it; None: there were none to make."""
+    prompt_ids: list[int]  # the prompt in the chat template; empty if an endpoint applied it
+    refused: str | None  # why a teacher could not be asked; None if it was
+    seed: int | None  # seed of all samples of the row; None if there are none
     samples: list[str]
-    sample_logps: list[float | None]
-    """Sum of token log-probabilities (nats, at temperature 1) of each sample, the end token included; None: unknown."""
+    sample_logps: list[float | None]  # at temperature 1, end token included; None if unknown
     sample_tokens: list[int]
-    finished: list[bool]
-    """Whether each sample ended with the end-of-turn token."""
+    finished: list[bool]  # True if the sample ended with the end-of-turn token
 
 
 class Scored(Samples):
     """Samples with their grades."""
 
-    extracted: list[str | None]
+    extracted: list[str | None]  # the answer found in each sample; None if there is none
     correct: list[bool]
-    strict: list[bool]
-    """Correct, and in the form that the task asks for."""
+    strict: list[bool]  # True if the sample is correct and in the form that the task asks for
 
 
 class Turn(TypedDict):
@@ -66,26 +58,23 @@ class Pair(TypedDict):
     prompt: list[Turn]
     chosen: str
     rejected: str
-    source_id: str
-    """The question, or the row of the file, that it was made from."""
-    chosen_source: str
-    rejected_source: str
-    """``gold`` or ``STAGE:INDEX`` of a sample; the seed and the model stand in that stage. For ready pairs ``data``."""
+    source_id: str  # id of the question, or of the row in the file, that the pair was made from
+    chosen_source: str  # "gold", "STAGE:INDEX" of a sample (that stage holds its seed and model), or "data" if read
+    rejected_source: str  # as chosen_source
 
 
 class TokenisedPair(TypedDict):
-    """A preference pair as token ids, completions closed with the end-of-turn token."""
+    """A preference pair as token ids; both completions end with the end-of-turn token."""
 
     id: str
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    template_differs: bool
-    """See :meth:`spo_ray.model.tokenizer.ChatTokenizer.is_changed_by_template`."""
+    template_differs: bool  # see spo_ray.model.tokenizer.ChatTokenizer.is_changed_by_template
 
 
 class ReferencedPair(TokenisedPair):
-    """A tokenised pair with the reference model's log-probabilities (nats, summed over the completion)."""
+    """A tokenised pair with the reference model's log-probabilities of both completions."""
 
     ref_chosen_logps: float
     ref_rejected_logps: float
@@ -105,8 +94,7 @@ class EvalRow(TypedDict):
 
     id: str
     method: str
-    seed: int | None
-    """None: greedy."""
+    seed: int | None  # None: greedy
     response: str
     extracted: str | None
     correct: bool
@@ -114,36 +102,31 @@ class EvalRow(TypedDict):
 
 
 class HealthRow(TypedDict):
-    """A text and its probability under a checkpoint."""
+    """A text with its log-probabilities under a checkpoint and under the model that wrote it, end token included."""
 
     id: str
     checkpoint: str
-    written_by: str
-    """The checkpoint itself, or the SFT model."""
-    seed: int | None
-    """None: greedy; else at temperature 1."""
+    written_by: str  # the checkpoint, or the SFT model
+    seed: int | None  # None: greedy; else sampled at temperature 1
     response: str
     finished: bool
-    logp: float
-    """Under the checkpoint, nats, summed, the end token included."""
-    logp_author: float
-    """Under the model that wrote it."""
+    logp: float  # under the checkpoint
+    logp_author: float  # under the model that wrote it
     prompt_ids: list[int]
     ids: list[int]
 
 
 class ShiftRow(TypedDict):
-    """What the SFT model says of a text that a checkpoint wrote at temperature 1."""
+    """Log-probabilities of a text that a checkpoint wrote at temperature 1, under it and under the SFT model."""
 
     id: str
     checkpoint: str
     logp: float
-    """Under the checkpoint, nats."""
     logp_sft: float
 
 
 class Output(TypedDict):
-    """An answer to an instruction, and the baseline's."""
+    """A checkpoint's answer to an instruction, and the baseline's."""
 
     id: str
     checkpoint: str
@@ -156,68 +139,56 @@ class Output(TypedDict):
 
 
 class Judgement(TypedDict):
-    """A judge's view of an output."""
+    """A judge's preference between a checkpoint's output and the baseline's."""
 
     id: str
     checkpoint: str
     annotator: str
-    preference: float | None
-    """1: the baseline's output is better, 2: the checkpoint's; None: no verdict."""
-    reason: str | None
-    """Why there is none."""
-    verdicts: list[str]
-    """What the judge said, one for each order."""
+    preference: float | None  # from 1 (the baseline is better) to 2 (the checkpoint is better); None: no verdict
+    reason: str | None  # why there is no verdict
+    verdicts: list[str]  # the judge's answers, one for each order of the outputs
     checkpoint_first: list[bool]
 
 
 class Provenance(TypedDict):
-    """What a figure was measured with."""
+    """How a metric was measured."""
 
-    model: str
-    """Digest of the checkpoint."""
+    model: str  # digest of the checkpoint
     tokenizer: str
     template: str
     engine: str
-    sampling: str
-    """Settings, as JSON."""
+    sampling: str  # settings as JSON
 
 
 class Score(TypedDict):
-    """One figure of one checkpoint."""
+    """One metric of one checkpoint."""
 
     checkpoint: str
     suite: str
     metric: str
     value: float
-    low: float | None
+    low: float | None  # bounds of the 95% interval
     high: float | None
-    interval: str | None
-    """How the 95% interval was made."""
-    n: int
-    """Items."""
-    std: float | None
-    """Standard deviation over the seeds."""
+    interval: str | None  # method of the interval
+    n: int  # items
+    std: float | None  # standard deviation over the seeds
     seeds: list[int]
     provenance: Provenance
 
 
 class Comparison(TypedDict):
-    """Two checkpoints on the same items."""
+    """A paired comparison of two checkpoints on the same items."""
 
     metric: str
     first: str
     second: str
-    difference: float
-    """First minus second."""
-    low: float | None
+    difference: float  # first minus second
+    low: float | None  # 95% interval by paired bootstrap over the items; None if all differences are equal
     high: float | None
-    """95%, paired bootstrap over the items; None where all differences are equal."""
     p_value: float
-    p_adjusted: float
-    """Holm's, over all comparisons of the metric."""
+    p_adjusted: float  # by Holm, over all comparisons of the metric
     test: str
-    wins: int
-    """Items on which the first is better."""
+    wins: int  # items on which the first is better
     losses: int
     n: int
 
@@ -237,7 +208,7 @@ class Dropped(Rejected):
 
 
 def arrow_schema(row: Any) -> pa.Schema:
-    """Arrow schema of one of the classes above: the same columns in every file, also where a file has no rows."""
+    """Return the Arrow schema of a row class, so that files without rows have the same columns."""
     return pa.schema([pa.field(name, _arrow(hint)) for name, hint in get_type_hints(row).items()])
 
 

@@ -1,66 +1,121 @@
-"""TensorBoard, Weights & Biases and MLflow, through their own libraries; ``log.jsonl`` has the same in any case.
+"""TensorBoard, Weights & Biases and MLflow; they show the same metrics as ``log.jsonl``.
 
-The driver, in a sweep each trial's process, writes to them what it reads in the logs. Credentials come from that
-process's environment (``WANDB_API_KEY``, ``MLFLOW_TRACKING_TOKEN``), never from the configuration.
+The driver (in a sweep the process of each trial) passes on the metrics that it reads in the logs. Credentials come from
+that process's environment (``WANDB_API_KEY``, ``MLFLOW_TRACKING_TOKEN``), never from the configuration.
 """
 
 import hashlib
 import importlib
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
+from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
-from spo_ray.config.train import TrackingConfig
 from spo_ray.errors import UserError
-from spo_ray.runtime.console import log
+from spo_ray.runtime.console import warn
 from spo_ray.runtime.run import Run
 
+PROJECT = "spo-ray"
+"""Weights & Biases' project and MLflow's experiment where the environment names none."""
 INSTALL = "pip install 'spo-ray[tracking]'"
 Metrics = Mapping[str, float]
 
 
-class Tracker(Protocol):
-    """One training's curves somewhere."""
+class Tracker(NamedTuple):
+    """One training's connection to a tracking library."""
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Metrics of a step; steps come in order."""
-        ...
-
-    def close(self) -> None:
-        """All of it is there."""
-        ...
+    log: Callable[[int, Metrics], object]
+    """Logs the metrics of a step; steps come in ascending order."""
+    close: Callable[[], object]
 
 
-class Trackers:
-    """Opens the configured trackers for the trainings of one run."""
+def tensorboard(run: Run, stage: str, key: str, step: int) -> Tracker:
+    """Write event files into the folder ``tensorboard/STAGE`` of the run."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    writer = SummaryWriter(str(run.root / "tensorboard" / stage), purge_step=step)
 
-    def open(self, stage: str, key: str, step: int) -> "Several":
-        """Trackers of one training, that starts or goes on with ``step``; ``key`` names it for good."""
-        wanted = {name: kind for name, kind in KINDS.items() if getattr(self.run.config.tracking, name)}
-        return Several(stage, {name: partial(kind, self.run, stage, key, step) for name, kind in wanted.items()})
+    def log(step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+
+    return Tracker(log, writer.close)
 
 
-class Several:
-    """All of them. One that fails is left out from then on: a training must not end because nobody can watch it."""
+def wandb(run: Run, stage: str, key: str, step: int) -> Tracker:
+    """Open a Weights & Biases run, grouped under the run's name; offline with ``WANDB_MODE=offline``."""
+    import wandb
 
-    def __init__(self, stage: str, makers: Mapping[str, Callable[[], Tracker]]) -> None:
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        group=run.config.name,
+        name=f"{run.config.name}/{stage}",
+        id=_identifier(run, key),
+        resume="allow",
+        dir=str(run.root),
+        config=run.config.model_dump(mode="json"),
+        reinit="create_new",
+        settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True),
+    )
+    return Tracker(lambda step, metrics: opened.log(dict(metrics), step=step), opened.finish)
+
+
+def mlflow(run: Run, stage: str, key: str, step: int) -> Tracker:
+    """Open an MLflow run; the server is ``MLFLOW_TRACKING_URI``."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    client, name = MlflowClient(), os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+    found = client.get_experiment_by_name(name)
+    experiment = found.experiment_id if found else client.create_experiment(name)
+    tags = {"training": _identifier(run, key), "run": run.config.name, "stage": stage}
+    runs = client.search_runs([experiment], f"tags.training = '{tags['training']}'")
+    newest = -1  # step that the server has already; MLflow would store a repeated step twice
+    if runs:
+        identifier = runs[0].info.run_id
+        newest = max((m.step for m in client.get_metric_history(identifier, "total_steps")), default=-1)
+        client.update_run(identifier, status="RUNNING")
+    else:
+        identifier = client.create_run(experiment, tags=tags, run_name=f"{run.config.name}/{stage}").info.run_id
+        parameters = [Param(name, str(value)[:500]) for name, value in _parameters(run.config, stage)]
+        client.log_batch(identifier, params=parameters[:100])
+
+    def log(step: int, metrics: Metrics) -> None:
+        if step > newest:
+            now = int(time.time() * 1000)
+            client.log_batch(identifier, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+
+    return Tracker(log, partial(client.set_terminated, identifier))
+
+
+TRACKERS: dict[str, Callable[[Run, str, str, int], Tracker]] = {
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+    "mlflow": mlflow,
+}
+"""Functions that open a tracker, by the name in ``tracking``, which is also the library's name."""
+
+
+class TrackerGroup:
+    """All trackers of one training. A tracker that raises is left out from then on; the training continues."""
+
+    def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
         self.stage = stage
         self.trackers: dict[str, Tracker] = {}
-        for name, make in makers.items():
-            self._attempt(name, lambda name=name, make=make: self.trackers.update({name: make()}))
+        for name in run.config.tracking:
+            opener = TRACKERS[name]
+            self._attempt(name, lambda n=name, o=opener: self.trackers.update({n: o(run, stage, key, step)}))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Metrics of a step, to each."""
+        """Log the metrics of a step to each tracker."""
         for name, tracker in list(self.trackers.items()):
             self._attempt(name, partial(tracker.log, step, metrics))
 
     def close(self) -> None:
-        """Close each."""
+        """Close each tracker."""
         for name, tracker in list(self.trackers.items()):
             self._attempt(name, tracker.close)
 
@@ -70,118 +125,39 @@ class Several:
         except Exception as error:
             self.trackers.pop(name, None)
             text = str(error).splitlines()[0] if str(error) else ""
-            log(self.stage, f"tracking.{name} is off from here on: {type(error).__name__}: {text}")
+            warn(self.stage, f"the tracker {name} is off from here on: {type(error).__name__}: {text}")
 
 
-class TensorBoard:
-    """Event files under ``tensorboard/STAGE`` in the run's folder."""
+class Trackers:
+    """Opens the configured trackers for the trainings of a run."""
 
-    def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
-        self.writer = SummaryWriter(str(run.root / "tensorboard" / stage), purge_step=step)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
+    def open(self, stage: str, key: str, step: int) -> TrackerGroup:
+        """Return the trackers of a training that starts or resumes at ``step``; ``key`` identifies it in each."""
+        return TrackerGroup(self.run, stage, key, step)
 
 
-class Wandb:
-    """A run per training, grouped under the run's name; offline with ``WANDB_MODE=offline``."""
-
-    def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
-        import wandb
-
-        settings = run.config.tracking.wandb
-        assert settings
-        self.run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            group=run.config.name,
-            name=f"{run.config.name}/{stage}",
-            id=_identifier(run, key),
-            resume="allow",
-            dir=str(run.root),
-            config=run.config.model_dump(mode="json"),
-            reinit="create_new",
-            settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True
-            ),
-        )
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        self.run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Mlflow:
-    """A run per training; the server is ``tracking.mlflow.uri`` or ``MLFLOW_TRACKING_URI``."""
-
-    def __init__(self, run: Run, stage: str, key: str, step: int) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
-
-        settings = run.config.tracking.mlflow
-        assert settings
-        self.client, self.metric = MlflowClient(settings.uri), Metric
-        experiment = self.client.get_experiment_by_name(settings.experiment)
-        where = experiment.experiment_id if experiment else self.client.create_experiment(settings.experiment)
-        identifier = _identifier(run, key)
-        there = self.client.search_runs([where], f"tags.training = '{identifier}'")
-        self.last = -1
-        if there:  # what it has would be doubled
-            self.id = there[0].info.run_id
-            self.last = max((m.step for m in self.client.get_metric_history(self.id, "total_steps")), default=-1)
-            self.client.update_run(self.id, status="RUNNING")
-        else:
-            tags = {"training": identifier, "run": run.config.name, "stage": stage}
-            self.id = self.client.create_run(where, tags=tags, run_name=f"{run.config.name}/{stage}").info.run_id
-            parameters = [Param(name, str(value)[:500]) for name, value in _flat(run.config, stage)]
-            self.client.log_batch(self.id, params=parameters[:100])
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        if step <= self.last:
-            return
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.id, metrics=[self.metric(name, value, now, step) for name, value in metrics.items()])
-
-    def close(self) -> None:
-        self.client.set_terminated(self.id)
-
-
-KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
-"""By field of the configuration, which is the library's name too."""
-
-
-def check_trackers(config: TrackingConfig) -> None:
-    """Refuse trackers whose library is missing, before anything long.
+def check_trackers(names: Sequence[str]) -> None:
+    """Import the libraries of the configured trackers, before anything that takes long.
 
     Raises:
-        UserError: naming the library.
+        UserError: a library is missing; the message names it.
     """
-    for name in KINDS:
-        if getattr(config, name):
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UserError(f"tracking.{name} needs {name}, which can't be imported: {INSTALL}") from error
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"tracking={list(names)} needs {name}, which can't be imported: {INSTALL}") from error
 
 
 def _identifier(run: Run, key: str) -> str:
     return hashlib.sha256(f"{run.root} {key}".encode()).hexdigest()[:16]
 
 
-def _flat(config: Config, stage: str) -> list[tuple[str, Any]]:
-    """What a training depends on, in dotted keys."""
-    name = stage.removeprefix("method_")
-    parts: dict[str, Any] = {"seed": config.seed, "model": config.model.path}
-    for section in ("sft", "preference"):
-        parts |= {f"{section}.{key}": value for key, value in getattr(config, section).model_dump(mode="json").items()}
-    method = config.methods.get(name)
-    parts |= {f"method.{key}": value for key, value in (method.model_dump(mode="json") if method else {}).items()}
-    return list(parts.items())
+def _parameters(config: Config, stage: str) -> list[tuple[str, Any]]:
+    """Return the settings that a training depends on, by dotted keys."""
+    method = config.methods.get(stage.removeprefix("method_"))
+    tree = config.model_dump(mode="json", include={"seed": True, "model": {"path"}, "sft": True, "preference": True})
+    return list(leaves(tree | ({"method": method.model_dump(mode="json")} if method else {})))

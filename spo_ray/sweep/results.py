@@ -103,8 +103,8 @@ def _status(sweep: SweepConfig, last: Mapping[str, Any], failed: bool, error: st
         return "finished", ""
     if last.get("stopped"):
         return "stopped", last["stopped"]
-    part = getattr(sweep.scheduler, "reduction_factor", None)
-    return "stopped", f"{sweep.scheduler.type}: not in the best 1/{part} at {last['share']:.0%} of the steps"
+    best = f"not in the best 1/{sweep.reduction_factor} at {last['share']:.0%} of the steps"
+    return "stopped", f"{sweep.scheduler}: {best}"
 
 
 def one_each(rows: Iterable[Row]) -> list[Row]:

@@ -10,8 +10,9 @@ from typing import Any, TypedDict
 
 from pydantic import ValidationError
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.schema import Config
-from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value, with_values
+from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value
 from spo_ray.errors import UserError
 from spo_ray.runtime.run import Run
 
@@ -67,7 +68,7 @@ def listed_points(config: Config) -> list[Point]:
     grids = {key: d.values for key, d in sweep.space.items() if isinstance(d, Grid)}
     drawn = {key: d for key, d in sweep.space.items() if not isinstance(d, Grid)}
     points: dict[str, dict[str, Value]] = {}
-    for _ in range(sweep.samples if sweep.searcher.type == "random" else 1):
+    for _ in range(sweep.samples if sweep.searcher == "random" else 1):
         sample = {key: draw(dimension, rng) for key, dimension in drawn.items()}
         for combination in itertools.product(*grids.values()):
             values = sample | dict(zip(grids, combination, strict=True))
@@ -81,7 +82,7 @@ def listed_points(config: Config) -> list[Point]:
 def trial_count(config: Config) -> int:
     """How many trials a sweep has."""
     sweep = sweep_of(config)
-    return sweep.samples if sweep.searcher.type == "optuna" else len(listed_points(config))
+    return sweep.samples if sweep.searcher == "optuna" else len(listed_points(config))
 
 
 def draw(dimension: LogUniform | Choice | Grid, rng: random.Random) -> Value:

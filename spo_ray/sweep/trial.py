@@ -23,6 +23,7 @@ from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
+from spo_ray.runtime.console import install
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.space import Point, run_for, shared_values, sweep_of, trial_config
 from spo_ray.train.score_gate import decide, decision, rung_folder
@@ -61,6 +62,7 @@ def trial(config: dict[str, Any], context: Context) -> None:
     # A stopped trial ends its training before the process is used again; Ray Tune reads this here.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_S)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # one process less; nothing here listens to it
+    install()
     Trial(config["point"], context, folder_name(config, str(tune.get_context().get_trial_id()))).run()
 
 

@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from spo_ray.config.schema import Config
-from spo_ray.config.sweep import Asha, LogUniform, OptunaSearch, SweepConfig, mode_of, names_of
+from spo_ray.config.sweep import LogUniform, SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.model.completion import choose_engine
@@ -93,7 +93,7 @@ def _work(config: Config, known: Mapping[str, Prepared]) -> Work:
     rows = None if not bounds or None in bounds else max(bound for bound in bounds if bound is not None) * trials
     tokens = times(rows, 2 * config.train.max_length * config.preference.epochs)
     stops = ", ".join(f"{share:.0%}" for share in sweep.score_at)
-    note = f"{trials} trials, scored after {stops} of their steps, scheduler {sweep.scheduler.type}"
+    note = f"{trials} trials, scored after {stops} of their steps, scheduler {sweep.scheduler}"
     return Work(rows, tokens=tokens, trains=sweep.method, note=note)
 
 
@@ -133,7 +133,7 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     entry: Any = tune.with_resources(partial(trial, context=context), DRIVER)
     if tune.Tuner.can_restore(str(folder)):
         return tune.Tuner.restore(str(folder), trainable=entry, resume_unfinished=True)
-    algorithm, space, samples = SEARCHERS[sweep.searcher.type](config)
+    algorithm, space, samples = SEARCHERS[sweep.searcher](config)
     return tune.Tuner(
         entry,
         param_space=space,
@@ -160,14 +160,17 @@ def _listed(config: Config) -> tuple[None, dict[str, Any], int]:
     return None, {"point": tune.grid_search(listed_points(config))}, 1
 
 
+STARTUP_TRIALS = 10
+"""Random suggestions before TPE learns, as Optuna has it; of few samples only the first half."""
+
+
 def _suggested(config: Config) -> tuple[Any, dict[str, Any], int]:
     import optuna
     from ray.tune.search.optuna import OptunaSearch as RayOptuna
 
     sweep = sweep_of(config)
-    assert isinstance(sweep.searcher, OptunaSearch)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=sweep.searcher.startup_trials)
+    sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=min(STARTUP_TRIALS, sweep.samples // 2))
     space = {f"point/values/{key}": distribution for key, distribution in distributions(sweep).items()}
     modes: list[str] = [mode_of(objective) for objective in sweep.objectives]
     algorithm = RayOptuna(space=space, metric=names_of(sweep), mode=modes, sampler=sampler)
@@ -178,10 +181,10 @@ SEARCHERS = {"random": _listed, "grid": _listed, "optuna": _suggested}
 
 
 def _scheduler(sweep: SweepConfig) -> TrialScheduler:
-    chosen, first = sweep.scheduler, percent(sweep.score_at[0])
     usual: dict[str, Any] = {"metric": names_of(sweep)[0], "mode": mode_of(sweep.objectives[0]), "time_attr": PROGRESS}
-    if isinstance(chosen, Asha):
-        rungs: Any = {"max_t": 100, "grace_period": first, "reduction_factor": chosen.reduction_factor}
+    if sweep.scheduler == "asha":
+        first = percent(sweep.score_at[0])
+        rungs: Any = {"max_t": 100, "grace_period": first, "reduction_factor": sweep.reduction_factor}
         return ASHAScheduler(**usual, **rungs)
     return FIFOScheduler()
 

@@ -84,12 +84,16 @@ class ProbePairsCallback(Callback):
         return metrics
 
 
+HEALTH_PROMPTS, HEALTH_TOKENS = 8, 64
+"""Prompts that are answered, and the longest answer in tokens: enough to see repetition, at little cost."""
+
+
 class TextHealthCallback(Callback):
     """Sampled answers to the first prompts, see :func:`text_health`."""
 
     def __init__(self, job: Job, measure: Measure, table: RowTable) -> None:
         self.measure, self.settings, self.seed = measure, job.config.preference, job.config.seed
-        self.asked = table.rows(range(min(len(table), self.settings.health_prompts)))
+        self.asked = table.rows(range(min(len(table), HEALTH_PROMPTS)))
 
     def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """``health/*``."""
@@ -97,7 +101,7 @@ class TextHealthCallback(Callback):
         if not every or (step % every and step != record["total_steps"]):
             return {}
         with compute_type(m.model, m.config, m.rank):
-            found = text_health(m.model, m.chat, self.asked, self.settings.health_tokens, m.rank, self.seed)
+            found = text_health(m.model, m.chat, self.asked, HEALTH_TOKENS, m.rank, self.seed)
         return m.rank.gather([found])[0]  # ranks may round differently, and must agree on an alarm
 
 

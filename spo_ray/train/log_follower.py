@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spo_ray.runtime.artifact import STEP_LOG
-from spo_ray.runtime.console import Update, log, progress
-from spo_ray.runtime.tracking import Tracker, Trackers
+from spo_ray.runtime.console import Update, progress, warn
+from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import describe
 from spo_ray.train.spec import FAILURES, Job
 
@@ -37,13 +37,13 @@ class JobView:
         self.job, self.name, self.trackers = job, name, trackers
         self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
         self.failures.new()  # those of an earlier start were told then
-        self.tracker: Tracker | None = None
+        self.tracker: TrackerGroup | None = None
         self.last = -1
 
     def look(self, update: Update) -> None:
         """Tell what is new."""
         for record in self.failures.new():
-            log(self.name, _failure(record))
+            warn(self.name, _failure(record))
         for record in self.steps.new():
             step = record["step"]
             if step <= self.last:  # done again after a restart, with the same result
@@ -53,7 +53,7 @@ class JobView:
                 self.tracker = self.trackers.open(self.name, self.job.key, step)
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
             for text in describe(record, self.job.config.preference.alarm):
-                log(self.name, text)
+                warn(self.name, text)
             if step:
                 update(step, record["total_steps"], _step(record))
 

@@ -24,6 +24,9 @@ from spo_ray.train.spec import Job
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Gradients by parameter name and metrics of a step (from 1) on a global batch of row numbers."""
 
+MAX_SKIPPED = 5
+"""Steps in a row without a finite gradient that are skipped. More are no accident, and end the training."""
+
 
 class Callback:
     """What hangs on the training loop. Every method is a collective of all ranks; here they do nothing."""
@@ -103,7 +106,7 @@ def optimise(
         in_a_row = 0 if math.isfinite(whole) else in_a_row + 1
         if in_a_row:
             skipped += 1
-            _check_skipped(step, indices, in_a_row, config.max_skipped_steps, metrics)
+            _check_skipped(step, indices, in_a_row, metrics)
         else:
             take_step(optimizer, groups, grads)
         record: Metrics = {"step": step, "total_steps": total, "grad_norm": whole}
@@ -157,8 +160,8 @@ def take_step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], grads: 
     optimizer.zero_grad()
 
 
-def _check_skipped(step: int, indices: Sequence[int], in_a_row: int, allowed: int, metrics: Metrics) -> None:
-    if in_a_row > allowed:
+def _check_skipped(step: int, indices: Sequence[int], in_a_row: int, metrics: Metrics) -> None:
+    if in_a_row > MAX_SKIPPED:
         shown = {key: value for key, value in metrics.items() if not math.isfinite(value)} or metrics
         raise TrainingError(
             f"step {step}: the gradient is not finite, {in_a_row} steps in a row (rows {list(indices)[:8]}): {shown}. "

@@ -24,7 +24,7 @@ class Method(Callback):
 
     def __init__(self, config: MethodConfig) -> None:
         self.lr = config.lr
-        base = config.base_config if isinstance(config, Spo) else config
+        base = config.base if isinstance(config, Spo) else config
         self.statistics = STATISTICS[base.statistics]() if isinstance(base, AlphaDpo) else None
         self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics), "beta": getattr(base, "beta", 1.0)}
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN

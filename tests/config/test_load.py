@@ -1,14 +1,16 @@
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from spo_ray.config.keys import leaves, with_values
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.pipeline.job import stages
-from spo_ray.pipeline.plan import plan
+from spo_ray.pipeline.job import plan_job
+from spo_ray.pipeline.plan import plan_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -23,17 +25,24 @@ def test_every_shipped_config_loads(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_configs_hold_only_what_differs_from_the_defaults(path):
+    dump = partial(load(path).model_dump, mode="json", exclude_unset=True)
+    given, differing = (dict(leaves(dump(exclude_defaults=without))) for without in (False, True))
+    assert {key for key in given.keys() - differing.keys() if not key.endswith("type")} == set()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
-    """Without a network: what is on the hub counts as "all"."""
+    """Without a network, rows on the hub are unknown."""
     split = "\n".join(f'{{"question": "q{i}", "answer": {i}}}' for i in range(300))
     (tmp_path / "train.jsonl").write_text(split)
     (tmp_path / "test.jsonl").write_text(split)
     local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
     config = load(path, [f"output={tmp_path}", *([f"data.path={tmp_path}"] if local else [])])
-    text, _ = plan(config, stages)
+    text = plan_text(plan_job(config))
     assert f'"name": "{config.name}"' in text
     for name, method in config.methods.items():
-        assert re.search(rf"^method_{name} +to do +[\d,al]+ .* {method.type}, ", text, re.MULTILINE)
+        assert re.search(rf"^method_{name} +build +[\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
 
 
 def test_overrides_reach_nested_fields_and_take_yaml_values():
@@ -50,17 +59,17 @@ def line_of(text):
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (("  samples: 8", "  sampels: 8"), ["sampling.sampels", "did you mean 'samples'"]),
+        (("  batch_size: 64", "  bach_size: 64"), ["sampling.bach_size", "did you mean 'batch_size'"]),
         (
             ("  parallel_methods: 2", "  paralel_methods: 2"),
             ["train.paralel_methods", "did you mean 'parallel_methods'"],
         ),
         (
-            ("  dpo: {type: dpo, beta: 0.5}", "  dpo: {type: dpo, gamma: 1}"),
+            ("  dpo: {type: dpo}", "  dpo: {type: dpo, gamma: 1}"),
             ["methods.dpo.gamma", "known keys: beta, lr, type"],
         ),
-        (("  epochs: 3", "  epochs: three"), ["sft.epochs", "valid integer", "'three'"]),
-        (("  max_pass: 0.5", "  max_pass: 1.5"), ["sft_data.max_pass", "less than or equal to 1"]),
+        (("  max_length: 256", "  max_length: long"), ["train.max_length", "valid integer", "'long'"]),
+        (("  probe_pairs: 64", "  probe_pairs: 0"), ["preference.probe_pairs", "greater than 0"]),
     ],
     ids=["typo", "typo2", "foreign", "type", "range"],
 )
@@ -75,13 +84,13 @@ def test_mistakes_name_line_key_and_remedy(tmp_path, change, messages):
 
 def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text(QUICKSTART.read_text().replace("  samples: 8", "  sampels: 8", 1))
+    path.write_text(QUICKSTART.read_text().replace("  batch_size: 64", "  bach_size: 64", 1))
     overrides = ["sft.lrr=1", "methods.new={type: dpo, gamma: 1}", "seed=2"]
     with pytest.raises(UserError) as caught:
         load(path, overrides)
     places = {line.split(": ")[1]: line.split(": ")[0] for line in str(caught.value).splitlines()}
     assert places == {
-        "sampling.sampels": f"{path}:{line_of('  samples: 8')}",
+        "sampling.bach_size": f"{path}:{line_of('  batch_size: 64')}",
         "sft.lrr": "command line",
         "methods.new.gamma": "command line",
     }
@@ -93,15 +102,20 @@ def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
         (["train.precision=bfloat"], "did you mean 'bfloat16'?"),
         (["methods.new={type: sop}"], "did you mean 'spo'?"),
         (["seed"], "must look like key.sub=value"),
-        (["seed.x=1"], "holds a value, not a section"),
+        (["name.x=1"], "holds a value, not a section"),
         (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),
         (["methods.new={type: ppo}"], "methods.new"),
         (["sampling.smaples=3"], "did you mean 'samples'"),
         (["train={}", "trian.num_workers=2"], "did you mean 'train'"),
         (["name=../elsewhere"], "name"),
         (["sft_data.pass_k=9"], "pass_k=9 needs as many sampling.samples"),
-        (["methods.spo.margin=1"], "base dpo takes no margin"),
-        (["methods.spo={type: spo, base: simpo, penalty: 2, alpha: 1}"], "base simpo takes no alpha and no penalty"),
+        (["methods.spo={type: spo, base: simpo, margin: 1}"], "write base: {type: simpo, margin: 1}"),
+        (["methods.spo={type: spo, beta: 0.1}"], "write base: {type: dpo, beta: 0.1}"),
+        (["methods.spo={type: spo, base: {type: simpo}, beta: 0.1}"], "write base: {type: simpo, beta: 0.1}"),
+        (["methods.spo.base.margn=1"], "methods.spo.base.margn: unknown key; known keys: beta, lr, type"),
+        (["methods.spo.base={type: simpo, margn: 1}"], "methods.spo.base.margn: unknown key; did you mean 'margin'?"),
+        (["methods.spo.base={type: dpo, lr: 0.1}"], "set the method's own lr"),
+        (["methods.spo.base={type: spo}"], "methods.spo.base: Input tag 'spo'"),
         (["methods.spo.safe_region={gap: inner}", "methods.spo.inner.steps=0"], "needs a lower level"),
         (["methods.dpo={type: cdpo, label_smoothing: 0.5}"], "less than 0.5"),
         (["train.cpu_offload=true", "train.sharding=none"], "train.cpu_offload needs train.sharding=full"),
@@ -165,6 +179,16 @@ def test_data_settings_that_cannot_be(override, message):
     with pytest.raises(UserError) as caught:
         load(QUICKSTART, [override])
     assert message in str(caught.value)
+
+
+def test_values_at_dotted_keys_replace_what_was_there():
+    config = load(QUICKSTART)
+    changed = with_values(config, {"methods.spo.base.type": "simpo", "sft.lr": 0.5, "train.checkpoint.every": None})
+    assert changed.methods["spo"].base.beta == 2.0, "SimPO's own default"
+    assert (changed.sft.lr, changed.train.checkpoint.every) == (0.5, None)
+    assert (
+        with_values(changed, {"methods.spo.base.type": "dpo", "sft.lr": 1e-4, "train.checkpoint.every": 100}) == config
+    )
 
 
 def test_rounds_need_questions():

@@ -47,11 +47,7 @@ TABLE = [
         (["pairs.dedup=none"], {}),
         ([], {"002": "duplicate"}),
         (["pairs.dedup=normalised"], {"001": "duplicate", "002": "duplicate"}),
-        (
-            ["pairs.dedup=near", "pairs.near_threshold=0.7"],
-            {"001": "near duplicate", "002": "near duplicate", "004": "near duplicate"},
-        ),
-        (["pairs.dedup=near", "pairs.near_threshold=0.95"], {"001": "near duplicate", "002": "near duplicate"}),
+        (["pairs.dedup=near"], {"001": "near duplicate", "002": "near duplicate"}),
         (
             ["pairs.max_length_ratio=3", "pairs.dedup=none"],
             {"005": "lengths differ by more than pairs.max_length_ratio=3.0"},
@@ -68,8 +64,9 @@ def test_what_is_dropped(in_root, tmp_path, overrides, dropped):
     ("dedup", "firsts"),
     [("normalised", {"001": "000", "002": "000"}), ("near", {"001": "000", "002": "000", "004": "003"})],
 )
-def test_the_first_of_duplicates_is_named(in_root, tmp_path, dedup, firsts):
-    clean(tmp_path, TABLE, f"pairs.dedup={dedup}", "pairs.near_threshold=0.7")
+def test_the_first_of_duplicates_is_named(in_root, tmp_path, monkeypatch, dedup, firsts):
+    monkeypatch.setattr("spo_ray.data.filter.NEAR", 0.7)
+    clean(tmp_path, TABLE, f"pairs.dedup={dedup}")
     row_counts = pq.read_table(tmp_path / "quickstart" / "pairs" / "rejected.parquet").to_pylist()
     assert {row["id"]: row["excerpt"].partition(":")[0] for row in row_counts} == firsts
 

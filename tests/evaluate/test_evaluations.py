@@ -34,7 +34,7 @@ OPTIONS = [
     "engine.replicas=2",
     "engine.cpus=0.5",
     "eval.seeds=[0, 1]",
-    "eval.health={prompts: 6}",
+    "eval.health_prompts=6",
     "eval.max_tokens=48",
 ]
 

@@ -4,13 +4,16 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from spo_ray.config.load import load
 from spo_ray.pipeline import cli, doctor
+from spo_ray.pipeline.job import plan_job
 
 QUICKSTART = "configs/quickstart.yaml"
+NO_PLAN = SimpleNamespace(planned=[])
 
 
 def by_name(checks):
@@ -101,7 +104,7 @@ def test_authentication(tmp_path, monkeypatch, environment, file, level):
 
 def test_too_small_a_disk(in_root, tmp_path):
     config = load(QUICKSTART, [f"output={tmp_path}", "train.checkpoint.keep=100000000"])
-    checks = by_name(doctor.disk(config))
+    checks = by_name(doctor.disk(config, plan_job(config)))
     assert checks["disk"].level == "failed"
     assert "output=" in checks["disk"].fix
 
@@ -130,7 +133,7 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize(("model", "level"), [("free/model", "ok"), ("gated/model", "failed")])
 def test_the_hub(in_root, hub, model, level):
-    (check,) = doctor.hub(load(QUICKSTART, [f"model.path={model}"]))
+    (check,) = doctor.hub(load(QUICKSTART, [f"model.path={model}"]), NO_PLAN)
     assert check.level == level
     assert "with HF_TOKEN" in check.found
     assert "donotshow" not in check.found
@@ -139,21 +142,22 @@ def test_the_hub(in_root, hub, model, level):
 
 def test_a_hub_that_is_not_there_or_not_wanted(in_root, monkeypatch):
     config = load(QUICKSTART, ["model.path=free/model"])
-    (check,) = doctor.hub(config)
+    (check,) = doctor.hub(config, NO_PLAN)
     assert check.level == "warning"  # HF_HUB_OFFLINE
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    (check,) = doctor.hub(config)
+    (check,) = doctor.hub(config, NO_PLAN)
     assert (check.level, "can't be reached" in check.found) == ("failed", True)
 
 
 def test_a_plan_that_would_be_refused(in_root):
-    (check,) = doctor.job(load(QUICKSTART, ["model.path=/absent"]))
+    config = load(QUICKSTART, ["model.path=/absent"])
+    (check,) = doctor.job(config, plan_job(config))
     assert (check.level, "no model in /absent" in check.found) == ("failed", True)
 
 
 def test_no_cluster_at_the_address(in_root):
-    (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=127.0.0.1:1"]))
+    (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=127.0.0.1:1"]), NO_PLAN)
     assert (check.level, "no Ray cluster at" in check.found) == ("failed", True)
 
 
@@ -162,6 +166,6 @@ def test_a_cluster_with_another_ray(in_root, monkeypatch):
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0.0")
 
     monkeypatch.setattr("ray.init", refuse)  # a second version of Ray can't be had here
-    (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=auto"]))
+    (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=auto"]), NO_PLAN)
     assert check.level == "failed"
     assert "RuntimeError: Version mismatch: The cluster was started with:" in check.found

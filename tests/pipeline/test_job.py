@@ -21,7 +21,7 @@ from spo_ray.pipeline.cli import guarded
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.pipeline.job import plan_job
 from spo_ray.report.comparison import write_reports
-from spo_ray.report.data_section import SHOWN_DROPPED
+from spo_ray.report.run_page import SHOWN_DROPPED
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import check_resources
 

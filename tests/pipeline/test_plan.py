@@ -11,6 +11,7 @@ from spo_ray.pipeline.job import plan_job
 from spo_ray.pipeline.plan import Estimator, plan_text, products_per_second
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_rows
+from spo_ray.runtime.console import installed
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
 
 from ..helpers import small_config
@@ -57,7 +58,8 @@ def test_a_plan_says_what_a_run_then_does(config, capsys):
         changed = small_config(config.output, *overrides)
         assert {stage.name: stage.why for stage in job(PlannedRun(changed)).planned if stage.why} == expected
         capsys.readouterr()
-        job(Run(changed))
+        with installed():
+            job(Run(changed))
         printed = capsys.readouterr().out
         assert [name for name in ("first", "second", "third") if f"{name}: build" in printed] == list(expected)
         for name, why in expected.items():

@@ -19,9 +19,9 @@ def report(*arguments):
 
 
 def text_of(page):
-    """A page without its code, its figures and its tags."""
+    """A page without its code, its figures, its tags and its line breaks."""
     own = page.partition('<script type="module">')[0]
-    return unescape(re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]+>", "|", own, flags=re.S))
+    return " ".join(unescape(re.sub(r"<script.*?</script>|<style.*?</style>|<[^>]+>", "|", own, flags=re.S)).split())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_paired_tests_of_the_same_method_on_the_same_questions(compared):
     assert [row[5] for row in greedy] == [f"{p:.2g}" for p in p_values]
     assert [row[6] for row in greedy] == [f"{p:.2g}" for p in holm(p_values)]
     assert "a/spo is better than b/spo; s/trial_00003 is better than b/spo." in text
-    assert "different settings, which the tests can't tell apart: eval.max_tokens" in text
+    assert "different settings, whose effect the tests can't separate: eval.max_tokens" in text
 
 
 def test_runs_with_other_questions_are_not_tested(compared):

@@ -1,14 +1,13 @@
 """Sections of a run's own page, from made-up stages."""
 
 import json
-import re
 import shutil
 
 import pytest
 
 from spo_ray.pipeline.finished import read_finished
-from spo_ray.report.run_page import _alarms, _answers, _samples
-from spo_ray.report.scores import comparisons, other_scores, results
+from spo_ray.report.run_page import _alarms, _answers, _greedy
+from spo_ray.report.scores import comparison_tables, other_suites, results
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
@@ -43,15 +42,17 @@ def test_ungraded_answers_come_from_text_health(run):
         run.execute(Stage(f"health_{name}", build, config={}, inputs={}))
     prompts = [{"id": "q", "prompt": [{"role": "user", "content": "How <many>?"}]}]
     held_out = type("Prompts", (), {"rows": lambda self: prompts})()
-    answers = _answers(run, {"base": {}, "sft": {}, "dpo": {}}, {})
-    assert {name: rows["q"]["response"] for name, rows in answers.items()} == {
+    greedy = _greedy(run, {"base": {}, "sft": {}, "dpo": {}}, {})
+    assert {name: rows["q"]["response"] for name, rows in greedy.items()} == {
         "sft": "<i>sft</i> says 5",
         "dpo": "<i>dpo</i> says 5",
     }
-    found = "".join(_samples(answers, held_out))
-    assert "user: How &lt;many&gt;?" in found
-    assert "&lt;i&gt;<mark>dpo</mark>&lt;" in found
-    assert not re.search("<i>|right|wrong", found.partition("<table>")[2])
+    shown = _answers(greedy, held_out)
+    assert (shown["checkpoints"], shown["graded"]) == (["sft", "dpo"], False)
+    (line,) = shown["lines"]
+    assert line["prompt"] == "user: How <many>?"
+    assert [answer["correct"] for answer in line["answers"]] == [None, None]
+    assert [piece for piece, differs in line["answers"][1]["pieces"] if differs] == ["dpo"]
 
 
 def test_results_have_the_adjusted_p_value_against_sft():
@@ -78,8 +79,11 @@ def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
         "accuracy/x",
     )
     scores = {key: {"value": 0.25} for key in keys}
-    found = "".join(other_scores({"dpo": {"scores": scores}}, tmp_path))
-    places = dict(re.findall(r"<td>([\w/]+)</td><td><a href=\"../([^\"]+)\">0.25</a>", found))
+    suites = other_suites({"dpo": {"scores": scores}}, tmp_path)
+    assert list(suites) == ["health", "alpaca_eval", "lm_eval:arc"]
+    cells = {metric: cell for table in suites.values() for metric, cell in table.rows}
+    places = {metric: cell.target.removeprefix("../") for metric, cell in cells.items()}
+    assert {cell.text for cell in cells.values()} == {"0.25"}
     assert places == {
         "entropy": "health_dpo/part-0.parquet",
         "kl_checkpoint_to_sft": "shift_dpo/part-0.parquet",
@@ -102,4 +106,6 @@ def test_figures_without_an_interval_are_shown_by_themselves():
     assert line == {"method": "dpo", "greedy, 95%": "50.0% (40.0 – 60.0)", "sampled ± sd, 95%": "50.0% ± 0.0%"}
     row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
     row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
-    assert "<td>+1</td><td></td><td>3 : 0</td>" in "".join(comparisons([row]))
+    ((title, table),) = comparison_tables([row])
+    assert title == "m: 1 pairs, t"
+    assert table.rows[0][1:4] == ["+1", "", "3 : 0"]

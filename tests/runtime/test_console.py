@@ -1,30 +1,47 @@
-"""Progress on a real terminal and off it."""
+"""Log lines, JSON and bars: on a terminal, off it, and where spo_ray is only imported."""
 
+import json
+import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+from datetime import datetime
+
+import pytest
+
+from spo_ray.errors import UserError
+from spo_ray.pipeline.cli import Output, guarded
+from spo_ray.runtime.console import LOGGER, log, warn
 
 from ..conftest import ROOT
 
 CODE = """
 import time
-from spo_ray.runtime import console as progress
-progress.EVERY_S = 0.0
-with progress.progress("sft") as update:
-    for step in range(4):
-        update(step, 3, f"step {step}/3")
-        time.sleep(0.2)
-    progress.log("other", "a [line] beside it")
-progress.log("sft", "done")
+from spo_ray.runtime import console
+console.EVERY_S = 0.0
+with console.installed():
+    with console.progress("sft") as update:
+        for step in range(4):
+            update(step, 3, f"step {step}/3")
+            time.sleep(0.2)
+        console.log("other", "a [line] beside it :key:")
+    console.log("sft", "done")
 """
 
 
 def test_plain_lines_without_a_terminal():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = [re.sub(r"^\[[\d:]+\] ", "", line) for line in done.stdout.splitlines()]
-    assert lines == ["sft: step 0/3", "sft: step 1/3", "sft: step 2/3", "other: a [line] beside it", "sft: done"]
+    lines = done.stdout.splitlines()
+    assert all(re.match(r"\[\d\d:\d\d:\d\d\] \w", line) for line in lines)
+    assert [line[11:] for line in lines] == [
+        "sft: step 0/3",
+        "sft: step 1/3",
+        "sft: step 2/3",
+        "other: a [line] beside it :key:",
+        "sft: done",
+    ]
 
 
 def test_a_live_view_on_a_terminal():
@@ -47,5 +64,84 @@ def test_a_live_view_on_a_terminal():
     assert "━" in text  # the bar
     assert "\x1b[?25l" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor comes back
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
-    assert re.search(r"\] other: a \[line\] beside it\r?\n", plain)
+    assert re.search(r"\] other: a \[line\] beside it :key:\r?\n", plain)
     assert re.search(r"\] sft: done\r?\n", plain)
+
+
+def test_nothing_is_printed_where_spo_ray_is_only_imported():
+    code = "import logging, spo_ray\nfrom spo_ray.runtime.console import log, warn\nlog('s', 'a')\nwarn('s', 'b')\n"
+    code += "print([type(handler).__name__ for handler in logging.getLogger('spo_ray').handlers])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("['NullHandler']\n", "")
+
+
+def work():
+    log("sft", "100% of longkeyvalue sent")
+    warn("sft", "ALARM")
+    logging.getLogger("spo_ray.own").info("a record without a stage")
+    print("the answer")
+    raise UserError('set "longkeyvalue"')
+
+
+@pytest.fixture
+def secret(monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "longkeyvalue")
+
+
+def test_lines_go_to_stdout_and_errors_to_stderr(secret, capsys):
+    assert guarded(work) == 2
+    printed = capsys.readouterr()
+    assert re.sub(r"\[[\d:]{8}\] ", "", printed.out).splitlines() == [
+        "sft: 100% of [JUDGE_API_KEY] sent",
+        "sft: ALARM",
+        "a record without a stage",
+        "the answer",
+    ]
+    assert printed.err == 'error: set "[JUDGE_API_KEY]"\n'
+
+
+def test_quiet_leaves_warnings_errors_and_the_answer(secret, capsys):
+    assert guarded(work, Output(quiet=True)) == 2
+    printed = capsys.readouterr()
+    assert re.sub(r"\[[\d:]{8}\] ", "", printed.out).splitlines() == ["sft: ALARM", "the answer"]
+    assert printed.err == 'error: set "[JUDGE_API_KEY]"\n'
+    assert guarded(lambda: log("sft", "starts"), Output(quiet=True)) == 0
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""
+
+
+def test_json_lines_hold_time_level_stage_and_message(secret, capsys):
+    before = datetime.now().astimezone()
+    assert guarded(work, Output(log_json=True)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "the answer\n"
+    records = [json.loads(line) for line in printed.err.splitlines()]
+    assert [(record["level"], record["stage"], record["message"]) for record in records] == [
+        ("INFO", "sft", "100% of [JUDGE_API_KEY] sent"),
+        ("WARNING", "sft", "ALARM"),
+        ("INFO", None, "a record without a stage"),
+        ("ERROR", None, 'error: set "[JUDGE_API_KEY]"'),
+    ]
+    for record in records:
+        assert abs((datetime.fromisoformat(record["time"]) - before).total_seconds()) < 60
+
+
+@pytest.mark.parametrize("output", [Output(), Output(log_json=True)])
+def test_secrets_are_struck_out_of_tracebacks_of_any_record(secret, capsys, output):
+    def fail():
+        try:
+            raise RuntimeError("longkeyvalue")
+        except RuntimeError:
+            logging.getLogger("spo_ray.own").exception("sent %s", "longkeyvalue")
+        raise RuntimeError("longkeyvalue")
+
+    assert guarded(fail, output) == 1
+    printed = capsys.readouterr()
+    assert "longkeyvalue" not in printed.out + printed.err
+    assert printed.err.count("RuntimeError: [JUDGE_API_KEY]") == 3  # both tracebacks, and the card
+
+
+def test_handlers_of_the_program_come_back_after_a_command():
+    before = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    assert guarded(lambda: None, Output(quiet=True)) == 0
+    assert (LOGGER.handlers, LOGGER.level, LOGGER.propagate) == before

@@ -38,10 +38,14 @@ def run(source, tmp_path, mapper, **options):
     return Artifact(out, ""), row_counts
 
 
-def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, monkeypatch, capsys):
+def test_progress_is_reported_while_shards_come_in(local_ray, source, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("spo_ray.runtime.console.EVERY_S", 0.0)
-    run(source, tmp_path, lengths, batch_size=25, every=101)
-    counts = [int(n) for n in re.findall(r"test: (\d+)/100 rows read", capsys.readouterr().out)]
+    with caplog.at_level("INFO", "spo_ray"):
+        run(source, tmp_path, lengths, batch_size=25, every=101)
+    lines = [record for record in caplog.records if record.name == "spo_ray"]
+    assert {record.stage for record in lines} == {"test"}
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    counts = [int(n) for n in re.findall(r"(\d+)/100 rows read", caplog.text)]
     assert counts == [25, 50, 75]
 
 

@@ -123,6 +123,19 @@ def test_two_processes_never_share_a_run(run):
     assert subprocess.run(command, capture_output=True, text=True).stdout == "inside\n"
 
 
+def test_the_lock_of_a_killed_process_is_free_again(run):
+    code = "import sys, time; from spo_ray.runtime.run import Run; from tests.helpers import small_config\n"
+    code += "with Run(small_config(sys.argv[1])).locked(): print('inside', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(run.config.output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "inside\n"
+        with pytest.raises(UserError, match="another process is working in"), run.locked():
+            pass
+        process.kill()
+    with run.locked(), pytest.raises(UserError), Run(run.config).locked():
+        pass
+
+
 def test_schemas_keep_their_types_without_rows(tmp_path):
     for kind in (schema.Prompt, schema.Samples, schema.Scored, schema.ReferencedPair, schema.EvalRow):
         write_rows(tmp_path / "empty.parquet", [], kind)

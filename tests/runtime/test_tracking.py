@@ -45,8 +45,8 @@ def expected(trained):
 def test_tensorboard(in_root, trained, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run, _ = followed(trained, tmp_path, "tracking.tensorboard=true")
-    followed(trained, tmp_path, "tracking.tensorboard=true")  # the driver was started again
+    run, _ = followed(trained, tmp_path, "tracking=[tensorboard]")
+    followed(trained, tmp_path, "tracking=[tensorboard]")  # the driver was started again
     events = EventAccumulator(str(run.root / "tensorboard" / "method_dpo"), purge_orphaned_data=True).Reload()
     for name, curve in expected(trained).items():
         assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(curve)
@@ -54,13 +54,14 @@ def test_tensorboard(in_root, trained, tmp_path):
     assert sorted(p.name for p in run.root.iterdir()) == ["tensorboard"]  # and nothing for the others
 
 
-def test_mlflow(in_root, trained, tmp_path):
+def test_mlflow(in_root, trained, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    overrides = [f"tracking.mlflow={{uri: '{uri}', experiment: mine}}", "methods.dpo.beta=0.25"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     for _ in range(2):  # the second time it goes on, and has nothing to add
-        followed(trained, tmp_path, *overrides)
+        followed(trained, tmp_path, "tracking=[mlflow]", "methods.dpo.beta=0.25")
     client = MlflowClient(uri)
     (made,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert made.info.status == "FINISHED"
@@ -96,7 +97,8 @@ def test_wandb_offline(in_root, trained, tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run, _ = followed(trained, tmp_path, "tracking.wandb={project: mine}")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    run, _ = followed(trained, tmp_path, "tracking=[wandb]")
     wandb.teardown()  # finish() may return before wandb's own process has written the last of it
     (file,) = run.root.glob("wandb/offline-run-*/*.wandb")
     found, heads = {name: {} for name in CURVES}, []
@@ -113,29 +115,24 @@ def test_wandb_offline(in_root, trained, tmp_path, monkeypatch):
         assert found[name] == pytest.approx(curve)
 
 
-def test_a_tracker_that_fails_does_not_end_the_training(in_root, trained, tmp_path, capsys):
+def test_a_tracker_that_fails_does_not_end_the_training(in_root, trained, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlflow.db")
     (tmp_path / "file").write_text("")
-    followed(
-        trained,
-        tmp_path,
-        f"tracking.mlflow={{uri: 'sqlite:///{tmp_path}/file/mlflow.db'}}",
-        "tracking.tensorboard=true",
-    )
-    printed = capsys.readouterr().out
-    assert printed.count("tracking.mlflow is off from here on: ") == 1
+    followed(trained, tmp_path, "tracking=[mlflow, tensorboard]")
+    assert caplog.text.count("the tracker mlflow is off from here on: ") == 1
     assert list(Path(tmp_path).glob("quickstart/tensorboard/method_dpo/events*"))
 
 
 def test_a_missing_library_is_one_clear_error(in_root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"tracking.wandb needs wandb.*pip install 'spo-ray\[tracking\]'"):
-        preflight(small_config(tmp_path, "tracking.wandb={}"))
+    with pytest.raises(UserError, match=r"tracking=\['wandb'\] needs wandb.*pip install 'spo-ray\[tracking\]'"):
+        preflight(small_config(tmp_path, "tracking=[wandb]"))
     preflight(small_config(tmp_path))
 
 
-def test_alarms_and_repeated_steps(in_root, trained, tmp_path, capsys):
+def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
     """A log that is cut back, as after the loss of a worker, is told and tracked once."""
-    run = Run(small_config(tmp_path, "tracking.tensorboard=true"))
+    run = Run(small_config(tmp_path, "tracking=[tensorboard]"))
     out = tmp_path / "out"
     out.mkdir()
     lines = (trained / "log.jsonl").read_text().splitlines(keepends=True)
@@ -147,4 +144,4 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, capsys):
         view.look(lambda *progress: told.append(progress[0]))
     view.close()
     assert told == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().out.count("ALARM at step 3: the mean log pi(y_w) of the probe pairs is 1.50 nats") == 1
+    assert caplog.text.count("ALARM at step 3: the mean log pi(y_w) of the probe pairs is 1.50 nats") == 1

@@ -33,7 +33,7 @@ SMALL = [
     "sweep.score_at=[0.25, 0.5, 1.0]",
     "sweep.max_fall=null",
     "sweep.validation={questions: 12, pairs: 0}",
-    "sweep.scheduler={type: fifo}",
+    "sweep.scheduler=fifo",
 ]
 
 

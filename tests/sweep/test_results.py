@@ -26,13 +26,13 @@ from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
 from .test_space import LAMBDA, TOY, space
 
-BETA = "methods.spo.beta"
+BETA = "methods.spo.base.beta"
 WIDE = [
     space(
         methods__spo__lambda_sft="{type: loguniform, low: 0.01, high: 100}",
-        methods__spo__beta="{type: choice, values: [0.1, 0.5]}",
+        methods__spo__base__beta="{type: choice, values: [0.1, 0.5]}",
     ),
-    "sweep.searcher={type: random}",
+    "sweep.searcher=random",
     "sweep.seeds=[0, 1]",
 ]
 

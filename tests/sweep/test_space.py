@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from spo_ray.config.keys import with_values
 from spo_ray.config.load import load
-from spo_ray.config.sweep import with_values
 from spo_ray.errors import UserError
 from spo_ray.pipeline.plan import trials_text
 from spo_ray.sweep.space import listed_points, short_names, trial_config, trial_count
@@ -34,12 +34,12 @@ def test_random_draws_follow_their_distributions():
     """Log-uniform: Kolmogorov-Smirnov against scipy's; choices: a chi-squared test. Both would fail 1 time in 1,000."""
     given = space(
         methods__spo__lambda_sft="{type: loguniform, low: 1e-3, high: 100}",
-        methods__spo__beta="{type: choice, values: [0.1, 0.2, 0.5]}",
+        methods__spo__base__beta="{type: choice, values: [0.1, 0.2, 0.5]}",
     )
-    points = listed_points(load(TOY, [given, "sweep.searcher={type: random}", "sweep.samples=600"]))
+    points = listed_points(load(TOY, [given, "sweep.searcher=random", "sweep.samples=600"]))
     drawn = [point["values"][LAMBDA] for point in points]
     assert stats.kstest(drawn, stats.loguniform(1e-3, 100).cdf).pvalue > 1e-3
-    counts = Counter(point["values"]["methods.spo.beta"] for point in points)
+    counts = Counter(point["values"]["methods.spo.base.beta"] for point in points)
     assert set(counts) == {0.1, 0.2, 0.5}
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
@@ -47,13 +47,13 @@ def test_random_draws_follow_their_distributions():
 def test_grids_are_combined_with_draws_and_seeds():
     given = space(
         methods__spo__lambda_sft="{type: loguniform, low: 0.1, high: 10}",
-        methods__spo__beta="{type: grid, values: [0.1, 0.5]}",
+        methods__spo__base__beta="{type: grid, values: [0.1, 0.5]}",
     )
-    overrides = [given, "sweep.searcher={type: random}", "sweep.samples=3", "sweep.seeds=[4, 5]"]
+    overrides = [given, "sweep.searcher=random", "sweep.samples=3", "sweep.seeds=[4, 5]"]
     points = listed_points(load(TOY, overrides))
     assert len(points) == 3 * 2 * 2
     assert [point["seed"] for point in points[:4]] == [4, 5, 4, 5]
-    assert [point["values"]["methods.spo.beta"] for point in points[:4]] == [0.1, 0.1, 0.5, 0.5]
+    assert [point["values"]["methods.spo.base.beta"] for point in points[:4]] == [0.1, 0.1, 0.5, 0.5]
     assert len({point["values"][LAMBDA] for point in points}) == 3
     assert listed_points(load(TOY, overrides)) == points
     assert listed_points(load(TOY, [*overrides, "seed=1"])) != points
@@ -62,23 +62,23 @@ def test_grids_are_combined_with_draws_and_seeds():
 def test_equal_draws_are_tried_once():
     given = space(
         methods__spo__lambda_sft="{type: choice, values: [1.0, 2.0]}",
-        methods__spo__beta="{type: grid, values: [0.1, 0.5, 0.1]}",
+        methods__spo__base__beta="{type: grid, values: [0.1, 0.5, 0.1]}",
     )
-    overrides = [given, "sweep.searcher={type: random}", "sweep.samples=20", "sweep.seeds=[3, 4, 3]"]
+    overrides = [given, "sweep.searcher=random", "sweep.samples=20", "sweep.seeds=[3, 4, 3]"]
     points = listed_points(load(TOY, overrides))
     assert len({(*point["values"].values(), point["seed"]) for point in points}) == len(points) == 2 * 2 * 2
     assert [point["number"] for point in points] == list(range(8))
     assert [point["seed"] for point in points] == [3, 4] * 4
     first = next(iter(points))["values"]
-    assert points[2]["values"] == first | {"methods.spo.beta": 0.5}  # in the order of the draws
+    assert points[2]["values"] == first | {"methods.spo.base.beta": 0.5}  # in the order of the draws
     assert trial_count(load(TOY, overrides)) == 8
-    assert trial_count(load(TOY, [given, "sweep.searcher={type: optuna}", "sweep.samples=20"])) == 20
+    assert trial_count(load(TOY, [given, "sweep.searcher=optuna", "sweep.samples=20"])) == 20
 
 
 def test_parameters_with_the_same_end_have_their_whole_keys():
-    keys = ["sft.lr", "methods.spo.lr", "methods.spo.safe_region.lr", "preference.theta.lr", "methods.spo.beta"]
+    keys = ["sft.lr", "methods.spo.lr", "methods.spo.safe_region.lr", "preference.theta.lr", "methods.spo.base.beta"]
     assert list(short_names(keys).values()) == [*keys[:3], "theta.lr", "beta"]
-    assert short_names(["sft.lr", "methods.spo.beta"]) == {"sft.lr": "lr", "methods.spo.beta": "beta"}
+    assert short_names(["sft.lr", "methods.spo.base.beta"]) == {"sft.lr": "lr", "methods.spo.base.beta": "beta"}
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_a_wrong_key_is_named_with_its_line(tmp_path):
         (["sweep.method=dpo"], "sweep.method=dpo is none of the methods: spo"),
         (["methods.dpo={type: dpo}", "sweep.method=dpo"], "the trials train methods.dpo alone"),
         (["sweep.score_at=[0.5, 0.2, 1.0]"], "must rise and end with 1.0"),
-        (["sweep.searcher={type: optuna}", "sweep.seeds=[0, 1]"], "give one seed"),
-        (["sweep.scheduler={type: pbt}"], "does not match any of the expected tags: 'fifo', 'asha'"),
+        (["sweep.searcher=optuna", "sweep.seeds=[0, 1]"], "give one seed"),
+        (["sweep.scheduler=pbt"], "Input should be 'asha' or 'fifo'"),
         (["preference.alarm.on_alarm=stop"], "set sweep.max_fall"),
         (["sweep.objectives=[held_out_reward_accuracy]", "sweep.validation.pairs=0"], "needs validation.pairs"),
         (
@@ -180,7 +180,7 @@ CPU4 = [{"CPU": 4.0}]
         (["train.use_gpu=true"], CPU4, None),
         (["engine.gpus=1"], CPU4, None),
         ([], [{"CPU": 16.0, "GPU": 3.0}], 2),
-        ([space(sft__lr="{type: loguniform, low: 1e-5, high: 1e-4}"), "sweep.searcher.type=random"], [{"CPU": 5.0}], 2),
+        ([space(sft__lr="{type: loguniform, low: 1e-5, high: 1e-4}"), "sweep.searcher=random"], [{"CPU": 5.0}], 2),
     ],
 )
 def test_as_many_trials_as_there_is_room_for(overrides, nodes, expected):
@@ -197,5 +197,5 @@ def test_a_dry_run_lists_the_trials():
     assert text.endswith(f"{len(listed_points(load(TOY)))} trials")
     assert "00000  methods.spo.lambda_sft=0.01" in text
     given = space(methods__spo__lambda_sft="{type: loguniform, low: 0.1, high: 10}")
-    text = trials_text(load(TOY, [given, "sweep.searcher={type: optuna}", "sweep.samples=9"]))
+    text = trials_text(load(TOY, [given, "sweep.searcher=optuna", "sweep.samples=9"]))
     assert "9 suggestions by Optuna for methods.spo.lambda_sft;" in text

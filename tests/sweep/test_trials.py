@@ -24,7 +24,7 @@ from .test_space import LAMBDA, space
 SIX = [
     space(
         methods__spo__lambda_sft="{type: grid, values: [0.01, 1.0, 30.0]}",
-        methods__spo__beta="{type: grid, values: [0.1, 0.5]}",
+        methods__spo__base__beta="{type: grid, values: [0.1, 0.5]}",
     )
 ]
 DEADLINE_S = 800
@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_a_sweep_that_the_same_command_goes_on_with(finished, refe
 
 def test_asha_and_the_rule_of_collapse_stop_trials_and_say_so(referenced, tmp_path):
     """Under a tiny ``max_fall`` whatever lowers log pi(y_w) collapses; of the others ASHA stops some."""
-    overrides = [*SIX, "sweep.scheduler={type: asha}", "sweep.max_fall=0.02", "preference.theta.lr=1e-3"]
+    overrides = [*SIX, "sweep.scheduler=asha", "sweep.max_fall=0.02", "preference.theta.lr=1e-3"]
     run = finish(start(tmp_path, referenced, "4", *overrides), tmp_path)
     found = rows(run)
     assert len(found) == 6
@@ -210,7 +210,7 @@ def test_asha_and_the_rule_of_collapse_stop_trials_and_say_so(referenced, tmp_pa
 def test_optuna_with_two_objectives(referenced, tmp_path):
     overrides = [
         space(methods__spo__lambda_sft="{type: loguniform, low: 0.01, high: 30}"),
-        "sweep.searcher={type: optuna, startup_trials: 2}",
+        "sweep.searcher=optuna",
         "sweep.samples=4",
         "sweep.objectives=[delta_logp_chosen, -delta_logp_rejected]",
         "sweep.max_concurrent=1",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 METHOD = (
-    "methods.spo={type: spo, base: alpha_dpo, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
+    "methods.spo={type: spo, base: {type: alpha_dpo}, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
     "inner: {steps: 1, eta: 1e-3}}"
 )
 OVERRIDES = ["train.checkpoint.every=3", "preference.epochs=2", "sft.epochs=2", METHOD]
@@ -35,6 +35,9 @@ def train(output, referenced, stages, *overrides):
 def main(*arguments):
     import ray
 
+    from spo_ray.runtime.console import install
+
+    install()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     train(*arguments)
 

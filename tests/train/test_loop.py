@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spo_ray.errors import TrainingError
 from spo_ray.model.optimizer import Group
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.train.alarm import STOP
@@ -56,14 +57,22 @@ def loop(in_root, tmp_path):
     config = small_config(tmp_path)
     job = Job(config, "model", Artifact(tmp_path, "rows"), str(tmp_path), "own")
 
-    def run(snapshots, callback):
+    def run(snapshots, callback, value=1.0):
         model = torch.nn.Linear(1, 1)
         groups = [Group("theta", dict(model.named_parameters()), config.sft)]
-        gradients = lambda step, indices: ({n: torch.ones_like(p) for n, p in model.named_parameters()}, {"loss": 1.0})  # noqa: E731
+
+        def gradients(step, indices):
+            return {n: torch.full_like(p, value) for n, p in model.named_parameters()}, {"loss": 1.0}
+
         batches = [[i] for i in range(TOTAL)]
         optimise(job, model, groups, batches, gradients, snapshots.rank, snapshots, [callback])
 
     return run
+
+
+def test_many_steps_in_a_row_without_a_finite_gradient_end_the_training(loop):
+    with pytest.raises(TrainingError, match="step 6: the gradient is not finite, 6 steps in a row"):
+        loop(OneSnapshot(), Seen(), value=float("nan"))
 
 
 def test_what_happens_behind_a_checkpoints_step_happens_when_it_goes_on_from_there(loop):

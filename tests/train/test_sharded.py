@@ -14,7 +14,7 @@ from .processes import log_of, train
 
 BASE = ["preference.epochs=4", "sft.epochs=4", "sft.batch_size=4", "preference.dynamics_every=10"]
 RATES = ["preference.theta.lr=1e-4", "preference.phi.lr=1e-4"]
-SPO = "methods.spo={{type: spo, base: dpo, beta: 0.5, gamma: {}, inner: {{steps: 2, eta: 1e-3}}}}"
+SPO = "methods.spo={{type: spo, base: {{type: dpo, beta: 0.5}}, gamma: {}, inner: {{steps: 2, eta: 1e-3}}}}"
 CASES = {
     "sft": (None, [], 1e-5),
     "dpo": ("dpo", [], 1e-5),
@@ -79,7 +79,7 @@ def test_whole_copies_take_the_steps_of_one_too(referenced, tmp_path):
 def test_resume_on_one_and_on_four_what_two_have_saved(referenced, tmp_path):
     """The optimizer's states, SPO's running statistics and lambda, and the place in the data go along."""
     method = (
-        "methods.spo={type: spo, base: alpha_dpo, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
+        "methods.spo={type: spo, base: {type: alpha_dpo}, safe_region: {epsilon: 0.01, lr: 1.0}, gamma: 0.1, "
         "inner: {steps: 1, eta: 1e-3}}"
     )
     overrides = [*BASE, *RATES, method]
@@ -95,7 +95,7 @@ def test_resume_on_one_and_on_four_what_two_have_saved(referenced, tmp_path):
                 assert one[key] == pytest.approx(other[key], rel=2e-3, abs=1e-4), (one["step"], key)
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_training(referenced, tmp_path):
+def test_a_step_without_a_finite_gradient_is_skipped(referenced, tmp_path):
     """One of 40 pairs has no reference log-probability; the check before step 0 sees the first 32."""
     table = (referenced.rows() * 2)[:40]
     table = [row | {"id": f"{i:03d}"} for i, row in enumerate(table)]
@@ -109,8 +109,6 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_too_many_end_the_traini
     assert log[-1]["skipped_steps"] == 2
     assert sum(record.get("grad_norm", 0.0) is None for record in log) == 2
     assert all(torch.isfinite(value).all() for value in whole.values())
-    with pytest.raises(Exception, match="the gradient is not finite, 1 steps in a row"):
-        train(1, tmp_path / "rows", out, [*overrides, "train.max_skipped_steps=0"], "dpo")
 
 
 def test_half_precision_and_offload_and_checkpointed_layers(referenced, tmp_path):

@@ -1,0 +1,110 @@
+"""Strings that look like HTML in names, answers, settings and figures: pages show them and run nothing."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spo_ray.pipeline import cli
+
+HOSTILE = "<!--<script>\"'&lt;{{ 7 * 7 }}</script><img src=x onerror=document.title='run'>"
+LABEL = HOSTILE.replace("/", "")
+"""Name of a folder, so without a slash."""
+TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "table", "tr", "th", "td", "a"}
+TAGS |= {"script", "noscript", "details", "summary", "pre", "code", "mark", "footer"}
+FIGURES = {"run": 6, "sweep": 3, "comparison": 4}
+
+
+@pytest.fixture(scope="module")
+def pages(folder, tmp_path_factory):
+    """The pages of a run and of a sweep, and their comparison."""
+    root = tmp_path_factory.mktemp("hostile")
+    run = shutil.copytree(folder / "a", root / LABEL)
+    sweep = shutil.copytree(folder / "s", root / f"s{LABEL}")
+    for own in (run, sweep):
+        config = json.loads((own / "config.json").read_text())
+        config["model"]["path"] = HOSTILE
+        (own / "config.json").write_text(json.dumps(config))
+    for name, columns in {"eval_dpo": ["response"], "pairs": ["prompt", "chosen"], "data_test": ["prompt"]}.items():
+        rewrite(run / name / "part-0.parquet", columns)
+    rewrite(run / "pairs" / "rejected.parquet", ["id", "reason", "excerpt"])
+    trial = (sweep / "trials" / "00000").rename(sweep / "trials" / LABEL)
+    row = json.loads((trial / "row.json").read_text())
+    (trial / "row.json").write_text(json.dumps(row | {"trial": LABEL, "reason": HOSTILE}))
+    for arguments in ([run], [sweep], [run, sweep, "--out", root / "both.html"]):
+        assert not cli.app(["report", *map(str, arguments)], exit_on_error=False, result_action="return_value")
+    own_pages = {"run": run, "sweep": sweep}
+    return {name: own / "report" / "index.html" for name, own in own_pages.items()} | {"comparison": root / "both.html"}
+
+
+def rewrite(file, columns):
+    table = pq.read_table(file)
+    for name in columns:
+        old = table.column(name).to_pylist()
+        new = [f"{HOSTILE} {i}" if isinstance(value, str) else value for i, value in enumerate(old)]
+        table = table.set_column(table.column_names.index(name), name, pa.array(new, table.schema.field(name).type))
+    pq.write_table(table, file)
+
+
+class Page(HTMLParser):
+    """A page's tags, their attributes, its text, and its scripts by type."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open = None
+        self.tags, self.attributes, self.texts, self.scripts = set(), set(), [], {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.open = dict(attrs).get("type") if tag == "script" else None
+        if self.open:
+            self.scripts.setdefault(self.open, []).append("")
+
+    def handle_data(self, data):
+        if self.open:
+            self.scripts[self.open][-1] += data
+        else:
+            self.texts.append(data)
+
+    def handle_endtag(self, tag):
+        self.open = None
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_hostile_strings_are_text(pages, name):
+    page = Page(pages[name].read_text())
+    assert page.tags <= TAGS
+    assert not any(attribute.startswith("on") for attribute in page.attributes)
+    figures, (code,) = page.scripts.pop("application/json"), page.scripts.pop("module")
+    assert not page.scripts
+    assert len(figures) == FIGURES[name]
+    assert not any("<" in figure for figure in figures)
+    assert len(code) > 500_000
+    assert (LABEL if name == "comparison" else HOSTILE) in "".join(page.texts)
+    if name != "run":  # the figures of a run show only methods
+        assert any(json.dumps(LABEL) in json.dumps(json.loads(figure)) for figure in figures)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize("name", FIGURES)
+def test_hostile_strings_run_nothing_in_a_browser(pages, name):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        messages = []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto(pages[name].as_uri())
+        page.wait_for_function(f"document.querySelectorAll('.figure svg').length == {FIGURES[name]}", timeout=60_000)
+        assert page.evaluate("document.images.length") == 0
+        assert page.title() != "run"
+        assert page.evaluate("document.querySelector('footer').innerText").startswith("spo_ray")
+        browser.close()
+    assert not messages
