@@ -158,7 +158,7 @@ OWN = "sweep.space={sft.lr: {type: loguniform, low: 1e-4, high: 3e-4}}"
 
 def sweep_config(output, space):
     searcher = "grid" if space == SHARED else "random"
-    overrides = [space, f"sweep.searcher={{type: {searcher}}}", "sweep.samples=2", f"output={output}"]
+    overrides = [space, f"sweep.searcher={searcher}", "sweep.samples=2", f"output={output}"]
     return load("configs/sweeps/toy.yaml", overrides)
 
 
