@@ -90,8 +90,6 @@ class AlphaDpo(LengthNormalised):
     type: Literal["alpha_dpo"]
     alpha: NonNegativeFloat = 0.5
     """Weight of the pair's own part of the margin: beta times the alpha of the public trainer."""
-    statistics: Literal["corrected", "reference_exact"] = "corrected"
-    """Running statistics of the z-score: corrected for their start, or just as in the public trainer."""
 
 
 class Dpop(Trained):

@@ -91,9 +91,6 @@ class Config(ConfigModel):
             raise ValueError("suite accuracy needs questions: with preference data, leave it out of eval.suites")
         if self.train.cpu_offload and self.train.sharding == "none":
             raise ValueError("train.cpu_offload needs train.sharding=full")
-        alarm = self.preference.alarm.on_alarm
-        if alarm == "increase_lambda" and not any(isinstance(m, Spo) and m.lambda_sft for m in self.methods.values()):
-            raise ValueError("preference.alarm.on_alarm=increase_lambda needs a method of type spo with lambda_sft > 0")
         sharded = self.train.sharding == "full" and (self.train.num_workers > 1 or self.train.cpu_offload)
         for name, method in self.methods.items():
             if sharded and isinstance(method, Spo) and method.gamma > 0 and method.hinge == "pair":

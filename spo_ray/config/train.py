@@ -46,11 +46,8 @@ class AlarmConfig(ConfigModel):
     """Largest share of 4-grams in sampled answers that repeat an earlier one of the same answer."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = 3.0
     """Largest factor by which sampled answers may become longer or shorter than at the start."""
-    on_alarm: Literal["warn", "stop", "increase_lambda"] = "warn"
-    """``stop`` ends the method's training with the state that it has; ``increase_lambda`` raises ``lambda_sft`` of SPO
-    at every measurement beyond a limit, and warns for other methods."""
-    lambda_factor: Annotated[float, Field(gt=1.0)] = 2.0
-    max_lambda: PositiveFloat = 100.0
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """Reaction to an alarm; ``stop`` ends the method's training and exports the state that it has reached."""
 
 
 class PreferenceConfig(ConfigModel):

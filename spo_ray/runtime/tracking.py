@@ -18,9 +18,10 @@ from spo_ray.errors import UserError
 from spo_ray.runtime.console import warn
 from spo_ray.runtime.run import Run
 
-Metrics = Mapping[str, float]
 PROJECT = "spo-ray"
-"""Project of Weights & Biases and experiment of MLflow where the environment names none."""
+"""Weights & Biases' project and MLflow's experiment where the environment names none."""
+INSTALL = "pip install 'spo-ray[tracking]'"
+Metrics = Mapping[str, float]
 
 
 class Tracker(NamedTuple):
@@ -95,7 +96,7 @@ TRACKERS: dict[str, Callable[[Run, str, str, int], Tracker]] = {
     "wandb": wandb,
     "mlflow": mlflow,
 }
-"""Functions that open a tracker, by their name in the configuration, which is also the library's name."""
+"""Functions that open a tracker, by the name in ``tracking``, which is also the library's name."""
 
 
 class TrackerGroup:
@@ -105,7 +106,8 @@ class TrackerGroup:
         self.stage = stage
         self.trackers: dict[str, Tracker] = {}
         for name in run.config.tracking:
-            self._attempt(name, lambda n=name: self.trackers.update({n: TRACKERS[n](run, stage, key, step)}))
+            opener = TRACKERS[name]
+            self._attempt(name, lambda n=name, o=opener: self.trackers.update({n: o(run, stage, key, step)}))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Log the metrics of a step to each tracker."""
@@ -147,8 +149,7 @@ def check_trackers(names: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            text = f"tracking={list(names)} needs {name}, which can't be imported: pip install 'spo-ray[tracking]'"
-            raise UserError(text) from error
+            raise UserError(f"tracking={list(names)} needs {name}, which can't be imported: {INSTALL}") from error
 
 
 def _identifier(run: Run, key: str) -> str:
@@ -157,6 +158,6 @@ def _identifier(run: Run, key: str) -> str:
 
 def _parameters(config: Config, stage: str) -> list[tuple[str, Any]]:
     """Return the settings that a training depends on, by dotted keys."""
-    values = config.model_dump(mode="json", include={"seed", "sft", "preference"}) | {"model.path": config.model.path}
     method = config.methods.get(stage.removeprefix("method_"))
-    return list(leaves(values | ({"method": method.model_dump(mode="json")} if method else {})))
+    tree = config.model_dump(mode="json", include={"seed": True, "model": {"path"}, "sft": True, "preference": True})
+    return list(leaves(tree | ({"method": method.model_dump(mode="json")} if method else {})))
