@@ -20,19 +20,19 @@ WRONG = Grade(None, correct=False, strict=False)
 """Grade of a question that the engine could not answer."""
 
 
-def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer every question greedily and once per seed, and grade the answers (:class:`schema.EvalRow`)."""
-    config = bench.run.config
+    config = context.run.config
     settings = config.eval.model_dump(include={"seeds", "temperature", "max_tokens", "batch_size"})
     verifier = verifier_of(config.data)
 
     def build(out: Any, row_counts: RowCounts) -> None:
-        table, grade = bench.data.rows(), load_verifier(verifier).grade
+        table, grade = context.data.rows(), load_verifier(verifier).grade
         passes = [Pass(None, 0.0), *(Pass(seed, config.eval.temperature) for seed in config.eval.seeds)]
-        row_counts.facts |= bench.provenance(checkpoint, settings)
+        row_counts.facts |= context.provenance(checkpoint, settings)
         answers: list[Row] = []
         unanswered: Counter[str] = Counter()
-        for seed, row, answer in bench.answer(checkpoint, table, passes, config.eval.max_tokens):
+        for seed, row, answer in context.answer(checkpoint, table, passes, config.eval.max_tokens):
             if isinstance(answer, Skipped):
                 response, graded = f"[{answer.reason}]", WRONG
                 unanswered[answer.reason] += 1
@@ -45,13 +45,13 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
         row_counts.facts["unanswered_counted_wrong"] = dict(sorted(unanswered.items()))
         write_rows(out / "part-0.parquet", answers, schema.EvalRow)
 
-    identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
-    inputs = {"model": checkpoint, "questions": bench.data}
-    bound, each = bench.data.max_rows, 1 + len(config.eval.seeds)
+    identity = {**context.identity, **settings, "verifier": verifier_identity(verifier)}
+    inputs = {"model": checkpoint, "questions": context.data}
+    bound, each = context.data.max_rows, 1 + len(config.eval.seeds)
     note = f"answers, greedy and with {len(config.eval.seeds)} seeds"
     tokens = times(bound, each * config.eval.max_tokens)
-    work = bench.work(note, rows=bound, out=times(bound, each), tokens=tokens)
-    return bench.run.execute(Stage(f"eval_{name}", build, identity, inputs, work))
+    work = context.work(note, rows=bound, out=times(bound, each), tokens=tokens)
+    return context.run.execute(Stage(f"eval_{name}", build, identity, inputs, work))
 
 
 def by_seed(answers: list[Row]) -> dict[int | None, dict[str, bool]]:

@@ -36,18 +36,18 @@ Request = tuple[str, bool]
 """(id of an output, True if the checkpoint's output is shown first)."""
 
 
-def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer the instructions (:class:`schema.Output`)."""
-    config = _config(bench)
+    config = _config(context)
     settings = config.model_dump(include={"limit", "temperature", "max_tokens"})
-    settings["batch_size"] = bench.run.config.eval.batch_size
+    settings["batch_size"] = context.run.config.eval.batch_size
 
     def build(out: Path, counts: RowCounts) -> None:
         table = read_instructions(config)
-        counts.facts |= bench.provenance(checkpoint, settings)
+        counts.facts |= context.provenance(checkpoint, settings)
         sampling = Pass(0 if config.temperature else None, config.temperature)
         kept = []
-        for _, row, answers in bench.answer(checkpoint, table, [sampling], config.max_tokens, "instruction"):
+        for _, row, answers in context.answer(checkpoint, table, [sampling], config.max_tokens, "instruction"):
             if isinstance(answers, Skipped):
                 counts.reject(row["id"], answers.reason, row["instruction"])
                 continue
@@ -59,33 +59,33 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
 
     inputs = {"model": checkpoint, "instructions": external(config.instructions)}
     note = f"answers of up to {config.max_tokens} tokens"
-    work = bench.work(note, rows=config.limit, tokens=times(config.limit, config.max_tokens))
-    return bench.run.execute(Stage(f"alpaca_{name}", build, {**bench.identity, **settings}, inputs, work))
+    work = context.work(note, rows=config.limit, tokens=times(config.limit, config.max_tokens))
+    return context.run.execute(Stage(f"alpaca_{name}", build, {**context.identity, **settings}, inputs, work))
 
 
-def second_pass(bench: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
+def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
     """Let every annotator judge every checkpoint's outputs (:class:`schema.Judgement`, AlpacaEval's annotations.json).
 
     Raises:
         UserError: after all annotators, if one could not judge enough outputs.
     """
-    config = _config(bench)
+    config = _config(context)
     found: dict[str, list[Artifact]] = {name: [] for name in measured}
     failed: list[str] = []
-    bench.evaluator.free_engines()  # local judges need the memory
+    context.evaluator.free_engines()  # local judges need the memory
     for annotator in config.annotators:
-        template: Turns = [] if bench.run.mode == "read" else read_template(annotator)
+        template: Turns = [] if context.run.mode == "read" else read_template(annotator)
         requests = 2 if annotator.orders == "both" else 1
         note, where = f"verdicts of {annotator.model}, {requests} requests each", "the engine of eval.alpaca.annotators"
         work = engine_work(annotator.engine, where, note, rows=config.limit)
         own = {"orders": annotator.orders, "template": template, "max_unjudged": config.max_unjudged}
         with _asker(annotator) as (ask, model):
             for name, outputs in measured.items():
-                build = partial(_judge, bench, annotator, template, outputs, ask, model)
+                build = partial(_judge, context, annotator, template, outputs, ask, model)
                 settings = identity(annotator, model) | {"verdict": annotator.verdict} | own
                 stage = f"judged_{name}@{annotator.name}"
                 try:
-                    found[name].append(bench.run.execute(Stage(stage, build, settings, {"outputs": outputs}, work)))
+                    found[name].append(context.run.execute(Stage(stage, build, settings, {"outputs": outputs}, work)))
                 except UserError as error:
                     failed.append(str(error))
     if failed:
@@ -120,7 +120,7 @@ def _asker(annotator: AnnotatorConfig) -> Generator[tuple[Ask, Artifact]]:
 
 
 def _judge(
-    bench: SuiteContext,
+    context: SuiteContext,
     annotator: AnnotatorConfig,
     template: Turns,
     outputs: Artifact,
@@ -134,7 +134,7 @@ def _judge(
     prompts = {(row["id"], first): _prompt(template, row, first) for row in table for first in _orders(row, annotator)}
     settings = identity(annotator, model)
     keys = {request: Cache.key(prompt=prompt, **settings) for request, prompt in prompts.items()}
-    cache = Cache(bench.run.root.parent / ".judgements.sqlite")
+    cache = Cache(context.run.root.parent / ".judgements.sqlite")
     replies = {request: reply for request, key in keys.items() if (reply := cache.get(key)) is not None}
     missing, known = [request for request in prompts if request not in replies], len(replies)
 
@@ -153,8 +153,8 @@ def _judge(
     for row in unjudged:
         kind, _, detail = row["reason"].partition(": ")
         counts.reject(row["id"], kind, detail)
-    if len(unjudged) / len(judged) > _config(bench).max_unjudged:
-        raise _too_many(bench.run, annotator, table[0]["checkpoint"], unjudged, len(judged))
+    if len(unjudged) / len(judged) > _config(context).max_unjudged:
+        raise _too_many(context.run, annotator, table[0]["checkpoint"], unjudged, len(judged))
     counts.read, counts.kept = len(judged), len(judged) - len(unjudged)
     write_rows(out / "part-0.parquet", judged, schema.Judgement)
     write_json(out / ANNOTATIONS, [_annotation(row, j) for row, j in zip(table, judged, strict=True)])
@@ -287,8 +287,8 @@ def metrics(config: EvalConfig, outputs: Artifact, judged: Sequence[Artifact]) -
     return found
 
 
-def _config(bench: SuiteContext) -> AlpacaConfig:
-    config = bench.run.config.eval.alpaca
+def _config(context: SuiteContext) -> AlpacaConfig:
+    config = context.run.config.eval.alpaca
     assert config is not None  # EvalConfig checks it
     return config
 

@@ -91,8 +91,8 @@ class Evaluations:
             if suite.second_pass:
                 measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
                 with self.actors.lease() as evaluator:
-                    bench = SuiteContext(self.run, data, evaluator)
-                    for checkpoint, artifacts in suite.second_pass(bench, checkpoints, measured).items():
+                    context = SuiteContext(self.run, data, evaluator)
+                    for checkpoint, artifacts in suite.second_pass(context, checkpoints, measured).items():
                         concluded[name, checkpoint] = artifacts
         self.actors.close()
         return self._collect(list(checkpoints), concluded)
@@ -102,8 +102,8 @@ class Evaluations:
             for suite in self.names:
                 if (suite, name) not in self.measured:
                     sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
-                    bench = SuiteContext(self.run, data, evaluator, sft)
-                    self.measured[suite, name] = self.suites[suite].measure(bench, name, checkpoint)
+                    context = SuiteContext(self.run, data, evaluator, sft)
+                    self.measured[suite, name] = self.suites[suite].measure(context, name, checkpoint)
 
     def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:
         inputs = {f"{suite}_{name}": self.measured[suite, name] for suite in self.names for name in names}

@@ -23,18 +23,18 @@ UNCOMPARED = ("base", SFT)
 """Checkpoints whose probabilities are not compared with the SFT model's."""
 
 
-def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer prompts greedily and at temperature 1, and score the SFT model's samples (:class:`schema.HealthRow`)."""
-    config = bench.run.config
+    config = context.run.config
     settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | {"prompts": config.eval.health_prompts}
 
     def build(out: Path, counts: RowCounts) -> None:
-        table = bench.data.rows()
+        table = context.data.rows()
         drawn = random.Random(config.seed).sample(table, min(config.eval.health_prompts, len(table)))
         passes = [Pass(None, 0.0), Pass(SAMPLED, 1.0)]
-        counts.facts |= bench.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
+        counts.facts |= context.provenance(checkpoint, settings | {"temperatures": [0.0, 1.0]})
         kept: list[Row] = []
-        for seed, row, answers in bench.answer(checkpoint, drawn, passes, config.eval.max_tokens):
+        for seed, row, answers in context.answer(checkpoint, drawn, passes, config.eval.max_tokens):
             if isinstance(answers, Skipped):
                 if seed is None:  # a prompt is skipped in every pass
                     counts.reject(row["id"], answers.reason, row["prompt"])
@@ -46,27 +46,27 @@ def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
             kept.append(key | text | logps | {"prompt_ids": answers.prompt_ids, "ids": list(answer.ids)})
         counts.read, counts.kept = len(drawn), len(drawn) - len(counts.rejected)
         require_rows(counts.kept, f"prompts for health_{name} that the engine can take", counts)
-        if bench.sft:
-            samples = [row for row in bench.sft.rows() if row["seed"] == SAMPLED]
-            logps = _logps(bench, checkpoint, samples)
+        if context.sft:
+            samples = [row for row in context.sft.rows() if row["seed"] == SAMPLED]
+            logps = _logps(context, checkpoint, samples)
             kept += [row | {"checkpoint": name, "logp": logp} for row, logp in zip(samples, logps, strict=True)]
         write_rows(out / "part-0.parquet", kept, schema.HealthRow)
 
-    inputs = {"model": checkpoint, "questions": bench.data} | ({"sft": bench.sft} if bench.sft else {})
-    prompts = min(config.eval.health_prompts, bench.data.max_rows or config.eval.health_prompts)
-    texts = prompts * (3 if bench.sft else 2)
+    inputs = {"model": checkpoint, "questions": context.data} | ({"sft": context.sft} if context.sft else {})
+    prompts = min(config.eval.health_prompts, context.data.max_rows or config.eval.health_prompts)
+    texts = prompts * (3 if context.sft else 2)
     note = f"texts of up to {config.eval.max_tokens} tokens, and their log-probabilities"
-    work = bench.work(note, rows=prompts, out=texts, tokens=texts * config.eval.max_tokens)
-    return bench.run.execute(Stage(f"health_{name}", build, {**bench.identity, **settings}, inputs, work))
+    work = context.work(note, rows=prompts, out=texts, tokens=texts * config.eval.max_tokens)
+    return context.run.execute(Stage(f"health_{name}", build, {**context.identity, **settings}, inputs, work))
 
 
-def _logps(bench: SuiteContext, checkpoint: Artifact, samples: list[Row]) -> list[float]:
+def _logps(context: SuiteContext, checkpoint: Artifact, samples: list[Row]) -> list[float]:
     """Return the samples' log-probabilities under a checkpoint (nats)."""
     texts = [(row["prompt_ids"], row["ids"]) for row in samples]
-    return [likelihood.logp for likelihood in bench.evaluator.score(checkpoint.path, texts)]
+    return [likelihood.logp for likelihood in context.evaluator.score(checkpoint.path, texts)]
 
 
-def second_pass(bench: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
+def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
     """Score the other checkpoints' samples with the SFT model (:class:`schema.ShiftRow`)."""
     sft = checkpoints.get(SFT)
     found: dict[str, list[Artifact]] = {}
@@ -78,16 +78,16 @@ def second_pass(bench: SuiteContext, checkpoints: Results, measured: Results) ->
             own = [r for r in measured[name].rows() if r["seed"] == SAMPLED and r["written_by"] == name]
             table = [
                 {"id": row["id"], "checkpoint": name, "logp": row["logp"], "logp_sft": logp}
-                for row, logp in zip(own, _logps(bench, sft, own), strict=True)
+                for row, logp in zip(own, _logps(context, sft, own), strict=True)
             ]
             counts.read = counts.kept = len(table)
             write_rows(out / "part-0.parquet", table, schema.ShiftRow)
 
         inputs = {"health": measured[name], "sft": sft}
-        prompts = bench.run.config.eval.health_prompts
-        tokens = prompts * bench.run.config.eval.max_tokens
-        work = bench.work("log-probabilities of its texts under the SFT model", rows=prompts, tokens=tokens)
-        found[name] = [bench.run.execute(Stage(f"shift_{name}", build, bench.identity, inputs, work))]
+        prompts = context.run.config.eval.health_prompts
+        tokens = prompts * context.run.config.eval.max_tokens
+        work = context.work("log-probabilities of its texts under the SFT model", rows=prompts, tokens=tokens)
+        found[name] = [context.run.execute(Stage(f"shift_{name}", build, context.identity, inputs, work))]
     return found
 
 

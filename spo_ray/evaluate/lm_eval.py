@@ -36,26 +36,26 @@ def known_task(task: str, settings: LmEvalConfig) -> None:
         raise UserError(f"lm-evaluation-harness has no task {task!r}: see its list, or eval.lm_eval.include_path")
 
 
-def _measure(task: str, bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+def _measure(task: str, context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Write the harness's own results to results.json; its rows are not kept."""
-    settings: LmEvalConfig = bench.run.config.eval.lm_eval
+    settings: LmEvalConfig = context.run.config.eval.lm_eval
     if settings.include_path:  # actors have another working directory
         settings = settings.model_copy(update={"include_path": settings.include_path.absolute()})
 
     def build(out: Path, counts: RowCounts) -> None:
         sampling = settings.model_dump(mode="json", exclude={"include_path"}) | {"task": task}
-        counts.facts |= bench.provenance(checkpoint, sampling)
-        found = bench.evaluator.run_lm_eval(checkpoint.path, task, settings, bench.run.config.seed)
+        counts.facts |= context.provenance(checkpoint, sampling)
+        found = context.evaluator.run_lm_eval(checkpoint.path, task, settings, context.run.config.seed)
         counts.read = counts.kept = sum(found["n"].values())
         write_json(out / RESULTS, found)
         write_rows(out / "part-0.parquet", [], schema.Score)
 
-    identity = bench.identity | settings.model_dump(exclude={"include_path"}) | {"task": task}
+    identity = context.identity | settings.model_dump(exclude={"include_path"}) | {"task": task}
     inputs = {"model": checkpoint}
     if settings.include_path:
         inputs["tasks"] = external(settings.include_path)
-    work = bench.work("a task of lm-evaluation-harness")
-    return bench.run.execute(Stage(f"lm_eval_{task}@{name}", build, identity, inputs, work))
+    work = context.work("a task of lm-evaluation-harness")
+    return context.run.execute(Stage(f"lm_eval_{task}@{name}", build, identity, inputs, work))
 
 
 def _metrics(config: EvalConfig, measured: Artifact, second_pass: Sequence[Artifact]) -> list[Metric]:

@@ -246,13 +246,13 @@ AGAINST_OTHERS = "alpaca_eval"
 
 def score_texts(run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact) -> Record:
     """Return what the suites of ``eval`` measure of a checkpoint by one evaluation actor; delete the run's folder."""
-    bench, record = SuiteContext(run, data, EvaluatorHandle(kind, lambda: actor)), {}
+    context, record = SuiteContext(run, data, EvaluatorHandle(kind, lambda: actor)), {}
     for suite_name in run.config.eval.chosen(run.config.data):
         suite = suite_of(suite_name)
-        found = suite.measure(bench, name, checkpoint)
+        found = suite.measure(context, name, checkpoint)
         others = []
         if suite.second_pass and suite_name == AGAINST_OTHERS:
-            others = suite.second_pass(bench, {name: checkpoint}, {name: found})[name]
+            others = suite.second_pass(context, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
         for m in suite.metrics(run.config.eval, found, others):
             entry = {"value": m.value, "low": m.low, "high": m.high, "n": m.n}

@@ -269,17 +269,17 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     asked = {"0": "How many boxes?", "1": "How many?", "2": "pens " * 2000}
     table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
     write_rows(tmp_path / "in" / "part-0.parquet", table, schema.Prompt)
-    bench = SuiteContext(Run(config), Artifact(tmp_path / "in", "in"), evaluator)
+    context = SuiteContext(Run(config), Artifact(tmp_path / "in", "in"), evaluator)
     reasons = {
         "the chat template refuses the prompt: no 18 boxes": 2,
         "prompt longer than engine.max_model_len": 2,
     }
-    graded = accuracy.measure(bench, "base", external(toy_base))
+    graded = accuracy.measure(context, "base", external(toy_base))
     assert graded.manifest["facts"]["unanswered_counted_wrong"] == reasons
     assert [(r["response"][1:-1], r["correct"]) for r in graded.rows() if r["id"] != "1"] == [
         (reason, False) for reason in reasons for _ in range(2)
     ]
-    texts = health.measure(bench, "base", external(toy_base))
+    texts = health.measure(context, "base", external(toy_base))
     assert texts.manifest["rows"]["dropped"] == dict.fromkeys(reasons, 1)
     assert {row["id"] for row in texts.rows()} == {"1"}
 

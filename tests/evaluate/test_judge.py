@@ -87,8 +87,8 @@ def judged(folder, settings, **alpaca_options):
     section = AlpacaConfig(annotators=[settings], **alpaca_options)
     config = small_config(folder / "runs")
     run = Run(config.model_copy(update={"eval": config.eval.model_copy(update={"alpaca": section})}))
-    bench = SuiteContext(run, Artifact(outputs, ""), NoEvaluator())
-    found = alpaca.second_pass(bench, {}, {"spo": Artifact(outputs, "outputs")})
+    context = SuiteContext(run, Artifact(outputs, ""), NoEvaluator())
+    found = alpaca.second_pass(context, {}, {"spo": Artifact(outputs, "outputs")})
     return found["spo"][0]
 
 
