@@ -47,7 +47,7 @@ class AlarmConfig(ConfigModel):
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = 3.0
     """Largest factor by which sampled answers may become longer or shorter than at the start."""
     on_alarm: Literal["warn", "stop"] = "warn"
-    """``stop`` ends the method's training and exports the state that it has reached."""
+    """Reaction to an alarm; ``stop`` ends the method's training and exports the state that it has reached."""
 
 
 class PreferenceConfig(ConfigModel):
