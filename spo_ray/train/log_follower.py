@@ -36,7 +36,7 @@ class JobView:
     def __init__(self, job: TrainJob, name: str, trackers: Trackers) -> None:
         self.job, self.name, self.trackers = job, name, trackers
         self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
-        self.failures.new()  # failures of an earlier start were reported then
+        self.failures.new()  # those of an earlier start were told then
         self.tracker: Tracker | None = None
         self.last = -1
 
