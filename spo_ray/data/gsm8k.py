@@ -1,7 +1,8 @@
-"""GSM8K answers: extraction and equality.
+r"""GSM8K: extracts the answers of responses, compares them, and grades.
 
-Two readings of a response: ``strict`` takes the last ``#### N`` alone, as GSM8K's solutions end; ``flexible`` also what
-models write that were not trained on it: ``\boxed{N}``, "the answer is N", "A: N", and else the last number.
+There are two ways to read a response. Strict: only the last ``#### N``, the form in which GSM8K's solutions end.
+Flexible: also what models write that were not trained on GSM8K, which is ``\boxed{N}``, "the answer is N", "A: N", or
+else the last number.
 """
 
 import re
@@ -11,23 +12,25 @@ from collections.abc import Sequence
 from decimal import Decimal
 from fractions import Fraction
 
+from spo_ray.data.verifiers import Grade
+
 LONGEST = 25
-"""Characters of a number; what is longer is babble, and no float."""
+"""Longest number in characters; longer ones are degenerate text and too large for a float."""
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _SIGN = r"(?:(?<![\w.])(?:-|−\s?))?"  # a hyphen before a space is a dash, or a bullet
 _BEFORE = rf"{_SIGN}(?:\\?\$\s?-?)?(?<!\^)"
 _NUMBER = rf"{_BEFORE}(?:{_INTEGER}(?:\.\d+|/\d+)?|\.\d+)"
 _FIND = re.compile(_NUMBER)
 _WRITTEN = r"[-−]?(?:\\?\$\s?)?-?\d[\d,]*(?:\.\d+|/\d+)?"
-_MARKED = re.compile(rf"####[ \t*]*({_WRITTEN})(?!\d|,\d|\.\d)(?=([.)][ \t]+\S)|)")  # "#### 1. Cost": may be a heading
+_MARKED = re.compile(rf"####[ \t*]*({_WRITTEN})(?!\d|,\d|\.\d)(?=([.)][ \t]+\S)|)")  # "#### 1. Cost" may be a heading
 _BARE = re.compile(rf"\s*({_WRITTEN})\s*")
 _ANSWER_IS = r"(?i:\banswer\b)\s*(?i:is|are|:|=)"
-_LETTERED = r"^[^\S\n]*{}:"  # A: is an answer, unless it stands among B: and others
+_LETTERED = r"^[^\S\n]*{}:"  # "A:" marks an answer, unless there is also "B:"
 _UNTIL = rf"[^\n\d]{{0,40}}?(?={_NUMBER})"
 _SAID = re.compile(rf"(?:{_ANSWER_IS}|{_LETTERED.format('A')}){_UNTIL}", re.MULTILINE)
 _SAID_IN_WORDS = re.compile(rf"{_ANSWER_IS}{_UNTIL}")
 _OTHER_LETTER = re.compile(_LETTERED.format("B"), re.MULTILINE)
-# Here 3/4 is a division: were it a number too, there would be two ways to read each of a thousand.
+# Here 3/4 is only a division. If it could also be a number, matching would take exponential time.
 _OPERAND = rf"{_BEFORE}(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
 _MORE = rf"\s*[-+*/×÷x]\s*{_OPERAND}"
 _SUM = re.compile(rf"{_OPERAND}(?:{_MORE})+(?:\s*=\s*{_OPERAND}(?:{_MORE})*)*\s*=\s*({_NUMBER})")
@@ -35,10 +38,23 @@ _FRACTION = re.compile(r"(?:(?<!\d)(\d+)\s{0,9})?\\[dt]?frac\s*\{?(\d+)\}?\s*\{?
 _BRACE = re.compile(r"(\\boxed\s*)?\{|\}")
 
 
-def extract(text: str) -> str | None:
-    """The last ``#### N`` of a response, normalised: no separators, currency or percent sign, no trailing zeros.
+class Gsm8k:
+    """Verifier for GSM8K: ``correct`` reads the response flexibly, ``strict`` takes only the number behind ``####``."""
 
-    Returns None where there is none. Fractions stay fractions, in lowest terms.
+    def accepts(self, answer: str) -> bool:
+        """Return True if the answer is a GSM8K solution or a number."""
+        return gold_answer(answer) is not None
+
+    def grade(self, response: str, answer: str) -> Grade:
+        """Compare the response's answer with the gold answer as numbers."""
+        found = extract_flexible(response)
+        return Grade(found, is_correct(found, answer), is_correct(extract(response), answer))
+
+
+def extract(text: str) -> str | None:
+    """Return the last ``#### N`` of a response, without separators, currency, percent sign or trailing zeros.
+
+    None if there is none. Fractions stay fractions, in lowest terms.
     """
     found = list(_MARKED.finditer(text))
     if len(found) > 1:
@@ -47,7 +63,7 @@ def extract(text: str) -> str | None:
 
 
 def extract_flexible(text: str) -> str | None:
-    """The answer by the first of these that is there: ``####``, ``\\boxed``, a said answer, the last number."""
+    """Return the answer by the first of these that occurs: ``####``, ``\\boxed``, "the answer is", the last number."""
     marked = extract(text)
     if marked is not None:
         return marked
@@ -63,7 +79,7 @@ def extract_flexible(text: str) -> str | None:
 
 
 def gold_answer(text: str) -> str | None:
-    """The gold answer of a GSM8K solution (``... #### N``), or of a bare number."""
+    """Return the gold answer of a GSM8K solution (``... #### N``) or of a bare number; None if it is neither."""
     marked = extract(text)
     if marked is not None:
         return marked
@@ -72,15 +88,15 @@ def gold_answer(text: str) -> str | None:
 
 
 def is_correct(extracted: str | None, gold: str) -> bool:
-    """Whether an extracted answer equals the gold answer as a number."""
+    """Return True if an extracted answer equals the gold answer as a number."""
     answer = gold_answer(gold)
     return extracted is not None and answer is not None and Fraction(extracted) == Fraction(answer)
 
 
 def _boxed(text: str, numbers: Sequence[int]) -> str | None:
-    """The number in the last ``\\boxed{...}`` that has one, also in one that was cut off.
+    """Return the number in the last ``\\boxed{...}`` that has one; the box may lack its end.
 
-    ``numbers`` is where the text's numbers begin.
+    ``numbers`` has the positions at which the text's numbers begin.
     """
     boxes: list[tuple[int, int]] = []
     opened: list[tuple[int, bool]] = []
@@ -99,7 +115,7 @@ def _boxed(text: str, numbers: Sequence[int]) -> str | None:
 
 
 def _first(text: str, start: int, end: int = sys.maxsize) -> str:
-    """The number at a place, or what the calculation there comes to."""
+    """Return the number at a position, or the result of the calculation there."""
     calculation = _SUM.match(text, start, end)
     number = calculation.group(1) if calculation else None
     found = _FIND.match(text, start, end)
@@ -107,6 +123,7 @@ def _first(text: str, start: int, end: int = sys.maxsize) -> str:
 
 
 def _plain(fraction: re.Match[str]) -> str:
+    """Write LaTeX's ``2\\frac{1}{2}`` as ``5/2``."""
     whole, above, below = fraction.groups()
     if len(fraction.group()) > 2 * LONGEST:
         return fraction.group()
@@ -121,5 +138,5 @@ def _normalise(number: str) -> str | None:
         if "/" in text:
             return str(Fraction(text))
         return f"{Decimal(text).normalize() + 0:f}"
-    except (ArithmeticError, ValueError):  # two signs, or divided by zero
+    except (ArithmeticError, ValueError):  # two signs, or a division by zero
         return None

@@ -1,4 +1,4 @@
-"""``spo-ray inspect``: what training sees of preference data, token by token."""
+"""``spo-ray inspect``: shows preference data as training sees it, token by token."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,21 +14,22 @@ from spo_ray.config.schema import Config
 from spo_ray.data.preference_formats import preference
 from spo_ray.data.read import raw_rows
 from spo_ray.data.sources import PAIR
-from spo_ray.data.tokenize import tokenise_row
+from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.tokenizer import ChatTokenizer
 
-SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+COLUMNS = {"prompt": "prompt_ids", **SIDES}
 COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}
-"""By turns, so that every token's borders are seen."""
+"""Styles of the tokens of a text; they alternate to show where a token ends."""
 LOOKED_AT = 1000
+"""Rows that are read."""
 QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 EXCERPT = 400
 """Tokens shown at each end of a long text."""
 
 
 def inspect_data(config: Config, data: Path | None, rows: int, console: Console) -> None:
-    """Show some rows, then lengths and what would be dropped among the first thousand.
+    """Print some rows, then the lengths and the drop reasons of the first thousand.
 
     Raises:
         UserError: the data can't be read, or no row can be used.
@@ -61,7 +62,7 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
 
 def _show(console: Console, chat: ChatTokenizer, row: dict[str, Any]) -> None:
     console.rule(f"row {row['id']}")
-    for side, column in {"prompt": "prompt_ids", **SIDES}.items():
+    for side, column in COLUMNS.items():
         ids = row[column]
         mask = f"mask 0 x {len(ids)}" if side == "prompt" else f"mask 0 x {len(row['prompt_ids'])}, 1 x {len(ids)}"
         console.print(Text(f"{side}: {len(ids)} tokens, {mask}", style="bold"))
@@ -83,15 +84,15 @@ def _tokens(chat: ChatTokenizer, ids: Sequence[int], colours: tuple[str, str]) -
 def _summary(console: Console, tokenised: Sequence[dict[str, Any]], reasons: Counter[str], config: Config) -> None:
     read = len(tokenised) + sum(reasons.values())
     console.rule(f"{read} rows")
-    for side, column in {"prompt": "prompt_ids", **SIDES}.items():
+    for side, column in COLUMNS.items():
         lengths = sorted(len(row[column]) for row in tokenised)
         if lengths:
             at = {name: lengths[min(len(lengths) - 1, int(q * len(lengths)))] for name, q in QUANTILES.items()}
             console.print(f"{side} tokens: " + ", ".join(f"{name} {value}" for name, value in at.items()))
     long = sum(n for reason, n in reasons.items() if reason.startswith("longer than"))
+    limit = f"longer than train.max_length={config.train.max_length} and dropped"
     differ = sum(row["template_differs"] for row in tokenised)
-    console.print(f"truncated: 0 (rows are never cut); longer than train.max_length={config.train.max_length} and "
-                  f"dropped: {long} ({long / max(1, read):.1%})")  # fmt: skip
+    console.print(f"truncated: 0 (rows are never cut); {limit}: {long} ({long / max(1, read):.1%})")
     console.print(f"the template would give other tokens: {differ} ({differ / max(1, len(tokenised)):.1%})")
     for reason, count in reasons.most_common():
         console.print(f"dropped: {count} ({reason})")

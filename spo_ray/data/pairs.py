@@ -1,5 +1,6 @@
 """Builds preference pairs from SFT responses and a policy's own wrong samples; appendix B of the paper."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from spo_ray.config.data import PairsConfig
 from spo_ray.data.filter import clean_pairs
-from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, grade_samples
+from spo_ray.data.grade import ROWS_PER_SHARD, Sample, grade_samples, samples_of, samples_stage
 from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
@@ -17,51 +18,36 @@ from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run, Stage, Work, times
 
 
-def common_prefix(one: str, other: str) -> int:
-    """How many characters two texts have in common at their start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+def preference_pairs(run: Run, policy: Artifact, questions: Artifact, suffix: str = "") -> Artifact:
+    """Sample a policy, and pair SFT responses with its wrong samples (:class:`schema.Pair`), without duplicates."""
+    name = suffix.removeprefix("_") or "sft"
+    samples = sample(run, f"{name}_samples", SamplingJob.policy(run.config, policy), questions)
+    scored = grade_samples(run, f"{name}_scores", samples)
+    return clean_pairs(run, f"pairs{suffix}", pair_samples(run, f"pair_candidates{suffix}", scored))
 
 
-Key = Callable[[str, Sample, random.Random], float]
-"""(chosen response, wrong sample, random numbers) to a rank: the pair with the highest is made first."""
+def pair_samples(run: Run, name: str, scored: Artifact) -> Artifact:
+    """Pair SFT responses with wrong samples of the same question (:class:`schema.Pair`)."""
+    config, seed = run.config.pairs, run.config.seed
 
+    def build(out: Path, counts: RowCounts) -> None:
+        pairer = partial(_pairer, config, seed, samples_stage(scored))
+        map_shards(name, scored, out, counts, mapper=pairer, kind=schema.Pair, batch_size=ROWS_PER_SHARD)
+        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", counts)
 
-def _random(chosen: str, sample: Sample, rng: random.Random) -> float:
-    return rng.random()
-
-
-def _hardest(chosen: str, sample: Sample, rng: random.Random) -> float:
-    """The most probable one; last where that is unknown."""
-    return -float("inf") if sample.logp is None else sample.logp
-
-
-def _nearest(chosen: str, sample: Sample, rng: random.Random) -> float:
-    """The one most like the chosen response: the share of words in common blocks (Ratcliff and Obershelp)."""
-    return SequenceMatcher(None, chosen.split(), sample.text.split(), autojunk=False).ratio()
-
-
-def _longest_common_prefix(chosen: str, sample: Sample, rng: random.Random) -> float:
-    """The one that goes wrong last, in characters."""
-    return common_prefix(chosen, sample.text)
-
-
-SELECTIONS: dict[str, Key] = {
-    "random": _random,
-    "hardest": _hardest,
-    "nearest": _nearest,
-    "longest_common_prefix": _longest_common_prefix,
-}
+    settings = config.model_dump(include={"per_question", "select"})
+    bound = scored.max_rows
+    work = Work(bound, times(bound, config.per_question), cpus=1, note=f"wrong samples by {config.select}")
+    return run.execute(Stage(name, build, settings, {"scored": scored}, work, resumable=True))
 
 
 def wrong_against_sft(
     responses: Sequence[str], samples: Sequence[Sample], *, select: str, per_question: int, seed: str
 ) -> list[tuple[int, Sample]]:
-    """Pairs of one question: (index of the SFT response, wrong sample).
+    """Return pairs of one question: (index of the SFT response, wrong sample).
 
-    SFT responses take turns, and each takes the best wrong sample that is left by ``select``. Samples are distinct.
-    Those that were cut off at the token limit are no candidates: without their end they are not what the policy would
-    say.
+    The SFT responses take turns; each takes the remaining wrong sample that ranks highest by ``select``. The samples
+    are distinct. Samples that reached the token limit are not used: they are not complete responses of the policy.
     """
     distinct: dict[str, Sample] = {}
     for found in samples:
@@ -76,35 +62,47 @@ def wrong_against_sft(
     return pairs
 
 
-def preference_pairs(run: Run, policy: Artifact, questions: Artifact, suffix: str = "") -> Artifact:
-    """SFT responses against wrong samples of a policy (:class:`schema.Pair`), cleaned."""
-    name = suffix.removeprefix("_") or "sft"
-    samples = sample(run, f"{name}_samples", SamplingJob.policy(run.config, policy), questions)
-    scored = grade_samples(run, f"{name}_scores", samples)
-    return clean_pairs(run, f"pairs{suffix}", pair_samples(run, f"pair_candidates{suffix}", scored))
+def common_prefix(one: str, other: str) -> int:
+    """Return the number of characters that two texts have in common at their start."""
+    return len(os.path.commonprefix([one, other]))  # noqa: RUF071 (characters are meant, no path's parts)
 
 
-def pair_samples(run: Run, name: str, scored: Artifact) -> Artifact:
-    """SFT responses against the policy's own wrong samples (:class:`schema.Pair`)."""
-    config, seed = run.config.pairs, run.config.seed
-    stage = scored.path.name.replace("_scores", "_samples")
+Key = Callable[[str, Sample, random.Random], float]
+"""Ranks (chosen response, wrong sample, random generator); the pair with the highest rank is made first."""
 
-    def build(out: Path, counts: RowCounts) -> None:
-        pairer = partial(_pairer, config, seed, stage)
-        map_shards(name, scored, out, counts, mapper=pairer, kind=schema.Pair, batch_size=ROWS_PER_SHARD)
-        require_rows(Artifact(out, "").count, "preference pairs: no question has a wrong, finished sample", counts)
 
-    settings = config.model_dump(include={"per_question", "select"})
-    bound = scored.max_rows
-    work = Work(bound, times(bound, config.per_question), cpus=1, note=f"wrong samples by {config.select}")
-    return run.execute(Stage(name, build, settings, {"scored": scored}, work, resumable=True))
+def _random(chosen: str, sample: Sample, rng: random.Random) -> float:
+    return rng.random()
+
+
+def _hardest(chosen: str, sample: Sample, rng: random.Random) -> float:
+    """Prefer the most probable sample; samples of unknown probability come last."""
+    return -float("inf") if sample.logp is None else sample.logp
+
+
+def _nearest(chosen: str, sample: Sample, rng: random.Random) -> float:
+    """Prefer the sample most like the chosen response, by the share of words in common blocks (Ratcliff/Obershelp)."""
+    return SequenceMatcher(None, chosen.split(), sample.text.split(), autojunk=False).ratio()
+
+
+def _longest_common_prefix(chosen: str, sample: Sample, rng: random.Random) -> float:
+    """Prefer the sample with the longest beginning in common with the chosen response, in characters."""
+    return common_prefix(chosen, sample.text)
+
+
+SELECTIONS: dict[str, Key] = {
+    "random": _random,
+    "hardest": _hardest,
+    "nearest": _nearest,
+    "longest_common_prefix": _longest_common_prefix,
+}
 
 
 def _pairer(config: PairsConfig, seed: int, stage: str) -> Mapper:
     def pair(row: Row) -> list[Row]:
         found = wrong_against_sft(
             row["responses"],
-            _samples(row),
+            samples_of(row),
             select=config.select,
             per_question=config.per_question,
             seed=f"{seed}:{row['id']}",

@@ -53,7 +53,7 @@ def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
     after = 0
     for file in _files(data.path, split):
         start = after
-        for raw in _jsonl(file) if file.suffix == ".jsonl" else _parquet(file):
+        for raw in read_jsonl(file) if file.suffix == ".jsonl" else _parquet(file):
             after = start + raw.number + 1
             yield raw._replace(number=start + raw.number, excerpt=f"{file.name}:{raw.number + 1}: {raw.excerpt}")
 
@@ -88,7 +88,8 @@ def misread(line: str) -> bool:
     return False
 
 
-def _jsonl(file: Path) -> Iterator[Raw]:
+def read_jsonl(file: Path) -> Iterator[Raw]:
+    """Yield the rows of a JSON Lines file; blank lines are left out."""
     with open_lines(file) as lines:
         for number, line in enumerate(lines):
             if not line.strip():

@@ -1,12 +1,11 @@
 """Builds the SFT set from graded samples and teachers; appendix B of the paper."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from spo_ray.config.data import SftDataConfig, TeacherModel
-from spo_ray.data.grade import ROWS_PER_SHARD, Sample, _samples, _stripped, grade_samples, pass_at_k
+from spo_ray.data.grade import ROWS_PER_SHARD, Sample, grade_samples, pass_at_k, samples_of, samples_stage, strip
 from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
@@ -14,29 +13,32 @@ from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run, Stage, Work
 
+ROUNDING = 1e-9
+"""Tolerance when a pass@k is compared: in floating point, 1 - 0.7 is more than 0.3."""
+
 
 def sft_set(run: Run, base: Artifact, questions: Artifact) -> Artifact:
-    """Choose questions that the base model often fails, with their correct responses (:class:`schema.SftQuestion`).
+    """Choose questions that the base model often fails, with correct responses (:class:`schema.SftQuestion`).
 
-    Teachers are asked in their order, models only where responses still lack.
+    Teachers are asked in their order. A teacher that is a model is only asked where responses are still missing.
     """
     config = run.config
-    groups = teacher_groups(config.sft_data.teachers)
+    (_, others), *models = teacher_groups(config.sft_data.teachers)
     samples = sample(run, "base_samples", SamplingJob.policy(config, base), questions)
     scored = grade_samples(run, "base_scores", samples)
-    chosen = choose_sft_questions(run, "sft_questions", scored, groups[0][1], last=len(groups) == 1)
-    for number, (teacher, others) in enumerate(groups[1:], 1):
+    chosen = collect_responses(run, "sft_questions", scored, others, choose=True, last=not models)
+    for number, (teacher, others) in enumerate(models, 1):
         name = f"teacher{number}"
         assert teacher is not None
         answers = sample(run, f"{name}_samples", SamplingJob.teacher(config, teacher), chosen)
-        graded = grade_samples(run, f"{name}_scores", answers)
-        last = number == len(groups) - 1
-        chosen = add_responses(run, f"{name}_responses", graded, ["samples", *others], last)
+        scored = grade_samples(run, f"{name}_scores", answers)
+        last = number == len(models)
+        chosen = collect_responses(run, f"{name}_responses", scored, ["samples", *others], last=last)
     return chosen
 
 
 def teacher_groups(teachers: Sequence[str | TeacherModel]) -> list[tuple[TeacherModel | None, list[str]]]:
-    """The teachers that need no sampling of their own, then every model with those that come after it."""
+    """Return (None, teachers before the first model), then every model with the teachers behind it."""
     groups: list[tuple[TeacherModel | None, list[str]]] = [(None, [])]
     for teacher in teachers:
         if isinstance(teacher, TeacherModel):
@@ -44,6 +46,40 @@ def teacher_groups(teachers: Sequence[str | TeacherModel]) -> list[tuple[Teacher
         else:
             groups[-1][1].append(teacher)
     return groups
+
+
+def collect_responses(
+    run: Run, name: str, scored: Artifact, teachers: Sequence[str], *, choose: bool = False, last: bool
+) -> Artifact:
+    """Add correct responses of further teachers to questions (:class:`schema.SftQuestion`).
+
+    Args:
+        run: the run.
+        name: the stage.
+        scored: the questions, with graded samples for the teacher ``samples``.
+        teachers: ``samples`` and ``gold``, in the order of preference.
+        choose: keep only questions with a low pass@k.
+        last: drop questions that have no correct response.
+    """
+    config, fields = run.config.sft_data, {"responses_per_question", "strip"}
+    what, note = "questions with a correct response (sft_data.teachers)", "correct responses added"
+    if choose:
+        fields |= {"pass_k", "max_pass", "quantile"}
+        what = "questions for the SFT set (sft_data.max_pass, sft_data.teachers)"
+        share = f"at most {config.max_pass}" if config.quantile is None else f"among the lowest {config.quantile:.0%}"
+        note = f"questions with pass@{config.pass_k} {share}"
+
+    def build(out: Path, counts: RowCounts) -> None:
+        max_pass = _highest_pass(config, scored) if choose else None
+        collector = partial(_collector, config, samples_stage(scored), teachers, last, max_pass)
+        map_shards(name, scored, out, counts, mapper=collector, kind=schema.SftQuestion, batch_size=ROWS_PER_SHARD)
+        require_rows(Artifact(out, "").count, what)
+        if max_pass is not None:
+            counts.facts["max_pass"] = max_pass
+
+    settings = config.model_dump(include=fields) | {"teachers": list(teachers), "last": last}
+    work = Work(scored.max_rows, cpus=1, note=note)
+    return run.execute(Stage(name, build, settings, {"scored": scored}, work, resumable=True))
 
 
 def correct_responses(
@@ -55,15 +91,15 @@ def correct_responses(
     teachers: Sequence[str],
     limit: int,
 ) -> list[tuple[str, str]]:
-    """Up to ``limit`` distinct correct (response, source) of one question, by the order of ``teachers``.
+    """Return up to ``limit`` distinct correct (response, source) of one question, in the order of ``teachers``.
 
     Args:
-        found: those from teachers before.
+        found: pairs of earlier teachers; they come first.
         gold: the reference solution, for the teacher ``gold``.
-        samples: of a model, for the teacher ``samples``: correct ones that end by themselves.
-        stage: what a sample's source is called after.
-        teachers: the order.
-        limit: how many.
+        samples: graded samples, for the teacher ``samples``; the correct ones that end by themselves are used.
+        stage: the stage of the samples, for their source.
+        teachers: ``samples`` and ``gold``, in the order of preference.
+        limit: the highest number of pairs.
     """
     sources = {
         "gold": [(gold, "gold")],
@@ -76,53 +112,8 @@ def correct_responses(
     return list(texts.items())[:limit]
 
 
-ROUNDING = 1e-9  # 1 - 0.7 is more than 0.3
-
-
-def choose_sft_questions(run: Run, name: str, scored: Artifact, teachers: Sequence[str], last: bool) -> Artifact:
-    """Questions with a low pass@k, with correct responses by the first teachers (:class:`schema.SftQuestion`)."""
-    config = run.config.sft_data
-    chosen = config.model_dump(include={"pass_k", "max_pass", "quantile"})
-    what = "questions for the SFT set (sft_data.max_pass, sft_data.teachers)"
-    share = f"at most {config.max_pass}" if config.quantile is None else f"among the lowest {config.quantile:.0%}"
-    note = f"questions with pass@{config.pass_k} {share}"
-    return _collect(run, name, scored, teachers, what, last, chosen, note, partial(_highest_pass, config, scored))
-
-
-def add_responses(run: Run, name: str, scored: Artifact, teachers: Sequence[str], last: bool) -> Artifact:
-    """Correct responses of further teachers (:class:`schema.SftQuestion`); ``samples`` are those of the stage."""
-    what = "questions with a correct response (sft_data.teachers)"
-    return _collect(run, name, scored, teachers, what, last, {}, "correct responses added")
-
-
-def _collect(
-    run: Run,
-    name: str,
-    scored: Artifact,
-    teachers: Sequence[str],
-    what: str,
-    last: bool,
-    identity: dict[str, Any],
-    note: str,
-    highest_pass: Callable[[], float] | None = None,
-) -> Artifact:
-    config = run.config.sft_data
-    stage = scored.path.name.replace("_scores", "_samples")
-
-    def build(out: Path, counts: RowCounts) -> None:
-        max_pass = highest_pass() if highest_pass else None
-        collector = partial(_collector, config, stage, list(teachers), last, max_pass)
-        map_shards(name, scored, out, counts, mapper=collector, kind=schema.SftQuestion, batch_size=ROWS_PER_SHARD)
-        require_rows(Artifact(out, "").count, what)
-        counts.facts |= {} if max_pass is None else {"max_pass": max_pass}
-
-    settings = identity | config.model_dump(include={"responses_per_question", "strip"}) | {"teachers": list(teachers)}
-    inputs = {"scored": scored}
-    work = Work(scored.max_rows, cpus=1, note=note)
-    return run.execute(Stage(name, build, settings | {"last": last}, inputs, work, resumable=True))
-
-
 def _highest_pass(config: SftDataConfig, scored: Artifact) -> float:
+    """Return the highest pass@k of a chosen question."""
     if config.quantile is None:
         return float(config.max_pass or 0.0)
     rates = sorted(pass_at_k(len(correct), sum(correct), config.pass_k) for correct in scored.column("correct"))
@@ -137,14 +128,9 @@ def _collector(
             rate = pass_at_k(len(row["correct"]), sum(row["correct"]), config.pass_k)
             if rate > max_pass + ROUNDING:
                 raise RowRejectedError(f"pass@{config.pass_k} above {max_pass:g}")
-        found = correct_responses(
-            list(zip(row["responses"], row["response_sources"], strict=True)),
-            _stripped(row["gold"], config.strip),
-            _samples(row),
-            stage=stage,
-            teachers=teachers,
-            limit=config.responses_per_question,
-        )
+        before = list(zip(row["responses"], row["response_sources"], strict=True))
+        gold, limit = strip(row["gold"], config.strip), config.responses_per_question
+        found = correct_responses(before, gold, samples_of(row), stage=stage, teachers=teachers, limit=limit)
         if last and not found:
             names = [t.model if isinstance(t, TeacherModel) else t for t in config.teachers]
             raise RowRejectedError(f"no correct response from {', '.join(names)}")

@@ -64,12 +64,12 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
         settings["verifier"] = verifier_identity(verifier_of(data))
     if other:
         settings["contamination_words"], sources["against"] = words, other
-    rows, drawn = _count(data, split) if run.mode == "plan" else (None, None)
+    rows, drawn = _count(data, split, run.config.seed) if run.mode == "plan" else (None, None)
     work = Work(rows, drawn, note="rows for training" if split == "train" else "rows for evaluation")
     return run.execute(Stage(f"data_{split}", build, settings, sources, work))
 
 
-def _count(data: Any, split: Split) -> tuple[int | None, int | None]:
+def _count(data: Any, split: Split, seed: int) -> tuple[int | None, int | None]:
     """Return upper bounds of the rows that are read and drawn; None where a dataset on the hub has to tell."""
     if not isinstance(data, FileData):
         count = data.train_questions if split == "train" else data.test_questions
@@ -78,8 +78,9 @@ def _count(data: Any, split: Split) -> tuple[int | None, int | None]:
     if on_hub(data.path):
         return None, limit
     there = sum(1 for _ in raw_rows(data, _file_split(data, split)))
-    left = there - data.test_pairs if _held_out_of_train(data) and split == "train" else there
-    return there, left if limit is None else min(limit, left)
+    if _held_out_of_train(data):  # whole prompts are held out: only reading the pairs tells how many these have
+        return there, len(list(_preference(data, split, seed, RowCounts(), list)))
+    return there, there if limit is None else min(limit, there)
 
 
 def _toy(data: ToyData, split: Split, seed: int, counts: RowCounts, keep: Keep) -> Iterator[schema.Prompt]:

@@ -1,21 +1,20 @@
-"""The toy task: procedural word problems whose answers look like GSM8K's.
+"""The toy task: generated word problems whose answers look like those of GSM8K.
 
-Eleven kinds of one- and two-step problems. A solution reads ``First, 20 + 9 = 29. Then, 20 + 29 = 49.`` and ends
-in ``#### 49``. The pre-training text contains systematic reasoning errors and arithmetic slips, so a model trained
-on it solves only part of the problems and leaves room for SFT and preference optimisation.
+There are eleven kinds of one-step and two-step problems. A solution reads ``First, 20 + 9 = 29. Then, 20 + 29 = 49.``
+and ends in ``#### 49``. The pre-training text contains wrong reasoning and arithmetic slips, so a model trained on it
+solves only some of the problems, which leaves room for SFT and preference optimisation.
 
-Whether a problem is held out depends on a hash of its question alone: a training row can never be a test row,
-whatever the seeds.
+A hash of the question decides if a problem is held out, so no training row can be a test row, whatever the seeds.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Split = Literal["train", "test"]
 HELD_OUT_SHARE = 0.2
+"""Share of all problems that belong to the test split."""
 PREVIOUS = -1
 """Operand that stands for the result of the step before."""
 Step = tuple[str, int, int]
@@ -29,11 +28,12 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "*": lambda a, b: a * b,
 }
 SLIPS = (-10, -2, -1, 1, 2, 10)
+"""Errors of an arithmetic slip."""
 SLIP_RATE = 0.10
+"""Share of the solutions in the pre-training text that have a slip."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One word problem: its correct steps, and the step lists of its typical reasoning errors."""
 
     kind: str
@@ -52,128 +52,27 @@ class Problem:
         return hashlib.sha256(self.question.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """The random ingredients of one problem; ``x`` to ``n`` are numbers of falling size."""
-
-    who: str
-    other: str
-    item: str
-    box: str
-    x: int
-    y: int
-    z: int
-    m: int
-    n: int
+def problems(split: Split, seed: int) -> Iterator[Problem]:
+    """Yield distinct problems of one split without end, the same ones for the same seed."""
+    rng, seen = random.Random(f"{split}-{seed}"), set()
+    while True:
+        problem = _problem(rng.choice(KINDS), rng)
+        if problem.held_out == (split == "test") and problem.question not in seen:
+            seen.add(problem.question)
+            yield problem
 
 
-def _draw(rng: random.Random) -> _Draw:
-    who, other = rng.sample(NAMES, 2)
-    sizes = [rng.randint(2, top) for top in (30, 20, 15, 6, 9)]
-    return _Draw(who, other, rng.choice(ITEMS), rng.choice(CONTAINERS), *sizes)
-
-
-def _gain(d: _Draw) -> Problem:
-    question = f"{d.who} owns {d.x} {d.item} and finds {d.y} more. How many {d.item} does {d.who} own now?"
-    return Problem("gain", question, [("+", d.x, d.y)], [[("-", max(d.x, d.y), min(d.x, d.y))]])
-
-
-def _loss(d: _Draw) -> Problem:
-    start = d.x + d.y
-    question = f"{d.who} owns {start} {d.item} and loses {d.y}. How many {d.item} does {d.who} own now?"
-    return Problem("loss", question, [("-", start, d.y)], [[("+", start, d.y)]])
-
-
-def _packed(d: _Draw) -> Problem:
-    question = f"Each of {d.m} {d.box} holds {d.n} {d.item}. How many {d.item} do the {d.box} hold?"
-    return Problem("packed", question, [("*", d.m, d.n)], [[("+", d.m, d.n)]])
-
-
-def _gain_loss(d: _Draw) -> Problem:
-    start = d.x + d.z
-    question = (
-        f"{d.who} owns {start} {d.item}, finds {d.y} more and then loses {d.z}. How many {d.item} does {d.who} own now?"
-    )
-    steps = [("+", start, d.y), ("-", PREVIOUS, d.z)]
-    return Problem("gain_loss", question, steps, [[("+", start, d.y)], [("-", start, d.z)]])
-
-
-def _more_both(d: _Draw) -> Problem:
-    question = (
-        f"{d.who} owns {d.x} {d.item}. {d.other} owns {d.y} more than {d.who}. How many {d.item} do they own together?"
-    )
-    return Problem("more_both", question, [("+", d.x, d.y), ("+", d.x, PREVIOUS)], [[("+", d.x, d.y)]])
-
-
-def _fewer_both(d: _Draw) -> Problem:
-    first = d.x + d.y
-    question = (
-        f"{d.who} owns {first} {d.item}. {d.other} owns {d.y} fewer than {d.who}. "
-        f"How many {d.item} do they own together?"
-    )
-    steps = [("-", first, d.y), ("+", first, PREVIOUS)]
-    return Problem("fewer_both", question, steps, [[("-", first, d.y)], [("+", first, d.y)]])
-
-
-def _times_both(d: _Draw) -> Problem:
-    question = (
-        f"{d.who} owns {d.n} {d.item}. {d.other} owns {d.m} times as many as {d.who}. "
-        f"How many {d.item} do they own together?"
-    )
-    return Problem("times_both", question, [("*", d.n, d.m), ("+", d.n, PREVIOUS)], [[("*", d.n, d.m)]])
-
-
-def _packed_loss(d: _Draw) -> Problem:
-    lost = min(d.z, d.m * d.n - 1)
-    question = (
-        f"{d.who} owns {d.m} {d.box} of {d.n} {d.item} each and loses {lost} {d.item}. "
-        f"How many {d.item} does {d.who} own now?"
-    )
-    steps = [("*", d.m, d.n), ("-", PREVIOUS, lost)]
-    mistakes: list[list[Step]] = [[("*", d.m, d.n)]]
-    if d.m + d.n > lost:
-        mistakes.append([("+", d.m, d.n), ("-", PREVIOUS, lost)])
-    return Problem("packed_loss", question, steps, mistakes)
-
-
-def _packed_gain(d: _Draw) -> Problem:
-    question = (
-        f"{d.who} owns {d.m} {d.box} of {d.n} {d.item} each and {d.y} loose {d.item}. "
-        f"How many {d.item} does {d.who} own?"
-    )
-    steps = [("*", d.m, d.n), ("+", PREVIOUS, d.y)]
-    return Problem("packed_gain", question, steps, [[("*", d.m, d.n)], [("+", d.m, d.n), ("+", PREVIOUS, d.y)]])
-
-
-def _reverse_more(d: _Draw) -> Problem:
-    first = d.x + d.y
-    question = (
-        f"{d.who} owns {first} {d.item}, which is {d.y} more than {d.other} owns. How many {d.item} does {d.other} own?"
-    )
-    return Problem("reverse_more", question, [("-", first, d.y)], [[("+", first, d.y)]])
-
-
-def _reverse_fewer(d: _Draw) -> Problem:
-    question = (
-        f"{d.who} owns {d.x} {d.item}, which is {d.y} fewer than {d.other} owns. How many {d.item} does {d.other} own?"
-    )
-    return Problem("reverse_fewer", question, [("+", d.x, d.y)], [[("-", max(d.x, d.y), min(d.x, d.y))]])
-
-
-MAKERS: dict[Callable[[_Draw], Problem], float] = {
-    _gain: 0.10,
-    _loss: 0.10,
-    _packed: 0.10,
-    _gain_loss: 0.35,
-    _more_both: 0.50,
-    _fewer_both: 0.50,
-    _times_both: 0.40,
-    _packed_loss: 0.35,
-    _packed_gain: 0.40,
-    _reverse_more: 0.65,
-    _reverse_fewer: 0.65,
-}
-"""Every kind of problem, with the share of wrong reasoning in the pre-training text."""
+def noisy_solutions(seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (question, possibly wrong solution) without end, for pre-training; only training problems, with repeats."""
+    rng = random.Random(f"corpus-{seed}")
+    while True:
+        kind = rng.choice(KINDS)
+        problem = _problem(kind, rng)
+        if problem.held_out:
+            continue
+        steps = rng.choice(problem.mistakes) if rng.random() < kind.wrong else problem.steps
+        slip = (rng.randrange(len(steps)), rng.choice(SLIPS)) if rng.random() < SLIP_RATE else None
+        yield problem.question, render(steps, slip)
 
 
 def render(steps: list[Step], slip: tuple[int, int] | None = None) -> str:
@@ -190,26 +89,57 @@ def render(steps: list[Step], slip: tuple[int, int] | None = None) -> str:
     return f"{' '.join(sentences)}\n#### {result}"
 
 
-def problems(split: Split, seed: int) -> Iterator[Problem]:
-    """Endless distinct problems of one split, the same for the same seed."""
-    rng = random.Random(f"{split}-{seed}")
-    makers, seen = list(MAKERS), set()
-    while True:
-        problem = rng.choice(makers)(_draw(rng))
-        if problem.held_out == (split == "test") and problem.question not in seen:
-            seen.add(problem.question)
-            yield problem
+class Kind(NamedTuple):
+    """One kind of problem, in terms of the words and numbers that :func:`_problem` draws."""
+
+    name: str
+    wrong: float
+    """Share of solutions with wrong reasoning in the pre-training text, from 0 to 1."""
+    story: str
+    question: str
+    """Text behind "How many ITEMS"."""
+    steps: str
+    """The correct steps, separated by commas."""
+    mistakes: list[str]
+    """Steps of each reasoning error, written in the same way."""
 
 
-def noisy_solutions(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (question, flawed solution) pairs for pre-training, from training problems only, repeats allowed."""
-    rng = random.Random(f"corpus-{seed}")
-    makers = list(MAKERS)
-    while True:
-        maker = rng.choice(makers)
-        problem = maker(_draw(rng))
-        if problem.held_out:
-            continue
-        steps = rng.choice(problem.mistakes) if rng.random() < MAKERS[maker] else problem.steps
-        slip = (rng.randrange(len(steps)), rng.choice(SLIPS)) if rng.random() < SLIP_RATE else None
-        yield problem.question, render(steps, slip)
+NOW, TOGETHER = "does {who} own now", "do they own together"
+KINDS = [
+    Kind("gain", 0.10, "{who} owns {x} {items} and finds {y} more.", NOW, "x + y", ["larger - smaller"]),
+    Kind("loss", 0.10, "{who} owns {xy} {items} and loses {y}.", NOW, "xy - y", ["xy + y"]),
+    Kind("packed", 0.10, "Each of {m} {boxes} holds {n} {items}.", "do the {boxes} hold", "m * n", ["m + n"]),
+    Kind("gain_loss", 0.35, "{who} owns {xz} {items}, finds {y} more and then loses {z}.", NOW,
+         "xz + y, previous - z", ["xz + y", "xz - z"]),
+    Kind("more_both", 0.50, "{who} owns {x} {items}. {other} owns {y} more than {who}.", TOGETHER,
+         "x + y, x + previous", ["x + y"]),
+    Kind("fewer_both", 0.50, "{who} owns {xy} {items}. {other} owns {y} fewer than {who}.", TOGETHER,
+         "xy - y, xy + previous", ["xy - y", "xy + y"]),
+    Kind("times_both", 0.40, "{who} owns {n} {items}. {other} owns {m} times as many as {who}.", TOGETHER,
+         "n * m, n + previous", ["n * m"]),
+    Kind("packed_loss", 0.35, "{who} owns {m} {boxes} of {n} {items} each and loses {lost} {items}.", NOW,
+         "m * n, previous - lost", ["m * n", "m + n, previous - lost"]),
+    Kind("packed_gain", 0.40, "{who} owns {m} {boxes} of {n} {items} each and {y} loose {items}.", "does {who} own",
+         "m * n, previous + y", ["m * n", "m + n, previous + y"]),
+    Kind("reverse_more", 0.65, "{who} owns {xy} {items}, which is {y} more than {other} owns.", "does {other} own",
+         "xy - y", ["xy + y"]),
+    Kind("reverse_fewer", 0.65, "{who} owns {x} {items}, which is {y} fewer than {other} owns.", "does {other} own",
+         "x + y", ["larger - smaller"]),
+]  # fmt: skip
+
+
+def _problem(kind: Kind, rng: random.Random) -> Problem:
+    """Draw a problem; mistakes with a result below 1 are left out unless there is no other."""
+    who, other = rng.sample(NAMES, 2)
+    x, y, z, m, n = (rng.randint(2, top) for top in (30, 20, 15, 6, 9))
+    text = {"who": who, "other": other, "items": rng.choice(ITEMS), "boxes": rng.choice(CONTAINERS)}
+    numbers = {"x": x, "y": y, "z": z, "m": m, "n": n, "xy": x + y, "xz": x + z, "previous": PREVIOUS}
+    numbers |= {"larger": max(x, y), "smaller": min(x, y), "lost": min(z, m * n - 1)}
+
+    def steps(formula: str) -> list[Step]:
+        return [(operator, numbers[a], numbers[b]) for a, operator, b in map(str.split, formula.split(","))]
+
+    question = f"{kind.story} How many {{items}} {kind.question}?".format(**text, **numbers)
+    mistakes = [steps(formula) for formula in kind.mistakes]
+    positive = [mistake for mistake in mistakes if int(render(mistake).rpartition(" ")[2]) > 0]
+    return Problem(kind.name, question, steps(kind.steps), positive or mistakes)

@@ -1,28 +1,30 @@
-"""What is a correct answer: GSM8K's rule, or a rule of your own by its import path."""
+"""Verifiers judge if an answer is correct. They are named in the configuration: one of these, or one of your own."""
 
 import hashlib
 import importlib
 import inspect
 from typing import NamedTuple, Protocol
 
-from spo_ray.data.gsm8k import extract, extract_flexible, gold_answer, is_correct
 from spo_ray.errors import UserError
+
+VERIFIERS = {"gsm8k": "spo_ray.data.gsm8k:Gsm8k"}
+"""Import paths of the verifiers that have a name."""
 
 
 class Grade(NamedTuple):
-    """What was found in a response, and whether it is right."""
+    """The answer found in a response, and its correctness."""
 
     extracted: str | None
     correct: bool
     strict: bool
-    """Right, and in the form that the task asks for."""
+    """Correct, and in the form that the task asks for."""
 
 
 class Verifier(Protocol):
-    """Grades responses. ``docs/data.md`` has one for another task."""
+    """Interface of a verifier; ``docs/data.md`` shows how to write one."""
 
     def accepts(self, answer: str) -> bool:
-        """Whether a row's answer is one that responses can be compared with."""
+        """Return True if responses can be compared with a row's answer."""
         ...
 
     def grade(self, response: str, answer: str) -> Grade:
@@ -30,27 +32,13 @@ class Verifier(Protocol):
         ...
 
 
-class Gsm8k:
-    """The last number, however it is written; ``strict`` only behind ``####``."""
-
-    def accepts(self, answer: str) -> bool:
-        return gold_answer(answer) is not None
-
-    def grade(self, response: str, answer: str) -> Grade:
-        found = extract_flexible(response)
-        return Grade(found, is_correct(found, answer), is_correct(extract(response), answer))
-
-
-VERIFIERS: dict[str, type[Verifier]] = {"gsm8k": Gsm8k}
-
-
 def verifier_of(data: object) -> str:
-    """The name of the rule for a run's questions."""
+    """Return the name of the verifier for a run's data."""
     return getattr(data, "verifier", "gsm8k")
 
 
 def verifier_identity(name: str) -> str:
-    """A rule's name, and for one of your own a digest of its module: grades change with it."""
+    """Return a verifier's name, with a digest of its module if it is your own: changed code can change the grades."""
     if name in VERIFIERS:
         return name
     module = inspect.getmodule(type(load_verifier(name)))
@@ -59,14 +47,12 @@ def verifier_identity(name: str) -> str:
 
 
 def load_verifier(name: str) -> Verifier:
-    """A verifier by its name here, or by ``package.module:Class``, which is imported and called without arguments.
+    """Create a verifier from its name, or from ``package.module:Class``, which is called without arguments.
 
     Raises:
         UserError: there is no such name, module or class, or it lacks a method.
     """
-    if name in VERIFIERS:
-        return VERIFIERS[name]()
-    module, colon, attribute = name.partition(":")
+    module, colon, attribute = VERIFIERS.get(name, name).partition(":")
     known = f"data.verifier={name!r}: known are {', '.join(VERIFIERS)}, or package.module:Class"
     if not colon:
         raise UserError(known)

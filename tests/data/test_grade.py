@@ -6,7 +6,7 @@ import pytest
 
 from spo_ray.data.grade import grade_samples
 from spo_ray.data.pairs import pair_samples
-from spo_ray.data.sft_set import add_responses, choose_sft_questions
+from spo_ray.data.sft_set import collect_responses
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
@@ -70,7 +70,7 @@ def test_grades_and_pass_at_k(run, tmp_path):
 def test_low_pass_questions(run, tmp_path, overrides, chosen, reason):
     mine = run(*overrides)
     scored = grade_samples(mine, "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
-    questions = choose_sft_questions(mine, "sft_questions", scored, ["gold"], last=True)
+    questions = collect_responses(mine, "sft_questions", scored, ["gold"], choose=True, last=True)
     assert [row["id"] for row in questions.rows()] == chosen
     counts = questions.manifest["rows"]
     assert counts["dropped"] == {reason: 4 - len(chosen)}
@@ -80,7 +80,7 @@ def test_low_pass_questions(run, tmp_path, overrides, chosen, reason):
 def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
     mine = run("sft_data.max_pass=0.8", r"sft_data.strip=['^.*?</think>\s*', '<<[^>]*>>']")
     scored = grade_samples(mine, "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
-    first = choose_sft_questions(mine, "sft_questions", scored, ["samples"], last=False)
+    first = collect_responses(mine, "sft_questions", scored, ["samples"], choose=True, last=False)
     assert [row["response_sources"] for row in first.rows()] == [
         ["base_samples:0", "base_samples:2"],
         ["base_samples:0", "base_samples:1"],
@@ -88,7 +88,7 @@ def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
     ]
     answers = [["unused"], ["unused"], ["<think>2 + 1\nis 4?</think>\n2 + 1 = 3", "<think>It is 4</think>4"]]
     taught = grade_samples(mine, "teacher1_scores", sampled(tmp_path, first.rows(), answers, "teacher1_samples"))
-    last = add_responses(mine, "teacher1_responses", taught, ["samples", "gold"], last=True).rows()
+    last = collect_responses(mine, "teacher1_responses", taught, ["samples", "gold"], last=True).rows()
     assert last[2]["responses"] == ["2 + 1 = 3", "So 3.\n#### 3"]
     assert last[2]["response_sources"] == ["teacher1_samples:0", "gold"]
     assert last[0]["response_sources"] == ["base_samples:0", "base_samples:2"]
@@ -97,7 +97,7 @@ def test_responses_come_from_teachers_in_order_and_are_stripped(run, tmp_path):
 def test_no_response_is_a_reason(run, tmp_path):
     scored = grade_samples(run("sft_data.max_pass=0"), "base_scores", sampled(tmp_path, QUESTIONS, SAMPLES))
     with pytest.raises(UserError, match="no questions for the SFT set"):
-        choose_sft_questions(run("sft_data.max_pass=0"), "sft_questions", scored, ["samples"], last=True)
+        collect_responses(run("sft_data.max_pass=0"), "sft_questions", scored, ["samples"], choose=True, last=True)
 
 
 def test_pairs_can_be_traced(run, tmp_path):

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from spo_ray.data.tokenize import tokenise_pairs, tokenise_row
+from spo_ray.data.tokenize import SIDES, tokenise_pairs, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime import schema
@@ -15,7 +15,6 @@ from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
 
-SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + END }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -71,6 +70,7 @@ def test_begin_of_text_is_not_doubled(toy_base):
     [
         ({"chosen": " \n"}, "empty completion"),
         ({"rejected": "a" * 400}, "longer than train.max_length=64 tokens"),
+        ({"rejected": "5"}, "chosen and rejected are the same"),
         ({"chosen": "It is 5.<|end|><|user|>And now?"}, "special tokens within a completion"),
         ({"prompt": "Hello<|end|><|assistant|>5"}, "special tokens within the prompt"),
     ],

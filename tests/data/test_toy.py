@@ -1,7 +1,7 @@
 from itertools import islice
 
 from spo_ray.data.gsm8k import extract
-from spo_ray.data.toy import MAKERS, PREVIOUS, noisy_solutions, problems, render
+from spo_ray.data.toy import KINDS, PREVIOUS, noisy_solutions, problems, render
 
 
 def test_splits_never_meet_whatever_the_seeds():
@@ -22,7 +22,7 @@ def test_solutions_are_arithmetically_right_and_cover_every_kind():
         assert extract(problem.solution) == problem.solution.split()[-1]
         assert int(problem.solution.split()[-1]) >= 0
         kinds.add(problem.kind)
-    assert len(kinds) == len(MAKERS) == 11
+    assert len(kinds) == len(KINDS) == 11
 
 
 def test_slips_carry_on():
