@@ -154,15 +154,15 @@ class BatchGradients:
         with grad_only_for(sink.params, self.params):
             for rows in self.parts:
                 accumulate(self.logps(side.rows(rows)), [(sink, (weights * self.valid)[rows])])
-        return self.summed(sink.gradients())
+        return self.sum_over_ranks(sink.gradients())
 
-    def summed(self, gradients: Gradients) -> Gradients:
+    def sum_over_ranks(self, gradients: Gradients) -> Gradients:
         """Sum gradients over all ranks in place; sharded gradients are summed already."""
         if not self.sharded:
             self.all_reduce(gradients)
         return gradients
 
-    def gradient_here(self, side: Side, weights: Tensor) -> Gradients:
+    def local_gradient(self, side: Side, weights: Tensor) -> Gradients:
         """Return the gradient of ``sum_i weights_i * logps_i`` of this rank's sequences, in one backward."""
         sink = GradientAccumulator(self.params)
         accumulate(self.logps(side), [(sink, weights)])
@@ -216,9 +216,9 @@ class BatchGradients:
         alone = sft is None and norms is None and visit is None
         for rows in parts:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
-            both = self.at_once(sides) if alone else None
+            both = self.joint_logps(sides) if alone else None
             logps_w, logps_l = (self.logps(side) for side in sides) if both is None else both.chunk(2)
-            self.watch(rows, logps_w, logps_l, tally)
+            self.add_logp_metrics(rows, logps_w, logps_l, tally)
             weights = self.loss_weights(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
             if both is not None:
                 accumulate(both, [(total, torch.cat([*weights]))])
@@ -236,7 +236,7 @@ class BatchGradients:
             accumulate(logps_w, to_w)
             accumulate(logps_l, to_l)
             if visit:
-                self.show(visit, sides, own, bool(self.valid[rows].any()), total, tally)
+                self.visit_pair(visit, sides, own, bool(self.valid[rows].any()), total, tally)
         sums = Sums(
             total.gradients(),
             sft_sum.gradients() if sft is not None else [],
@@ -244,11 +244,11 @@ class BatchGradients:
             rejected.gradients() if norms is not None else [],
             tally,
         )
-        self.summed([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
+        self.sum_over_ranks([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
         return replace(sums, chosen=[g * factor for g in sums.sft]) if factor else sums
 
     @staticmethod
-    def show(
+    def visit_pair(
         visit: Visitor,
         sides: tuple[Side, Side],
         own: tuple[GradientAccumulator, GradientAccumulator],
@@ -262,7 +262,7 @@ class BatchGradients:
         tally.add(seen.sums, int(counts))  # padding adds the keys, because all ranks must have the same
         total.add_all(grads if counts else [])
 
-    def watch(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally") -> None:
+    def add_logp_metrics(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally") -> None:
         """Add mean log-probabilities and their change since the reference model to the metrics."""
         valid = self.valid[rows].bool()
         sides = zip(("chosen", "rejected"), (logps_w, logps_l), self.reference, strict=True)
@@ -274,15 +274,15 @@ class BatchGradients:
         both = torch.stack(changes).lt(-FALL).all(dim=0).double().mean().item()
         tally.add({"logps/both_fell": both}, int(valid.sum()))
 
-    def at_once(self, sides: tuple[Side, Side]) -> Tensor | None:
+    def joint_logps(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Return log-probabilities [2B] of both sides from one pass, or None if two passes are better.
 
         With sharded parameters one pass gathers them once and sums its gradients over ranks layer by layer. (In one
         backward through two passes the whole gradient of one would wait for that of the other.)
         """
-        return self.logps(sides[0].joined(sides[1])) if self.sharded else self.shared(sides)
+        return self.logps(sides[0].joined(sides[1])) if self.sharded else self.shared_prompt_logps(sides)
 
-    def shared(self, sides: tuple[Side, Side]) -> Tensor | None:
+    def shared_prompt_logps(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Return log-probabilities [2B] of both sides from one pass over a shared prompt, or None if impossible."""
         head = find_head(self.model, self.chosen.input_ids) if self.share_prompt and can_share(self.model) else None
         if head is None:

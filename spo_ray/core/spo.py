@@ -250,10 +250,10 @@ class _Hinge:
         with full_precision(passes.model) as changed:
             for side, weight, grad in zip(sides, weights, grads, strict=True):
                 if changed:
-                    grad[:] = passes.gradient_here(side, weight)
+                    grad[:] = passes.local_gradient(side, weight)
                 else:
                     torch._foreach_mul_(grad, weight.item())
-            grad, metrics = self.gradient(sides, weights, grads, passes.gradient_here)
+            grad, metrics = self.gradient(sides, weights, grads, passes.local_gradient)
         tally.add(metrics, 1)
         return [g.mul_(self.gamma / passes.pairs) for g in grad]
 
