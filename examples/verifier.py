@@ -1,6 +1,6 @@
-"""A task of your own: multiple-choice questions, answered with a letter.
+"""A verifier for a task of your own: multiple-choice questions that are answered with a letter.
 
-Data: JSONL rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "answer": "B"}``. Configuration:
+The data are JSONL rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "answer": "B"}``. Configuration:
 
     data:
       type: questions
@@ -8,7 +8,7 @@ Data: JSONL rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "
       verifier: examples.verifier:MultipleChoice
       prompt: "{question}\\nAnswer with 'Answer: ' and the letter."
 
-The module is imported on every node: run from the repository's root, or put its folder into PYTHONPATH.
+Every node imports the module: start the run from the repository's root, or add the module's folder to PYTHONPATH.
 """
 
 import re
@@ -20,14 +20,14 @@ ALONE = re.compile(r"\b([A-E])\b")
 
 
 class MultipleChoice:
-    """The letter behind the last "answer:" or "answer is"; else the last capital letter that stands alone."""
+    """Takes the letter behind the last "answer:" or "answer is", or else the last capital letter that stands alone."""
 
     def accepts(self, answer: str) -> bool:
-        """Whether a row's answer is a letter: rows without one are refused, or quarantined."""
+        """Return True if a row's answer is a letter; rows without one are refused or quarantined."""
         return re.fullmatch(r"\s*[A-E]\s*", answer) is not None
 
     def grade(self, response: str, answer: str) -> Grade:
-        """``correct`` however the letter is given, ``strict`` only where it was said to be the answer."""
+        """``correct`` accepts both forms, ``strict`` only a letter behind "answer:" or "answer is"."""
         said, alone = SAID.findall(response), ALONE.findall(response)
         found = (said or alone)[-1].upper() if said or alone else None
         right = found == answer.strip()

@@ -1,42 +1,42 @@
-"""Rows that should not be trained on: test questions in disguise, duplicates, lopsided pairs."""
+"""Removes rows that should not be trained on: contamination, duplicates, pairs of very different lengths."""
 
 import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from spo_ray.config.data import PairsConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
 from spo_ray.runtime.run import Run, Stage, Work
 
 NEAR = 0.9
-"""Jaccard similarity of word triples from which on two pairs are near duplicates: few words differ."""
+"""Lowest Jaccard similarity of the word triples of near duplicates, at which few words differ."""
 PERMUTATIONS = 128
+"""Hash functions of a MinHash sketch."""
 
 
 def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
-    """The pairs that are kept (:class:`schema.Pair`): no duplicates, and sides of comparable length as configured."""
+    """Drop pairs whose sides have very different lengths, and duplicates, as configured (:class:`schema.Pair`)."""
     config = run.config.pairs
+    near, limit = config.dedup == "near", config.max_length_ratio
 
     def build(out: Path, counts: RowCounts) -> None:
-        seen = DUPLICATES[config.dedup](config)
-        for part in candidates.parts:  # one after another: whether a pair was there before depends on all of them
+        find = _near_duplicates() if near else _duplicates(KEYS[config.dedup])
+        for part in candidates.parts:  # in order: a pair may be a duplicate of one in an earlier part
             kept = []
             for row in pq.read_table(part).to_pylist():
                 counts.read += 1
-                reason = _lopsided(row, config.max_length_ratio)
-                first = None if reason else seen.earlier(row["id"], _text(row))
-                if reason:
-                    counts.reject(row["id"], reason, row)
-                elif first:
-                    counts.reject(row["id"], seen.reason, f"{first}: {row}")
+                short, long = sorted((len(row["chosen"]), len(row["rejected"])))
+                if limit and long > limit * short:
+                    counts.reject(row["id"], f"lengths differ by more than pairs.max_length_ratio={limit}", row)
+                elif first := find(row):
+                    counts.reject(row["id"], "near duplicate" if near else "duplicate", f"{first}: {row}")
                 else:
                     kept.append(row)
             write_rows(out / Path(part).name, kept, schema.Pair)
@@ -48,109 +48,10 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
     return run.execute(Stage(name, build, settings, {"candidates": candidates}, work))
 
 
-def _lopsided(row: Any, limit: float | None) -> str | None:
-    short, long = sorted((len(row["chosen"]), len(row["rejected"])))
-    return f"lengths differ by more than pairs.max_length_ratio={limit}" if limit and long > limit * short else None
-
-
-def _text(row: Any) -> str:
-    return "\n".join([*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]])
-
-
-class _AllDifferent:
-    def __init__(self, config: PairsConfig) -> None:
-        self.ids: dict[bytes, str] = {}
-
-    def earlier(self, row_id: str, text: str) -> str | None:
-        """The row in which the text was there before; None remembers it."""
-        return None
-
-
-class _Exact(_AllDifferent):
-    reason = "duplicate"
-
-    def earlier(self, row_id: str, text: str) -> str | None:
-        first = self.ids.setdefault(hashlib.sha256(self.form(text).encode()).digest()[:16], row_id)
-        return None if first == row_id else first
-
-    def form(self, text: str) -> str:
-        return text
-
-
-class _Normalised(_Exact):
-    def form(self, text: str) -> str:
-        return " ".join(words(text))
-
-
-class _Near:
-    reason = "near duplicate"
-
-    def __init__(self, config: PairsConfig) -> None:
-        from datasketch import MinHashLSH  # needs SciPy, which takes a second
-
-        self.index: Any = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
-        self.sketches: dict[str, Any] = {}
-
-    def earlier(self, row_id: str, text: str) -> str | None:
-        from datasketch import MinHash
-
-        sketch = MinHash(num_perm=PERMUTATIONS)
-        sketch.update_batch([" ".join(shingle).encode() for shingle in shingles(words(text), 3)])
-        found = self.index.query(sketch)  # candidates: the estimate decides
-        alike = [other for other in found if sketch.jaccard(self.sketches[other]) >= NEAR]
-        if alike:
-            return min(alike)
-        self.index.insert(row_id, sketch)
-        self.sketches[row_id] = sketch
-        return None
-
-
-DUPLICATES: dict[str, type[Any]] = {"none": _AllDifferent, "exact": _Exact, "normalised": _Normalised, "near": _Near}
-
-
-class Contamination:
-    """Finds prompts that share ``n`` words in a row with one of ``others`` (or all words, where those are fewer)."""
-
-    def __init__(self, others: Iterable[Any], n: int, template: str = "") -> None:
-        """``template`` is what all questions are put into: it says nothing about them, and is left out."""
-        self.n = n
-        self.ends = template.split("{question}") if template else ["", ""]
-        self.known: dict[int, str] = {}
-        for row in others:
-            for shingle in shingles(words(self.text(row)), n):
-                self.known.setdefault(hash(shingle), row["id"])
-
-    def text(self, row: Any) -> str:
-        """What a user asks: the question by itself, or the user's messages."""
-        if isinstance(row["prompt"], str):
-            return row["prompt"].removeprefix(self.ends[0]).removesuffix(self.ends[-1])
-        return "\n".join(turn["content"] for turn in row["prompt"] if turn["role"] == "user")
-
-    def keep_clean(self, table: Iterable[Any], counts: RowCounts) -> Iterator[Any]:
-        """The rows that share nothing; the others go to the counts with the row that they share it with."""
-        for row in table:
-            hits = (self.known.get(hash(shingle)) for shingle in shingles(words(self.text(row)), self.n))
-            other = next((hit for hit in hits if hit is not None), None)
-            if other is None:
-                yield row
-            else:
-                counts.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
-
-
-def words(text: str) -> list[str]:
-    """Words and numbers in lower case."""
-    return re.findall(r"\w+", text.casefold())
-
-
-def shingles(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """All runs of ``n`` items; the whole where there are fewer, and nothing of nothing."""
-    if not items:
-        return []
-    return [tuple(items[i : i + n]) for i in range(max(1, len(items) - n + 1))]
-
-
 def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tuple[Artifact, Artifact]:
-    """(rows to train on, validation rows): a random part, drawn from the seed, with all rows of a prompt together.
+    """Return (rows to train on, validation rows): a seeded random split with all rows of a prompt on the same side.
+
+    ``count`` prompts are for validation; ``what`` is ``questions`` or ``pairs``, ``kind`` their row class.
 
     Raises:
         UserError: nothing would be left to train on.
@@ -174,3 +75,92 @@ def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tu
         return run.execute(Stage(f"{name}_{what}", build, {"count": count}, {"source": source}, work))
 
     return part("train", False), part("validation", True)
+
+
+class Contamination:
+    """Finds prompts that share ``n`` words in a row with a prompt of ``others``, or all words if one has fewer.
+
+    ``template`` is the text around each question, which all prompts share: it is not compared.
+    """
+
+    def __init__(self, others: Iterable[Any], n: int, template: str = "") -> None:
+        self.n = n
+        self.ends = template.split("{question}") if template else ["", ""]
+        self.known: dict[int, str] = {}
+        for row in others:
+            for shingle in self._shingles(row):
+                self.known.setdefault(hash(shingle), row["id"])
+
+    def keep_clean(self, table: Iterable[Any], counts: RowCounts) -> Iterator[Any]:
+        """Yield the rows that share nothing; the others are quarantined with the row that they share words with."""
+        for row in table:
+            hits = (self.known.get(hash(shingle)) for shingle in self._shingles(row))
+            other = next((hit for hit in hits if hit is not None), None)
+            if other is None:
+                yield row
+            else:
+                counts.reject(row["id"], f"shares {self.n} words in a row with a test prompt", f"{other}: {row}")
+
+    def _shingles(self, row: Any) -> list[tuple[str, ...]]:
+        """Return the runs of words of the question, or of the user's messages."""
+        if isinstance(row["prompt"], str):
+            text = row["prompt"].removeprefix(self.ends[0]).removesuffix(self.ends[-1])
+        else:
+            text = "\n".join(turn["content"] for turn in row["prompt"] if turn["role"] == "user")
+        return _shingles(text, self.n)
+
+
+Finder = Callable[[Any], str | None]
+"""Returns the id of an earlier pair that a pair is a duplicate of; None if there is none, and remembers the pair."""
+
+
+def _duplicates(key: Callable[[Any], str]) -> Finder:
+    ids: dict[bytes, str] = {}
+
+    def find(row: Any) -> str | None:
+        first = ids.setdefault(hashlib.sha256(key(row).encode()).digest()[:16], row["id"])
+        return None if first == row["id"] else first
+
+    return find
+
+
+def _near_duplicates() -> Finder:
+    from datasketch import MinHash, MinHashLSH  # needs SciPy, which takes a second
+
+    index: Any = MinHashLSH(threshold=NEAR, num_perm=PERMUTATIONS)
+    sketches: dict[str, Any] = {}
+
+    def find(row: Any) -> str | None:
+        sketch = MinHash(num_perm=PERMUTATIONS)
+        sketch.update_batch([" ".join(shingle).encode() for shingle in _shingles(_text(row), 3)])
+        # The index returns candidates; the similarity that is estimated from the sketches decides.
+        alike = [other for other in index.query(sketch) if sketch.jaccard(sketches[other]) >= NEAR]
+        if not alike:
+            index.insert(row["id"], sketch)
+            sketches[row["id"]] = sketch
+        return min(alike, default=None)
+
+    return find
+
+
+def _text(row: Any) -> str:
+    return "\n".join([*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]])
+
+
+KEYS: dict[str, Callable[[Any], str]] = {
+    "none": lambda row: row["id"],
+    "exact": _text,
+    "normalised": lambda row: " ".join(_words(_text(row))),
+}
+"""Texts that are equal for duplicates, by ``pairs.dedup``."""
+
+
+def _words(text: str) -> list[str]:
+    """Return the words and numbers of a text in lower case."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def _shingles(text: str, n: int) -> list[tuple[str, ...]]:
+    """Return all runs of ``n`` words; one run of all words if there are fewer, and none if there is no word."""
+    words = _words(text)
+    return [tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))] if words else []

@@ -116,10 +116,8 @@ def _boxed(text: str, numbers: Sequence[int]) -> str | None:
 
 def _first(text: str, start: int, end: int = sys.maxsize) -> str:
     """Return the number at a position, or the result of the calculation there."""
-    calculation = _SUM.match(text, start, end)
-    number = calculation.group(1) if calculation else None
-    found = _FIND.match(text, start, end)
-    return number or (found.group() if found else "")
+    found = _SUM.match(text, start, end) or _FIND.match(text, start, end)
+    return found.group(found.lastindex or 0) if found else ""  # the group of a calculation is its result
 
 
 def _plain(fraction: re.Match[str]) -> str:

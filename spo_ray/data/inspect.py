@@ -70,14 +70,13 @@ def _show(console: Console, chat: ChatTokenizer, row: dict[str, Any]) -> None:
 
 
 def _tokens(chat: ChatTokenizer, ids: Sequence[int], colours: tuple[str, str]) -> Text:
-    text, cut = Text(), len(ids) > 2 * EXCERPT
+    text, cut = Text(), range(EXCERPT, len(ids) - EXCERPT)
     for i, token in enumerate(ids):
-        if cut and EXCERPT <= i < len(ids) - EXCERPT:
-            if i == EXCERPT:
-                text.append(f" ... {len(ids) - 2 * EXCERPT} tokens ... ", "italic")
-            continue
-        special = token in chat.tokenizer.all_special_ids or token == chat.end_id
-        text.append(str(chat.tokenizer.decode([token])), "reverse" if special else colours[i % 2])
+        if i not in cut:
+            special = token in chat.tokenizer.all_special_ids or token == chat.end_id
+            text.append(str(chat.tokenizer.decode([token])), "reverse" if special else colours[i % 2])
+        elif i == EXCERPT:
+            text.append(f" ... {len(cut)} tokens ... ", "italic")
     return text
 
 

@@ -1,5 +1,6 @@
 """Builds preference pairs from SFT responses and a policy's own wrong samples; appendix B of the paper."""
 
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -71,30 +72,15 @@ Key = Callable[[str, Sample, random.Random], float]
 """Ranks (chosen response, wrong sample, random generator); the pair with the highest rank is made first."""
 
 
-def _random(chosen: str, sample: Sample, rng: random.Random) -> float:
-    return rng.random()
-
-
-def _hardest(chosen: str, sample: Sample, rng: random.Random) -> float:
-    """Prefer the most probable sample; samples of unknown probability come last."""
-    return -float("inf") if sample.logp is None else sample.logp
-
-
-def _nearest(chosen: str, sample: Sample, rng: random.Random) -> float:
-    """Prefer the sample most like the chosen response, by the share of words in common blocks (Ratcliff/Obershelp)."""
-    return SequenceMatcher(None, chosen.split(), sample.text.split(), autojunk=False).ratio()
-
-
-def _longest_common_prefix(chosen: str, sample: Sample, rng: random.Random) -> float:
-    """Prefer the sample with the longest beginning in common with the chosen response, in characters."""
-    return common_prefix(chosen, sample.text)
-
-
 SELECTIONS: dict[str, Key] = {
-    "random": _random,
-    "hardest": _hardest,
-    "nearest": _nearest,
-    "longest_common_prefix": _longest_common_prefix,
+    "random": lambda chosen, sample, rng: rng.random(),
+    # The most probable samples first; samples of unknown probability last.
+    "hardest": lambda chosen, sample, rng: -math.inf if sample.logp is None else sample.logp,
+    # The most similar samples first, by the share of words in common blocks (Ratcliff and Obershelp).
+    "nearest": lambda chosen, sample, rng: SequenceMatcher(
+        None, chosen.split(), sample.text.split(), autojunk=False
+    ).ratio(),
+    "longest_common_prefix": lambda chosen, sample, rng: common_prefix(chosen, sample.text),
 }
 
 

@@ -1,7 +1,7 @@
-"""Preference rows in the formats that are about, to one: messages of the prompt, and two completions as text.
+"""Converts preference rows of several formats to one: messages of the prompt, and two completions as text.
 
-TRL's standard and conversational formats, with and without an explicit prompt; UltraFeedback as it was published
-(completions with scores) and binarised (whole conversations on both sides).
+The formats are TRL's standard and conversational ones, with or without a prompt of their own, and UltraFeedback as
+published (completions with scores) or binarised (whole conversations on both sides).
 """
 
 import random
@@ -16,7 +16,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Preference(NamedTuple):
-    """One pair."""
+    """One preference pair."""
 
     prompt: list[schema.Turn]
     chosen: str
@@ -24,12 +24,12 @@ class Preference(NamedTuple):
 
 
 def preference(row: Mapping[str, Any], *, rejected: Literal["worst", "random"] = "worst", seed: str = "") -> Preference:
-    """Convert a row.
+    """Convert a row of any of the formats.
 
     Args:
         row: the row as it was read.
-        rejected: which of several scored completions loses against the best one.
-        seed: of the random one.
+        rejected: which of several scored completions is taken against the best one.
+        seed: seed for ``random``.
 
     Raises:
         RowRejectedError: the row has none of the formats; the message says what is wrong.
@@ -48,10 +48,10 @@ def preference(row: Mapping[str, Any], *, rejected: Literal["worst", "random"] =
 
 
 def _scored(row: Mapping[str, Any], which: str, seed: str) -> Preference:
-    """UltraFeedback's own schema: the completion with the best score against the worst, or any with a lower one."""
+    """Convert a row as UltraFeedback was published: the best completion against the worst, or any that scores lower."""
     name = "instruction" if "instruction" in row else "prompt"
     prompt, completions = _messages(_field(row, name)), row["completions"]
-    found = []
+    found: list[tuple[float, str]] = []
     for completion in completions if isinstance(completions, Sequence) else []:
         keys = completion if isinstance(completion, Mapping) else {}
         scores = (keys[key] for key in ("overall_score", "score", "rating") if keys.get(key) is not None)
@@ -68,7 +68,7 @@ def _scored(row: Mapping[str, Any], which: str, seed: str) -> Preference:
 
 
 def _split_text(chosen: str, rejected: str) -> tuple[list[schema.Turn], tuple[str, str]]:
-    """Two texts that begin alike: what they share, up to a word's end, is the prompt."""
+    """Split two texts without a prompt: it is their common beginning, up to the end of a word."""
     common = common_prefix(chosen, rejected)
     if common in (len(chosen), len(rejected)):
         raise RowRejectedError("no 'prompt', and one side is the beginning of the other")
@@ -82,7 +82,7 @@ def _split_text(chosen: str, rejected: str) -> tuple[list[schema.Turn], tuple[st
 def _split_messages(
     chosen: list[schema.Turn], rejected: list[schema.Turn], prompt: Any
 ) -> tuple[list[schema.Turn], tuple[str, str]]:
-    """Two conversations that end in an assistant's answer each; the turns before are the prompt, or follow it."""
+    """Split two conversations that end in an assistant's message; the turns before are the prompt, or follow it."""
     before = chosen[:-1]
     if before != rejected[:-1]:
         raise RowRejectedError("'chosen' and 'rejected' answer different prompts")
@@ -92,10 +92,8 @@ def _split_messages(
     ends = [side[-1] if side else {"role": "", "content": ""} for side in (chosen, rejected)]
     if any(end["role"] != "assistant" for end in ends):
         raise RowRejectedError("a side does not end in an assistant's message")
-    if not before:
-        return opening, (ends[0]["content"], ends[1]["content"])
-    if before[: len(opening)] == opening or not isinstance(prompt, list):
-        return before, (ends[0]["content"], ends[1]["content"])  # whole conversations, which repeat the prompt
+    if before and (before[: len(opening)] == opening or not isinstance(prompt, list)):
+        opening = []  # whole conversations, which repeat the prompt
     return [*opening, *before], (ends[0]["content"], ends[1]["content"])
 
 
@@ -121,7 +119,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def text_defect(value: Any, name: str, *, may_be_empty: bool = False) -> str | None:
-    """Why a value can't be used as text; None where it can."""
+    """Return the reason why a value can't be used as text; None if it can."""
     if not isinstance(value, str):
         return f"{name!r} is no text"
     if not value.strip() and not may_be_empty:

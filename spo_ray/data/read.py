@@ -1,9 +1,9 @@
-"""Raw rows from JSONL and Parquet files, or from the hub."""
+"""Reads raw rows from JSON Lines files, Parquet files, or datasets on the hub."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,53 +13,80 @@ from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
 
 ROWS_PER_BATCH = 1000
-NOT_UTF8 = "not UTF-8, which JSON is written in"
+"""Rows of a Parquet file that are in memory at the same time."""
 
 
 class Raw(NamedTuple):
     """One row as it was read."""
 
     number: int
-    """Its line, from 0."""
+    """Number of its line in a text file, or of its row, from 0."""
     row: dict[str, Any]
     defect: str | None
-    """Why there is no row."""
+    """Reason why the row could not be read, or None."""
     excerpt: str
-    """What it begins with, after the file's name and the line (of Parquet: the row), from 1."""
+    """Beginning of its text; of a file's row after the file's name and the number from 1."""
 
     def name(self, prefix: str) -> str:
-        """What it is called in a run."""
+        """Return the id of the row in a run."""
         return f"{prefix}-{self.number:06d}"
 
 
 def inputs(data: FileData, split: str) -> dict[str, Artifact]:
-    """What a split's rows come from, for a stage's identity."""
+    """Return the files or the dataset of a split, for the identity of a stage."""
     if on_hub(data.path):
         return {"file": external(f"{data.path}@{data.revision}/{data.subset or ''}")}
-    files = _files(data.path, split)
-    return {f"file{i or ''}": external(file) for i, file in enumerate(files)}
+    return {f"file{i or ''}": external(file) for i, file in enumerate(_files(data.path, split))}
 
 
 def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
-    """Every row of a split, in order; blank lines are none.
+    """Yield every row of a split in order, without blank lines.
 
     Raises:
         UserError: there is no such file or dataset, or it can't be read at all.
     """
     if on_hub(data.path):
-        for number, row in enumerate(_hub(data, split)):
-            yield Raw(number, row, None, str(row)[:200])
+        yield from _numbered(_hub(data, split))
         return
-    after = 0
+    start = 0
     for file in _files(data.path, split):
-        start = after
-        for raw in read_jsonl(file) if file.suffix == ".jsonl" else _parquet(file):
-            after = start + raw.number + 1
-            yield raw._replace(number=start + raw.number, excerpt=f"{file.name}:{raw.number + 1}: {raw.excerpt}")
+        last = -1
+        for raw in read_jsonl(file) if file.suffix == ".jsonl" else _numbered(_parquet(file)):
+            last = raw.number
+            yield raw._replace(number=start + last, excerpt=f"{file.name}:{last + 1}: {raw.excerpt}")
+        start += last + 1
+
+
+def read_jsonl(file: Path) -> Iterator[Raw]:
+    """Yield the rows of a JSON Lines file; blank lines are left out."""
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines):
+            if line.strip():
+                row, defect = _parsed(line)
+                shown = line.encode(errors="surrogateescape").decode(errors="replace")
+                yield Raw(number, row, defect, shown[:200].strip())
+
+
+def _parsed(line: str) -> tuple[dict[str, Any], str | None]:
+    """Return (row, reason why it is no row)."""
+    try:
+        line.encode()  # fails for bytes that are not UTF-8
+    except UnicodeEncodeError:
+        return {}, "not UTF-8, which JSON is written in"
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}, "not JSON"
+    return (row, None) if isinstance(row, dict) else ({}, "not a JSON object")
+
+
+def _numbered(rows: Iterator[dict[str, Any]]) -> Iterator[Raw]:
+    for number, row in enumerate(rows):
+        yield Raw(number, row, None, str(row)[:200])
 
 
 def _files(path: Path, split: str) -> list[Path]:
-    """The file itself, or those of a split in a folder, also in the way datasets lay them out."""
+    """Return the file itself, or the files of a split in a folder, also if it is laid out as on the hub."""
     if path.is_file():
         if path.suffix not in DATA_FILES:
             raise UserError(f"{path} is no data file: data.path takes {' or '.join(DATA_FILES)}")
@@ -74,48 +101,10 @@ def _files(path: Path, split: str) -> list[Path]:
     )
 
 
-def open_lines(file: Path) -> TextIO:
-    """A text file, without its byte order mark; lines that are no UTF-8 are :func:`misread`."""
-    return file.open(encoding="utf-8-sig", errors="surrogateescape")
-
-
-def misread(line: str) -> bool:
-    """Whether a line is in another encoding, so that its letters are unknown."""
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def read_jsonl(file: Path) -> Iterator[Raw]:
-    """Yield the rows of a JSON Lines file; blank lines are left out."""
-    with open_lines(file) as lines:
-        for number, line in enumerate(lines):
-            if not line.strip():
-                continue
-            if misread(line):
-                shown = line.encode(errors="surrogateescape").decode(errors="replace")
-                yield Raw(number, {}, NOT_UTF8, shown[:200].strip())
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                yield Raw(number, {}, "not JSON", line[:200].strip())
-                continue
-            if isinstance(row, dict):
-                yield Raw(number, row, None, line[:200].strip())
-            else:
-                yield Raw(number, {}, "not a JSON object", line[:200].strip())
-
-
-def _parquet(file: Path) -> Iterator[Raw]:
-    number = 0
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_BATCH):
-            for row in batch.to_pylist():
-                yield Raw(number, row, None, str(row)[:200])
-                number += 1
+            yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} can't be read as Parquet: {error}") from error
 
@@ -125,10 +114,10 @@ def _hub(data: FileData, split: str) -> Iterator[dict[str, Any]]:
 
     try:
         yield from load_dataset(str(data.path), data.subset, split=split, revision=data.revision)
-    except Exception as error:  # its many causes have no common class
+    except Exception as error:  # the causes have no common class
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"there is no file or folder {data.path} here, and the dataset of that name on the hub "
-            f"(data.subset={data.subset}, split {split}) can't be loaded: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; without a network download it "
+            f"(data.subset={data.subset}, split {split}) can't be loaded: {cause}; without a network download it "
             "before (HF_HOME), or set data.path to a local file"
         ) from error

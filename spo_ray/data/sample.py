@@ -73,18 +73,9 @@ def sample(run: Run, name: str, source: SamplingJob, questions: Artifact) -> Art
     def build(out: Path, counts: RowCounts) -> None:
         require_rows(questions.count, f"questions for {name}")
         counts.facts |= {"engine": kind, "model": str(source.model.path)}
-        seed = f"{run.config.seed}:{name}"
-        mapper, pool = _answering(source, seed)
-        map_shards(
-            name,
-            questions,
-            out,
-            counts,
-            mapper=mapper,
-            kind=schema.Samples,
-            batch_size=source.sampling.batch_size,
-            pool=pool,
-        )
+        mapper, pool = _answering(source, f"{run.config.seed}:{name}")
+        size = sampling.batch_size
+        map_shards(name, questions, out, counts, mapper=mapper, kind=schema.Samples, batch_size=size, pool=pool)
         _count_refusals(name, out, counts)
 
     inputs, bound = {"model": source.model, "questions": questions}, questions.max_rows

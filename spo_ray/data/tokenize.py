@@ -1,6 +1,7 @@
 """Turns text into token ids: the last stages before training."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,19 +78,8 @@ def _tokenise(
     model = external(config.path)
 
     def build(out: Path, counts: RowCounts) -> None:
-        map_shards(
-            name,
-            source,
-            out,
-            counts,
-            mapper=_tokeniser,
-            kind=kind,
-            batch_size=ROWS_PER_SHARD,
-            model=str(model.path),
-            chat_template=config.chat_template,
-            sides=sides,
-            limit=limit,
-        )
+        tokeniser = partial(_tokeniser, str(model.path), config.chat_template, sides, limit)
+        map_shards(name, source, out, counts, mapper=tokeniser, kind=kind, batch_size=ROWS_PER_SHARD)
         written = Artifact(out, "")
         require_rows(written.count, f"rows that fit into train.max_length={limit}", counts)
         differ = sum(written.column("template_differs"))

@@ -8,8 +8,9 @@ A hash of the question decides if a problem is held out, so no training row can 
 """
 
 import hashlib
+import operator
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 Split = Literal["train", "test"]
@@ -22,11 +23,7 @@ Step = tuple[str, int, int]
 NAMES = ("Ada", "Bo", "Cal", "Dee", "Eli", "Fay", "Gus", "Ida", "Jon", "Kim", "Lou", "Mae", "Ned", "Pam", "Ray", "Sue")
 ITEMS = ("apples", "beads", "cards", "disks", "forks", "kites", "lamps", "pens", "rings", "toys")
 CONTAINERS = ("bags", "boxes", "crates", "jars", "trays")
-OPERATORS: dict[str, Callable[[int, int], int]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 SLIPS = (-10, -2, -1, 1, 2, 10)
 """Errors of an arithmetic slip."""
 SLIP_RATE = 0.10
@@ -78,14 +75,14 @@ def noisy_solutions(seed: int) -> Iterator[tuple[str, str]]:
 def render(steps: list[Step], slip: tuple[int, int] | None = None) -> str:
     """Write steps out as a solution; ``slip = (step index, error)`` falsifies one result, and later steps use it."""
     sentences, result = [], 0
-    for index, (operator, left, right) in enumerate(steps):
+    for index, (sign, left, right) in enumerate(steps):
         left = result if left == PREVIOUS else left
         right = result if right == PREVIOUS else right
-        result = OPERATORS[operator](left, right)
+        result = OPERATORS[sign](left, right)
         if slip is not None and slip[0] == index:
             result = max(0, result + slip[1])
         opening = "" if len(steps) == 1 else "Then, " if index else "First, "
-        sentences.append(f"{opening}{left} {operator} {right} = {result}.")
+        sentences.append(f"{opening}{left} {sign} {right} = {result}.")
     return f"{' '.join(sentences)}\n#### {result}"
 
 
@@ -137,7 +134,7 @@ def _problem(kind: Kind, rng: random.Random) -> Problem:
     numbers |= {"larger": max(x, y), "smaller": min(x, y), "lost": min(z, m * n - 1)}
 
     def steps(formula: str) -> list[Step]:
-        return [(operator, numbers[a], numbers[b]) for a, operator, b in map(str.split, formula.split(","))]
+        return [(sign, numbers[a], numbers[b]) for a, sign, b in map(str.split, formula.split(","))]
 
     question = f"{kind.story} How many {{items}} {kind.question}?".format(**text, **numbers)
     mistakes = [steps(formula) for formula in kind.mistakes]
