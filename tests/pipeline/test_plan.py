@@ -13,6 +13,7 @@ from spo_ray.pipeline.plan import plan
 from spo_ray.pipeline.rehearsal import rehearse
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_rows
+from spo_ray.runtime.console import installed
 from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
@@ -70,7 +71,8 @@ def test_a_rehearsal_says_what_a_run_then_does(config, capsys):
         found = {name: why for name, (_, why) in rehearse(changed, job).found.items() if why}
         assert found == expected
         capsys.readouterr()
-        finish(changed)
+        with installed():
+            finish(changed)
         printed = capsys.readouterr().out
         assert [name for name in ("first", "second", "third") if f"{name}: starts" in printed] == list(expected)
         for name, why in expected.items():
