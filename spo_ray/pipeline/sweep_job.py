@@ -16,8 +16,8 @@ from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.console import log
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work, never_built
 from spo_ray.sweep.results import Ranked, rank, rows_of, write_best, write_csv
-from spo_ray.sweep.space import listed_points, run_for, sweep_of
-from spo_ray.sweep.trial import TRAINING, key_of
+from spo_ray.sweep.space import listed_points, run_for, start_key, sweep_of
+from spo_ray.sweep.trial import TRAINING
 from spo_ray.sweep.tuner import run_trials, starts
 from spo_ray.train.spec import Prepared
 
@@ -61,7 +61,7 @@ def run_sweep(run: Run) -> Sweep:
         write_csv(run.root / "results.csv", rows, sweep_of(run.config))
         write_best(run, sweep.best)
     values = sweep.best.values
-    sweep.start = known.get(key_of(values)) or prepare_start(run_for(run, values))
+    sweep.start = known.get(start_key(values)) or prepare_start(run_for(run, values))
     evaluate_best(run, sweep)
     if run.mode != "read":
         write_sweep_report(run, sweep.trials, sweep.best, sweep.evaluation)
