@@ -1,6 +1,7 @@
-"""A sweep: what trials share, the trials under Ray Tune, the best on the test split, the sensitivity report.
+"""A sweep, in order: shared stages, trials under Ray Tune, evaluation of the best point, sensitivity report.
 
-Trials are scored on validation rows that are kept out of training; the test split is answered once, by the best.
+Trials are scored on validation rows, which are kept out of training. Only the best point is evaluated on the test
+split.
 """
 
 from dataclasses import dataclass, field
@@ -29,15 +30,15 @@ class Sweep:
     trials: Artifact = field(init=False)
     best: Ranked = field(init=False)
     start: Prepared = field(init=False)
-    """Where the best point's trials started."""
+    """Start of the best point's trials."""
     checkpoints: dict[str, Artifact] = field(default_factory=dict)
-    """The best point's trained checkpoints; empty if no trial finished."""
+    """Trained checkpoints of the best point by trial; empty if no trial finished."""
     evaluation: Evaluation | None = None
-    """Of these checkpoints on the test split; None if no trial finished."""
+    """Metrics of these checkpoints on the test split; None if no trial finished."""
 
 
 def run_sweep(run: Run) -> Sweep:
-    """Run a sweep to its end, and return its results.
+    """Run a sweep and return its results; for a plan, ``best`` and ``start`` are set only if the trials are finished.
 
     Raises:
         UserError: the sweep can't run as configured, or the cluster is too small for it.
@@ -69,7 +70,7 @@ def run_sweep(run: Run) -> Sweep:
 
 
 def plan_sweep(config: Config) -> PlannedRun:
-    """Return what a sweep would do; its ``problem`` says why it would be refused, if it would."""
+    """Return the plan of a sweep; if the sweep would be refused, ``problem`` of the plan has the reason."""
     plan = PlannedRun(config)
     with plan.noting_problems():
         if sweep_of(config).searcher.type != "optuna":
@@ -81,7 +82,7 @@ def plan_sweep(config: Config) -> PlannedRun:
 
 
 def prepare_start(run: Run) -> Prepared:
-    """Execute the job up to where trials start, without the validation rows."""
+    """Execute the job up to the reference log-probabilities, without the validation rows."""
     start = Prepared(run.config)
     for _ in prepare(run, start, sweep_of(run.config).validation):
         pass
@@ -89,9 +90,9 @@ def prepare_start(run: Run) -> Prepared:
 
 
 def evaluate_best(run: Run, sweep: Sweep) -> None:
-    """Evaluate the best point's trials, and the SFT model that they started from, on the test split."""
+    """Evaluate the best point's trials and their SFT model on the test split."""
     best, trials = sweep.best, sweep.trials
-    if not best.finished:
+    if not best.finished:  # they have no checkpoints
         log("best", "no trial finished: the test split stays untouched")
         return
     sweep.checkpoints = {
