@@ -1,4 +1,4 @@
-"""What can be refused before anything long starts."""
+"""Checks of a configuration before the job starts."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from spo_ray.runtime.tracking import check_trackers
 
 
 def preflight(config: Config) -> None:
-    """Check that the model and its chat template are there, and choose the engine.
+    """Check trackers, model, chat template, engines and evaluation.
 
-    ``organisation/name`` is taken for a hub id unless a local folder ``organisation`` exists.
+    ``organisation/name`` is a hub id unless a local folder ``organisation`` exists.
 
     Raises:
-        UserError: saying what is missing.
+        UserError: something is missing or can't be used.
     """
     check_trackers(config.tracking)
     name = config.model.path
@@ -48,10 +48,10 @@ def preflight(config: Config) -> None:
 
 
 def check_evaluation(config: Config) -> None:
-    """Nobody wants to hear of a missing key, a bad template or an unknown task after hours of training.
+    """Check the keys, templates and tasks of the suites, which are used only after training.
 
     Raises:
-        UserError: saying what is missing.
+        UserError: one of them is missing or unknown.
     """
     for suite in config.eval.chosen(config.data):
         if suite.startswith(LM_EVAL):
@@ -63,7 +63,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) -> None:
-    """An endpoint's key, or a local model and an engine for it."""
+    """Check that an endpoint has its key, or that a local model and an engine for it are there."""
     if isinstance(engine, EndpointConfig):
         local = urlsplit(engine.url).hostname in ("localhost", "127.0.0.1", "::1")
         if not local and engine.api_key_env not in os.environ:

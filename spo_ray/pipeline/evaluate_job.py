@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints that were trained elsewhere, in a run of its own."""
+"""Evaluates checkpoints that were trained elsewhere, in a run of its own."""
 
 import hashlib
 import re
@@ -22,11 +22,11 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
 
     Args:
         config: names the data, the engine and the suites.
-        checkpoints: folders or hub ids by name; a folder may hold a PEFT adapter. The log-probabilities of the others
-            are compared with those of the one named ``sft``.
+        checkpoints: folders or hub ids by name; a folder may contain a PEFT adapter. The log-probabilities of the
+            others are compared with those of the checkpoint named ``sft``.
 
     Raises:
-        UserError: a folder holds neither a model nor an adapter, or the data or the cluster can't be used.
+        UserError: a folder contains neither a model nor an adapter, or the data or the cluster can't be used.
     """
     config = config.model_copy(update={"name": f"{config.name}-evaluation"})
     artifacts = {name: _checkpoint(name, path) for name, path in checkpoints.items()}

@@ -1,4 +1,4 @@
-"""Finished runs and sweeps, read back from their folders by the functions that made them."""
+"""Reads finished runs and sweeps from their folders, by the functions that made them."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ CONFIG = "config.json"
 
 
 def read_finished(folder: Path) -> Finished:
-    """Read a finished run or sweep; nothing is computed, and no cluster is started.
+    """Return the results of a finished run or sweep; computes nothing and starts no cluster.
 
     Raises:
-        UserError: there is no such folder, it is no run's, the run is unfinished, or something in it leads out of it.
+        UserError: the folder is missing or no run's, the run is unfinished, or something in it leads out of it.
     """
-    text = _config(folder)
-    own, found = Run(_validated(folder, text)), FinishedRun(_validated(folder, _unbuilt(text)), folder)
-    own.root = found.root  # wherever it was moved to: the configuration's output and name are not followed
+    tree = _read(folder)
+    own, found = Run(_validated(folder, tree)), FinishedRun(_validated(folder, _unbuilt(tree)), folder)
+    own.root = found.root  # the folder may have been moved: the configuration's output and name are not used
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
         methods = {name: _of_configuration(own, name, artifact) for name, artifact in job.methods.items()}
@@ -70,7 +70,10 @@ def _of_configuration(run: Run, name: str, artifact: Artifact) -> Artifact:
 
 
 def _unbuilt(value: Any) -> Any:
-    """Return a configuration as JSON without what only building needs: vLLM, verifiers (code), files of tasks."""
+    """Return a JSON configuration without references to vLLM, code of verifiers and files of tasks.
+
+    Reading a run must not need vLLM nor import a module that the folder names.
+    """
     if isinstance(value, list):
         return [_unbuilt(item) for item in value]
     if not isinstance(value, dict):
@@ -81,7 +84,7 @@ def _unbuilt(value: Any) -> Any:
     return kept | ({"include_path": None} if "include_path" in kept else {})
 
 
-def _config(folder: Path) -> Any:
+def _read(folder: Path) -> Any:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: name a run's folder, such as runs/quickstart")
     if not (folder / CONFIG).is_file():

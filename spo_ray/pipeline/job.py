@@ -1,7 +1,7 @@
 """The whole job, in order: data, sampling, SFT, pairs, reference log-probabilities, training, evaluation, report.
 
-The same functions run a job, plan it and read a finished one back, depending on the kind of :class:`Run` they get.
-Every stage lands in a folder of its own and is reused as long as everything it depends on stays the same.
+The same functions run a job, plan it or read its results, depending on the kind of :class:`Run`. Every stage has a
+folder of its own and is reused as long as everything that it depends on stays the same.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,7 @@ class Job(Prepared):
     methods: dict[str, Artifact] = field(default_factory=dict)
     """Trained checkpoints by method."""
     evaluation: Evaluation | None = None
+    """Metrics and comparisons; None before the evaluation."""
 
 
 def run_job(run: Run, until: Part = "report") -> Job:
@@ -56,7 +57,7 @@ def run_job(run: Run, until: Part = "report") -> Job:
 
 
 def plan_job(config: Config) -> PlannedRun:
-    """Return what a job would do; its ``problem`` says why it would be refused, if it would."""
+    """Return the plan of a job; if the job would be refused, ``problem`` of the plan has the reason."""
     plan = PlannedRun(config)
     with plan.noting_problems():
         preflight(config)
@@ -66,7 +67,7 @@ def plan_job(config: Config) -> PlannedRun:
 
 
 def parts(run: Run, job: Job) -> Iterator[Part]:
-    """Execute the job and yield the name of each finished part, so that a caller can stop there."""
+    """Execute the job and yield the name of each finished part; the caller may stop there."""
     config = run.config
     with Evaluations(run) as evaluations:
         for part in prepare(run, job):
@@ -92,7 +93,7 @@ def parts(run: Run, job: Job) -> Iterator[Part]:
 def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None) -> Iterator[Part]:
     """Execute the job up to the reference log-probabilities; yield the name of each finished part.
 
-    With ``validation``, rows for it are kept out of training: questions, and pairs if it asks for some.
+    ``validation`` keeps questions or pairs out of training.
     """
     config, has_pairs = run.config, run.config.data.type == "preference"
     job.test = load_data(run, "test")
@@ -124,7 +125,7 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
 
 
 def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number: int) -> dict[str, Artifact]:
-    """Train every method from its own last checkpoint, on pairs with that checkpoint's mistakes."""
+    """Train every method once more, from its last checkpoint on pairs with wrong samples of that checkpoint."""
     starts = {}
     for name, policy in policies.items():
         suffix = f"_{name}_round{number}"
@@ -134,5 +135,5 @@ def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number
 
 
 def referenced(run: Run, policy: Artifact, pairs: Artifact, tokens: str, name: str) -> Artifact:
-    """Tokenise pairs, and add the log-probabilities of the policy before it is trained on them."""
+    """Tokenise pairs and add their log-probabilities under the policy before training."""
     return reference_logps(run, name, policy, tokenise_pairs(run, tokens, pairs))

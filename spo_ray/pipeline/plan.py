@@ -1,9 +1,8 @@
-"""``spo-ray plan``: the stages of a job, what would happen to each, and estimates of memory, disk and time.
+"""``spo-ray plan``: the stages of a job with their states, and estimates of memory, disk and time.
 
 The time of a stage is that of the same stage in an earlier run in the same output folder, scaled by its rows. Without
-one it is arithmetic: 2 operations per parameter and token that is generated or scored, 6 per one that is trained on,
-more for SPO as measured in docs/performance.md, at the rate of this machine's matrix products, for the most rows that
-there can be.
+such a run it is computed for the upper bound of rows: 2 operations per parameter and generated or scored token, 6 per
+token that is trained on, more for SPO (see docs/performance.md), at the speed of this machine's matrix products.
 """
 
 import json
@@ -28,9 +27,9 @@ from spo_ray.sweep.space import listed_points, short_text, sweep_of
 
 HEADS = ("stage", "", "rows", "tokens", "memory", "disk", "time")
 BYTES_PER_TOKEN = 6
-"""Text, ids and counts of a generated or scored token in Parquet, compressed."""
+"""Bytes of a generated or scored token (text, ids, counts) in compressed Parquet."""
 EXPORTED, CHECKPOINTED = 4, 12
-"""Bytes of a parameter in an exported model, and in a checkpoint with AdamW's states."""
+"""Bytes of a parameter in an exported model and in a checkpoint with AdamW's states."""
 UNITS = {
     "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
     "bytes": ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB")),
@@ -40,21 +39,22 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated needs of one stage; None where one can't be known."""
+    """Estimated needs of one stage."""
 
     memory: int | None = None
-    """Bytes of one worker or engine."""
+    """Bytes of one worker or engine; None: unknown."""
     seconds: float | None = None
+    """Seconds of the stage; None: unknown."""
     measured: bool = False
-    """True if ``seconds`` comes from an earlier run, not from arithmetic."""
+    """True if ``seconds`` comes from an earlier run, False if it is computed."""
     disk: int = 0
-    """Bytes that stay."""
+    """Bytes on disk after the stage."""
     checkpoints: int = 0
-    """Bytes of checkpoints, which are deleted at the end."""
+    """Bytes of checkpoints, which are deleted at the end of the stage."""
 
 
 class Estimator:
-    """Estimates for the stages of one configuration."""
+    """Estimates the needs of the stages of one configuration."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -63,14 +63,14 @@ class Estimator:
 
     @cached_property
     def model(self) -> Any:
-        """The model's configuration; None where it can't be read, for instance without a network."""
+        """The model's configuration; None if it can't be read, for instance without a network."""
         try:
             return AutoConfig.from_pretrained(self.config.model.path)
         except (OSError, ValueError):
             return None
 
     def of(self, stage: PlannedStage) -> Estimate:
-        """Return the estimate for a stage."""
+        """Return the estimate of a stage."""
         work = stage.work
         plan, seconds, tokens = self.plan(work.trains or "sft"), self.before(stage), work.tokens or 0
         if not plan or not tokens:
@@ -94,11 +94,11 @@ class Estimator:
         method: MethodConfig | None = None if stage == "sft" else self.config.methods[stage]
         try:
             return estimate_memory(self.config, self.model, stage, method, self.device)
-        except UserError:  # the run says so
+        except UserError:  # the run itself raises it
             return None
 
     def before(self, stage: PlannedStage) -> float | None:
-        """Return the seconds that the newest readable run in the output folder suggests for a stage, or None."""
+        """Return the seconds of a stage by the newest run in the output folder, scaled by rows, or None."""
         files = self.config.output.absolute().glob(f"*/{stage.name}/{MANIFEST}")
         for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
@@ -197,7 +197,7 @@ def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence
 
 
 def _shown(value: float | None, kind: str) -> str:
-    """Return a value in its largest unit; empty for nothing."""
+    """Return a value in its largest unit; an empty text for 0 and None."""
     if not value:
         return ""
     size, unit = next(((s, u) for s, u in UNITS[kind] if value >= s), UNITS[kind][-1])
@@ -205,7 +205,7 @@ def _shown(value: float | None, kind: str) -> str:
 
 
 def _operations(config: Config, work: Work) -> float:
-    """Return the multiplications and additions of a stage, per parameter."""
+    """Return the floating-point operations of a stage per parameter."""
     if work.trains is None:
         return 2.0 * (work.tokens or 0)
     method = None if work.trains == "sft" else config.methods[work.trains]
@@ -215,17 +215,17 @@ def _operations(config: Config, work: Work) -> float:
 
 @cache
 def products_per_second() -> float:
-    """Return this machine's multiplications and additions a second in matrix products, measured now."""
+    """Return the floating-point operations per second of matrix products, measured on this machine."""
     matrix = torch.ones(1024, 1024, device="cuda" if torch.cuda.is_available() else "cpu")
     best = 0.0
     for _ in range(8):
         started = time.perf_counter()
-        torch.mm(matrix, matrix)[0, 0].item()  # a GPU works in the background
+        torch.mm(matrix, matrix)[0, 0].item()  # waits for a GPU
         best = max(best, 2.0 * len(matrix) ** 3 / (time.perf_counter() - started))
     return best
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the free bytes where a folder is, or will be."""
+    """Return the free bytes of the disk of a folder, which may not exist yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free

@@ -1,6 +1,7 @@
-"""A sweep: what trials share, the trials under Ray Tune, the best on the test split, the sensitivity report.
+"""A sweep, in order: shared stages, trials under Ray Tune, evaluation of the best point, sensitivity report.
 
-Trials are scored on validation rows that are kept out of training; the test split is answered once, by the best.
+Trials are scored on validation rows, which are kept out of training. Only the best point is evaluated on the test
+split.
 """
 
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.console import log
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work, never_built
 from spo_ray.sweep.results import Ranked, rank, rows_of, write_best, write_csv
-from spo_ray.sweep.space import listed_points, run_for, sweep_of
-from spo_ray.sweep.trial import TRAINING, key_of
+from spo_ray.sweep.space import listed_points, run_for, start_key, sweep_of
+from spo_ray.sweep.trial import TRAINING
 from spo_ray.sweep.tuner import run_trials, starts
 from spo_ray.train.spec import Prepared
 
@@ -29,15 +30,15 @@ class Sweep:
     trials: Artifact = field(init=False)
     best: Ranked = field(init=False)
     start: Prepared = field(init=False)
-    """Where the best point's trials started."""
+    """Start of the best point's trials."""
     checkpoints: dict[str, Artifact] = field(default_factory=dict)
-    """The best point's trained checkpoints; empty if no trial finished."""
+    """Trained checkpoints of the best point by trial; empty if no trial finished."""
     evaluation: Evaluation | None = None
-    """Of these checkpoints on the test split; None if no trial finished."""
+    """Metrics of these checkpoints on the test split; None if no trial finished."""
 
 
 def run_sweep(run: Run) -> Sweep:
-    """Run a sweep to its end, and return its results.
+    """Run a sweep and return its results; for a plan, ``best`` and ``start`` are set only if the trials are finished.
 
     Raises:
         UserError: the sweep can't run as configured, or the cluster is too small for it.
@@ -61,7 +62,7 @@ def run_sweep(run: Run) -> Sweep:
         write_csv(run.root / "results.csv", rows, sweep_of(run.config))
         write_best(run, sweep.best)
     values = sweep.best.values
-    sweep.start = known.get(key_of(values)) or prepare_start(run_for(run, values))
+    sweep.start = known.get(start_key(values)) or prepare_start(run_for(run, values))
     evaluate_best(run, sweep)
     if run.mode != "read":
         write_sweep_report(run, sweep.trials, sweep.best, sweep.evaluation)
@@ -69,7 +70,7 @@ def run_sweep(run: Run) -> Sweep:
 
 
 def plan_sweep(config: Config) -> PlannedRun:
-    """Return what a sweep would do; its ``problem`` says why it would be refused, if it would."""
+    """Return the plan of a sweep; if the sweep would be refused, ``problem`` of the plan has the reason."""
     plan = PlannedRun(config)
     with plan.noting_problems():
         if sweep_of(config).searcher != "optuna":
@@ -81,7 +82,7 @@ def plan_sweep(config: Config) -> PlannedRun:
 
 
 def prepare_start(run: Run) -> Prepared:
-    """Execute the job up to where trials start, without the validation rows."""
+    """Execute the job up to the reference log-probabilities, without the validation rows."""
     start = Prepared(run.config)
     for _ in prepare(run, start, sweep_of(run.config).validation):
         pass
@@ -89,9 +90,9 @@ def prepare_start(run: Run) -> Prepared:
 
 
 def evaluate_best(run: Run, sweep: Sweep) -> None:
-    """Evaluate the best point's trials, and the SFT model that they started from, on the test split."""
+    """Evaluate the best point's trials and their SFT model on the test split."""
     best, trials = sweep.best, sweep.trials
-    if not best.finished:
+    if not best.finished:  # they have no checkpoints
         log("best", "no trial finished: the test split stays untouched")
         return
     sweep.checkpoints = {

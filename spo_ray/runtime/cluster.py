@@ -1,10 +1,11 @@
-"""Starting or joining a Ray cluster, and refusing plans that it cannot hold."""
+"""Connects to a Ray cluster, and refuses plans that are too large for it."""
 
 import json
 import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray.data
@@ -17,25 +18,27 @@ from spo_ray.runtime.failure import TOO_SLOW
 from spo_ray.runtime.run import PlannedStage, Work
 
 LOCAL_CPUS = 4
-"""Logical CPUs of a local cluster at least: actors that hold one each must leave some for Ray Data's tasks."""
+"""Minimum of logical CPUs of a local cluster: beside actors, Ray Data needs some for its tasks."""
 DATA_TASK_CPUS = 1.0
+"""CPUs of Ray Data's tasks beside actors."""
 REACH_S = 10.0
-"""How long to wait for an answer from a cluster's address."""
+"""Timeout in seconds for connecting to a cluster's address."""
 
 
 def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
-    """Join ``ray.address`` or ``RAY_ADDRESS``, else start a local cluster; then check that the planned stages fit.
+    """Join the cluster at ``ray.address`` or ``RAY_ADDRESS``, else start a local one; check that the plan fits on it.
 
     Raises:
-        UserError: no cluster at the address, or too few resources; without this, Ray would wait for ever.
+        UserError: no cluster at the address, or too few resources, for which Ray would wait forever.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what Ray's C++ prints to the terminal
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # output of Ray's C++ code
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if ray.is_initialized():  # in a trial, which runs on the sweep's cluster
+    joined = bool(address) or ray.is_initialized()
+    if ray.is_initialized():
         pass
     elif address:
         _check_reachable(address)
@@ -52,11 +55,11 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_resources(planned, nodes)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    log("ray", f"{'joined' if joined else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
 
 def _start(**options: Any) -> None:
-    """Start a local cluster, once more where that took longer than the 30 seconds that Ray allows: busy machines."""
+    """Start a local cluster; try once more if it took longer than the 30 seconds that Ray allows."""
     try:
         ray.init(address="local", **options)
     except Exception as error:
@@ -68,10 +71,10 @@ def _start(**options: Any) -> None:
 
 
 def passed_env(config: Config) -> dict[str, str]:
-    """The allowed part of this process's environment, without what a submitted job's description has already.
+    """Return the variables in ``ray.pass_env``, without those that the description of a submitted job has already.
 
     Raises:
-        UserError: a value holds a password, which would be written into the job's description.
+        UserError: a value contains a password, which Ray would show in the job's description.
     """
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars", {})
@@ -85,12 +88,12 @@ def passed_env(config: Config) -> dict[str, str]:
 def check_resources(
     planned: Sequence[PlannedStage], nodes: Sequence[Mapping[str, Any]], has_gpus: bool | None = None
 ) -> None:
-    """Compare what each planned stage holds at the same time with the cluster's logical resources.
+    """Check that the actors of each planned stage fit on the nodes at the same time, by logical resources.
 
-    ``has_gpus`` is True if stages take GPUs by default; None: if a node has any.
+    ``has_gpus`` is True if stages use GPUs by default; None: if a node has any.
 
     Raises:
-        UserError: naming the stage, what it needs, what there is, and the settings to change.
+        UserError: a stage does not fit; the message has its needs, the resources and the settings to change.
     """
     has_gpus = any(node.get("GPU") for node in nodes) if has_gpus is None else has_gpus
     total = sum(node.get("CPU", 0.0) for node in nodes)
@@ -111,23 +114,20 @@ def check_resources(
 
 
 def room_beside(planned: Sequence[PlannedStage], engine: EngineConfig) -> str | None:
-    """Return the id of a node where one engine more fits beside every planned stage, or None."""
+    """Return the id of a node on which one more engine fits beside every planned stage, or None."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [dict(node["Resources"]) for node in alive]
-    taken = {"CPU": engine.cpus, "GPU": engine_gpus(engine)}
     for number, node in enumerate(nodes):
-        if all(node.get(kind, 0.0) >= amount for kind, amount in taken.items()):
-            rest = node | {kind: node.get(kind, 0.0) - amount for kind, amount in taken.items()}
-            try:
-                check_resources(planned, [*nodes[:number], rest, *nodes[number + 1 :]], has_gpus=_has_gpus())
-            except UserError:
-                continue
-            return alive[number]["NodeID"]
+        left = {"CPU": node.get("CPU", 0.0) - engine.cpus, "GPU": node.get("GPU", 0.0) - engine_gpus(engine)}
+        if min(left.values()) >= 0:
+            with suppress(UserError):
+                check_resources(planned, [*nodes[:number], node | left, *nodes[number + 1 :]], has_gpus=_has_gpus())
+                return alive[number]["NodeID"]
     return None
 
 
 def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str, **bounds: Any) -> Work:
-    """Return the work of a stage that asks engines, or an endpoint, with its ``bounds``: rows, out and tokens."""
+    """Return the work of a stage that uses engines or an endpoint; ``bounds`` are ``rows``, ``out`` and ``tokens``."""
     if isinstance(engine, EndpointConfig):
         return Work(note=f"{note}, {engine.concurrency} requests at a time to {engine.url}", **bounds)
     held: dict[str, Any] = {"actors": engine.replicas, "cpus": engine.cpus, "gpus": engine.gpus}
@@ -135,7 +135,7 @@ def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str,
 
 
 def worker_work(config: Config, note: str, groups: int = 1, trains: str | None = None, **bounds: Any) -> Work:
-    """Return the work of a stage on ``groups`` groups of training workers, with its ``bounds``: rows and tokens."""
+    """Return the work of a stage on groups of training workers; ``bounds`` are ``rows`` and ``tokens``."""
     train = config.train
     held: dict[str, Any] = {"actors": train.num_workers * groups, "cpus": train.cpus_per_worker}
     held["gpus"] = None if train.use_gpu is None else float(train.use_gpu)
@@ -144,12 +144,12 @@ def worker_work(config: Config, note: str, groups: int = 1, trains: str | None =
 
 
 def engine_gpus(engine: EngineConfig, has_gpus: bool | None = None) -> float:
-    """GPUs per engine on a cluster that has some or not; None: on the connected one."""
+    """Return the GPUs of each engine; ``has_gpus`` None: on the connected cluster."""
     return float(_has_gpus() if has_gpus is None else has_gpus) if engine.gpus is None else engine.gpus
 
 
 def uses_gpu(config: Config, has_gpus: bool | None = None) -> bool:
-    """Whether training workers get a GPU each there."""
+    """Return True if each training worker gets a GPU; ``has_gpus`` None: on the connected cluster."""
     return (_has_gpus() if has_gpus is None else has_gpus) if config.train.use_gpu is None else config.train.use_gpu
 
 
@@ -158,7 +158,7 @@ def _has_gpus() -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes before it gives up on an address."""
+    """Raise a UserError if nothing answers at an address; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # "auto", "local"
         return

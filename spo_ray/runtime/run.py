@@ -1,12 +1,11 @@
 """Runs and their stages.
 
 A stage writes one folder under ``runs/NAME`` and closes it with ``manifest.json``. Its identity is the digest of its
-settings and of its inputs' identities: a finished stage with the same identity is reused, any other is built again.
-A stage is written under a temporary name, synced and renamed, so a folder with a manifest is complete.
+settings and of the identities of its inputs. A finished stage with the same identity is reused, any other is built
+again. A stage is written under a temporary name, synced and renamed, so a folder with a manifest is complete.
 
-The functions of a job hand their stages to a :class:`Run`. The same functions describe the job to a
-:class:`PlannedRun`, which builds nothing and records what would happen, and to a :class:`FinishedRun`, which gives what
-is on disk.
+The functions of a job pass their stages to a :class:`Run`, which builds them. The same functions plan the job with a
+:class:`PlannedRun` and read its results with a :class:`FinishedRun`.
 """
 
 import copy
@@ -14,7 +13,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,7 @@ from spo_ray.runtime.artifact import (
     MissingArtifact,
     PlannedArtifact,
     RowCounts,
-    _count,
-    _sync,
+    sync,
     versions,
     write_json,
     write_rows,
@@ -44,7 +42,7 @@ from spo_ray.runtime.artifact import (
 from spo_ray.runtime.console import log
 
 STARTED = "started.json"
-"""File in an unfinished stage that can be resumed."""
+"""File in an unfinished stage that can be resumed, with its digest."""
 State = Literal["reused", "resume", "build"]
 
 
@@ -53,23 +51,23 @@ class Work:
     """Upper bounds of the work of a stage, for plans and resource checks; None where a bound is unknown."""
 
     rows: int | None = None
-    """Rows read."""
+    """Rows that are read."""
     out: int | None = None
-    """Rows written; None: as many as are read."""
+    """Rows that are written; None: as many as are read."""
     tokens: int | None = None
-    """Tokens that a model generates or reads; None also where there is no model."""
+    """Tokens that a model generates or reads; None also if there is no model."""
     trains: str | None = None
-    """``sft``, or the name of the method that is trained."""
+    """``sft``, or the name of the method that is trained; None: the stage trains nothing."""
     actors: int = 0
     """Actors or workers that hold resources at the same time."""
     cpus: float = 0.0
-    """CPUs of each."""
+    """CPUs of each actor or worker."""
     gpus: float | None = 0.0
-    """GPUs of each; None: one each on a cluster that has GPUs."""
+    """GPUs of each actor or worker; None: one on a cluster that has GPUs."""
     settings: str = ""
-    """Settings to lower where the cluster is too small."""
+    """Settings to lower if the cluster is too small."""
     note: str = ""
-    """One line for people."""
+    """One line that describes the stage in the plan."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +75,17 @@ class Stage:
     """One step of a job, with everything that its output depends on."""
 
     name: str
-    """Name of its folder."""
+    """Name of the stage and of its folder."""
     build: Callable[[Path, RowCounts], None]
-    """Writes the output into the folder it is given, and counts rows."""
+    """Writes the output into the given folder, and counts rows."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """Settings that the output depends on."""
     inputs: Mapping[str, Artifact] = field(default_factory=dict)
+    """Stages and files that the output depends on, by name."""
     work: Work = Work()
+    """Upper bounds for the plan; not a part of the identity."""
     resumable: bool = False
-    """``build`` finds what it wrote before it was interrupted."""
+    """True if ``build`` continues from the files that it wrote before it was interrupted."""
 
 
 def times(bound: int | None, factor: int) -> int | None:
@@ -94,14 +94,15 @@ def times(bound: int | None, factor: int) -> int | None:
 
 
 def never_built(out: Path, counts: RowCounts) -> None:
-    """Stand in for ``build`` in stages that are opened and closed by their own function."""
+    """Raise an error; the ``build`` of stages that are opened and closed by their own function."""
     raise AssertionError("this stage is not built by Run.execute")
 
 
 class PlannedStage(NamedTuple):
-    """What would happen to a stage."""
+    """One stage of a plan."""
 
     name: str
+    """Folder of the stage, relative to that of the run."""
     state: State
     why: str
     """Why a finished stage is built again; empty otherwise."""
@@ -116,13 +117,14 @@ class OpenStage:
     digest: str
     identity: dict[str, Any]
     scratch: Path
-    """Its folder while it is built."""
+    """Folder of the stage while it is built."""
     counts: RowCounts = field(default_factory=RowCounts)
     started: float = field(default_factory=time.time)
+    """Unix time in seconds."""
 
 
 class Run:
-    """One run's folder, and the stages in it."""
+    """The folder of one run, and the stages in it; builds stages that are not finished."""
 
     mode: Literal["execute", "plan", "read"] = "execute"
 
@@ -130,15 +132,16 @@ class Run:
         self.config = config
         self.root = (config.output / config.name).absolute()
         self.names: dict[str, str] = {}
-        """Names of the stages that were opened, by digest."""
+        """Names of the opened stages by digest."""
         self.planned: list[PlannedStage] = []
-        """The plan of the whole job, once it is made."""
+        """Plan of the whole job; empty before it is planned."""
         self.under_way: list[str] = []
+        """Names of the stages that are being built."""
         self.changed: Callable[[], None] = _nothing
-        """Called when a stage begins or ends."""
+        """Listener that is called when a stage begins or ends."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the listener, which stays in this process."""
+        """Return the state for other processes, without the listener and the stages that are being built."""
         return self.__dict__ | {"under_way": [], "changed": _nothing}
 
     def at(self, root: Path, config: Config | None = None) -> "Run":
@@ -168,9 +171,9 @@ class Run:
             yield
 
     def execute(self, stage: Stage) -> Artifact:
-        """Return the finished stage: reuse it, or build it and close it.
+        """Return the finished stage; build it first if it can't be reused.
 
-        Whatever ``build`` raises leaves earlier stages, and an earlier version of this one, as they were.
+        If ``build`` raises an error, earlier stages and an earlier version of this stage stay as they were.
         """
         opened = self.open(stage)
         if isinstance(opened, Artifact):
@@ -188,7 +191,7 @@ class Run:
         state, why = self.state(name, identity, digest)
         scratch = self.root / ".unfinished" / name
         if state == "reused":
-            if _identity(scratch) == digest:  # interrupted on the way to its place
+            if _identity(scratch) == digest:  # the process ended before it was renamed
                 self._put(name)
             log(name, state)
             return Artifact(self.root / name, digest)
@@ -206,7 +209,7 @@ class Run:
         return OpenStage(name, digest, identity, scratch)
 
     def identify(self, stage: Stage) -> tuple[dict[str, Any], str]:
-        """Return what a stage depends on, and the digest of that."""
+        """Return the identity of a stage (everything that it depends on) and its digest."""
         identity = {
             "stage": stage.name,
             "version": __version__,
@@ -219,7 +222,7 @@ class Run:
         return identity, digest
 
     def state(self, name: str, identity: Mapping[str, Any], digest: str) -> tuple[State, str]:
-        """Return what would happen to a stage, and why if a finished one is built again."""
+        """Return the state of a stage, and the reason if a finished stage is built again, else an empty text."""
         scratch = self.root / ".unfinished" / name
         if digest in (_identity(self.root / name), _identity(scratch)):
             return "reused", ""
@@ -229,9 +232,9 @@ class Run:
         return "build", why_again(json.loads(finished.read_text()), identity, self.names) if finished.exists() else ""
 
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
-        """Write the manifest and move the stage to its place.
+        """Write the manifest, move the stage to its place and return it.
 
-        ``wall_s`` is the time to record if it is not the time since the stage was opened.
+        ``wall_s`` is the recorded time in seconds; None: the time since the stage was opened.
         """
         counts = stage.counts
         if counts.rejected:
@@ -239,7 +242,7 @@ class Run:
             write_rows(stage.scratch / REJECTED, dropped, schema.Dropped)
         manifest = stage.identity | {
             "digest": stage.digest,
-            "rows": {"read": counts.read, "kept": counts.kept, "dropped": _count(counts.rejected)},
+            "rows": {"read": counts.read, "kept": counts.kept, "dropped": counts.dropped()},
             "facts": counts.facts,
             "versions": versions(),
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
@@ -252,7 +255,7 @@ class Run:
         return Artifact(self.root / stage.name, stage.digest)
 
     def _put(self, name: str) -> None:
-        """Move a stage that has its manifest to its place, without files that only building it needed."""
+        """Move a stage that has its manifest to its place, without the files that only ``build`` needed."""
         scratch = self.root / ".unfinished" / name
         (scratch / STARTED).unlink(missing_ok=True)
         for file in scratch.glob(REJECTED_PARTS):  # these rows are in rejected.parquet
@@ -261,16 +264,16 @@ class Run:
 
 
 class PlannedRun(Run):
-    """A dry run: it builds nothing and records in ``planned`` what would happen to every stage."""
+    """A dry run: builds nothing and records the state of every stage in ``planned``."""
 
     mode = "plan"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.top = self.root
-        """Folder that the recorded names are relative to; copies at other places keep it."""
+        """Folder that the recorded names are relative to, also for copies made by :meth:`at`."""
         self.problem: str | None = None
-        """Why the job would be refused, or None."""
+        """Error with which the job would be refused, or None."""
 
     @contextmanager
     def noting_problems(self) -> Generator[None]:
@@ -281,7 +284,7 @@ class PlannedRun(Run):
             self.problem = self.problem or str(error)
 
     def open(self, stage: Stage) -> Artifact:
-        """Record a stage; return it if it can be reused, else a planned artifact."""
+        """Record a stage; return it if it is finished, else a planned artifact."""
         identity, digest = self.identify(stage)
         state, why = self.state(stage.name, identity, digest)
         name = (self.root / stage.name).relative_to(self.top).as_posix()
@@ -294,7 +297,7 @@ class PlannedRun(Run):
 
 
 class FinishedRun(Run):
-    """A finished run that is read back from its folder, wherever that was moved to; nothing is computed."""
+    """A finished run that is read from its folder, which may have been moved; builds nothing."""
 
     mode = "read"
 
@@ -303,10 +306,10 @@ class FinishedRun(Run):
         self.root = root.resolve()
 
     def open(self, stage: Stage) -> Artifact:
-        """Return a stage as it is on disk; a missing one can't be read, but does no harm where nobody needs it.
+        """Return a stage as it is on disk; if it is missing, an artifact that raises an error when it is read.
 
         Raises:
-            UserError: it is unreadable, leads out of the run's folder, or is older than one of its inputs.
+            UserError: the stage is unreadable, leads out of the run's folder, or is older than one of its inputs.
         """
         folder = self.root / stage.name
         try:
@@ -344,7 +347,7 @@ def _identity(directory: Path, file: str = MANIFEST) -> str | None:
 def _summary(counts: RowCounts) -> str:
     if not counts.read:
         return ""
-    dropped = "".join(f", {n} dropped ({reason})" for reason, n in _count(counts.rejected).items())
+    dropped = "".join(f", {n} dropped ({reason})" for reason, n in counts.dropped().items())
     return f": {counts.read} rows read, {counts.kept} kept{dropped}"
 
 
@@ -354,41 +357,34 @@ def _replace(scratch: Path, final: Path) -> None:
     if final.exists():
         final.replace(old)
     scratch.replace(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 SHOWN = 4
-"""Differences that are named; of more only the number."""
+"""Number of differences that are listed."""
 NOTHING = "not there"
 
 
 def why_again(manifest: Mapping[str, Any], identity: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """One line for people: the differences between a stage's manifest and its identity now.
+    """Return the differences between a stage's manifest and its present identity as one line.
 
-    ``names`` has the stages of this run by their digests.
+    ``names`` are the names of this run's stages by digest.
     """
-    found = list(_differences(manifest, json.loads(json.dumps(identity, default=str)), names))
+    now, heads = json.loads(json.dumps(identity, default=str)), {"version": "spo_ray", "seed": "seed"}
+    found = [f"{head} {manifest.get(k)} -> {now[k]}" for k, head in heads.items() if manifest.get(k) != now[k]]
+    before, after = (dict(leaves(side.get("config", {}))) for side in (manifest, now))
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key, NOTHING), after.get(key, NOTHING)
+        found += [f"{key} {shown(old)} -> {shown(new)}"] if old != new else []
+    inputs = manifest.get("inputs", {})
+    found += [f"input changed: {names.get(d, key)}" for key, d in now["inputs"].items() if inputs.get(key) != d]
+    found += [f"input removed: {key}" for key in inputs if key not in now["inputs"]]
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return ", ".join(found[:SHOWN]) + more
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
-    for key, what in (("version", "spo_ray"), ("seed", "seed")):
-        if old.get(key) != new[key]:
-            yield f"{what} {old.get(key)} -> {new[key]}"
-    before, now = (dict(leaves(side.get("config", {}))) for side in (old, new))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key, NOTHING) != now.get(key, NOTHING):
-            yield f"{key} {shown(before.get(key, NOTHING))} -> {shown(now.get(key, NOTHING))}"
-    inputs = old.get("inputs", {})
-    for key, digest in new["inputs"].items():
-        if inputs.get(key) != digest:
-            yield f"input changed: {names.get(digest, key)}"
-    yield from (f"input removed: {key}" for key in inputs if key not in new["inputs"])
-
-
 def shown(value: Any) -> str:
-    """A value for people."""
+    """Return a value as text of at most 40 characters."""
     text = value if value is NOTHING else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

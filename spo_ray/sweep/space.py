@@ -1,4 +1,4 @@
-"""From a search space to trials, and to Optuna's distributions."""
+"""The search space: lists of trials, their configurations, and Optuna's distributions."""
 
 import hashlib
 import itertools
@@ -16,22 +16,25 @@ from spo_ray.config.sweep import Choice, Grid, LogUniform, SweepConfig, Value
 from spo_ray.errors import UserError
 from spo_ray.runtime.run import Run
 
+OWN = ("methods.", "preference.", "model.lora_rank", "model.lora_alpha", "model.lora_targets")
+"""Beginnings of keys that only a trial's preference training depends on."""
+
 
 class Point(TypedDict):
-    """What Ray Tune hands to a trial."""
+    """One trial, as Ray Tune passes it to the trial's process."""
 
     number: int | None
-    """From 0 in the order of the list; None where a searcher suggests points one by one."""
+    """Position in the list of trials, from 0; None if a searcher suggests the points one by one."""
     values: dict[str, Value]
-    """By dotted keys."""
+    """Values by dotted keys of the configuration."""
     seed: int
 
 
 def sweep_of(config: Config) -> SweepConfig:
-    """The sweep section.
+    """Return the section ``sweep``.
 
     Raises:
-        UserError: there is none.
+        UserError: the configuration has none.
     """
     if config.sweep is None:
         raise UserError("the configuration has no section sweep: see configs/sweeps/toy.yaml")
@@ -39,29 +42,29 @@ def sweep_of(config: Config) -> SweepConfig:
 
 
 def short_text(value: object, digits: int = 4) -> str:
-    """A value in a line, a table or a figure."""
+    """Return a value as text; a float with ``digits`` significant digits."""
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """Parameters' names in a line or a figure: the ends of their keys, whole keys where these are the same."""
+    """Return display names by key: the last part of the key, or the whole key if two keys end in the same part."""
     given = list(keys)
     ends = [".".join(key.split(".")[-2 if key.startswith("preference.") else -1 :]) for key in given]
     return {key: end if ends.count(end) == 1 else key for key, end in zip(given, ends, strict=True)}
 
 
 def point_key(values: Mapping[str, Value], *more: Value) -> str:
-    """What equal points have in common: a text."""
+    """Return a text that is the same for equal points."""
     return json.dumps([dict(values), *more], sort_keys=True)
 
 
 def listed_points(config: Config) -> list[Point]:
-    """All trials of a random or grid search, the same for the same seed; those of one point come one after another.
+    """Return all trials of a random or grid search; they depend on ``seed`` only.
 
-    Equal draws are tried once.
+    Equal draws become one point. The trials of one point, one for each seed, follow each other.
 
     Raises:
-        UserError: a combination of values is none that a run could have.
+        UserError: a combination of values is not a valid configuration.
     """
     sweep = sweep_of(config)
     rng = random.Random(f"sweep-{config.seed}")
@@ -75,28 +78,28 @@ def listed_points(config: Config) -> list[Point]:
             points.setdefault(point_key(values), {key: values[key] for key in sweep.space})
     for values in points.values():
         trial_config(config, values, sweep.seeds[0])
-    trials = [(values, seed) for values in points.values() for seed in dict.fromkeys(sweep.seeds)]
+    trials = itertools.product(points.values(), dict.fromkeys(sweep.seeds))
     return [{"number": i, "values": values, "seed": seed} for i, (values, seed) in enumerate(trials)]
 
 
 def trial_count(config: Config) -> int:
-    """How many trials a sweep has."""
+    """Return the number of trials of a sweep."""
     sweep = sweep_of(config)
     return sweep.samples if sweep.searcher == "optuna" else len(listed_points(config))
 
 
-def draw(dimension: LogUniform | Choice | Grid, rng: random.Random) -> Value:
-    """One value."""
+def draw(dimension: LogUniform | Choice, rng: random.Random) -> Value:
+    """Draw one value of a dimension."""
     if isinstance(dimension, LogUniform):
         return math.exp(rng.uniform(math.log(dimension.low), math.log(dimension.high)))
     return rng.choice(dimension.values)
 
 
 def trial_config(config: Config, values: Mapping[str, Value], seed: int) -> Config:
-    """A trial's own configuration: complete, ready to be run by itself.
+    """Return the configuration of one trial; it can also be run by itself.
 
     Raises:
-        UserError: the values don't go together.
+        UserError: the values are not a valid configuration together.
     """
     try:
         return with_values(config.model_copy(update={"sweep": None}), {**values, "seed": seed})
@@ -105,7 +108,7 @@ def trial_config(config: Config, values: Mapping[str, Value], seed: int) -> Conf
 
 
 def distributions(sweep: SweepConfig) -> dict[str, Any]:
-    """The space for Optuna."""
+    """Return the search space as Optuna's distributions."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     return {
@@ -116,19 +119,20 @@ def distributions(sweep: SweepConfig) -> dict[str, Any]:
     }
 
 
-OWN = ("methods.", "preference.", "model.lora_rank", "model.lora_alpha", "model.lora_targets")
-"""Keys that matter to a trial's own training alone."""
-
-
 def shared_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a trial's values, those that its start depends on."""
+    """Return the values that the start of a trial (SFT, pairs, reference log-probabilities) depends on."""
     return {key: value for key, value in values.items() if not key.startswith(OWN)}
 
 
+def start_key(values: Mapping[str, Any]) -> str:
+    """Return a text that is the same for trials with the same start."""
+    return json.dumps(shared_values(values), sort_keys=True)
+
+
 def run_for(run: Run, values: Mapping[str, Any]) -> Run:
-    """Return the run whose stages a trial starts from: the sweep's own, or one in its folder ``shared``."""
+    """Return the run that makes the start of a trial: the sweep's own, or one in its folder ``shared``."""
     differing = shared_values(values)
     if not differing:
         return run
-    tag = hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
+    tag = hashlib.sha256(start_key(values).encode()).hexdigest()[:8]
     return run.at(run.root / "shared" / tag, with_values(run.config, differing))

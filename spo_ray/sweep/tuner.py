@@ -1,11 +1,11 @@
-"""The trials of a sweep under Ray Tune: started, or gone on with after the driver was killed."""
+"""The trials of a sweep under Ray Tune, and how many fit on the cluster at a time."""
 
 import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,29 @@ from spo_ray.runtime.cluster import engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
 from spo_ray.runtime.run import Run, Stage, Work, never_built, times
 from spo_ray.sweep.results import Progress, close_trials
-from spo_ray.sweep.space import (
-    distributions,
-    listed_points,
-    run_for,
-    shared_values,
-    sweep_of,
-    trial_count,
-)
-from spo_ray.sweep.trial import PROGRESS, Context, key_of, percent, trial
+from spo_ray.sweep.space import distributions, listed_points, run_for, shared_values, start_key, sweep_of, trial_count
+from spo_ray.sweep.trial import PROGRESS, Context, percent, trial
 from spo_ray.train.spec import Prepared
 
 TUNE = "tune"
-"""Ray Tune's own records, as long as the sweep is under way."""
+"""Folder with Ray Tune's own records while the sweep is running."""
 ROOM = "room.json"
-"""How many trials at a time it was started with; as long, too."""
+"""File with the number of trials at a time while the sweep is running."""
 STARTS = {"sft": "sft", "pairs": "reference", "held_out": "held_out", "validation": "validation"}
-"""Inputs of the trials, and the fields of :class:`Prepared` that they are."""
+"""Fields of :class:`Prepared` by the names of the trials' inputs."""
 NOT_RESULTS = {"keep", "max_concurrent"}
+"""Fields of the section ``sweep`` that no score depends on."""
+DRIVER = {"memory": 2.0**26}
+"""Resources of a trial's own process, which mostly waits. Ray Tune needs some; parts of CPUs would leave no node with
+a whole one for a worker."""
+ROUNDING = 1e-9
 
 
 def starts(run: Run, prepare: Callable[[Run], Prepared]) -> dict[str, Prepared]:
-    """The trials' common starts, all that can be known before; ``prepare`` makes one, reusing finished stages."""
+    """Return the starts that trials share, by :func:`start_key`; empty if every trial must make its own.
+
+    ``prepare`` makes a start in the run that it is given.
+    """
     space = sweep_of(run.config).space
     finite = {key: d.values for key in shared_values(space) if not isinstance(d := space[key], LogUniform)}
     if prepares_itself(run.config):
@@ -53,13 +54,13 @@ def starts(run: Run, prepare: Callable[[Run], Prepared]) -> dict[str, Prepared]:
     found: dict[str, Prepared] = {}
     for combination in itertools.product(*finite.values()):
         values = dict(zip(finite, combination, strict=True))
-        if key_of(values) not in found:  # a dimension may list a value twice
-            found[key_of(values)] = prepare(run_for(run, values))
+        if start_key(values) not in found:  # a dimension may list a value twice
+            found[start_key(values)] = prepare(run_for(run, values))
     return found
 
 
 def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run], Prepared]) -> Artifact:
-    """All trials, as one stage with a folder for each; the same command goes on with the unfinished ones."""
+    """Run all trials as one stage with a folder for each, or resume the unfinished ones."""
     config, sweep = run.config, sweep_of(run.config)
     inputs = {
         f"{number}{name}": artifact
@@ -90,26 +91,26 @@ def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run],
     close_trials(run, stage, results)
     shutil.rmtree(stage.scratch / TUNE)
     (stage.scratch / ROOM).unlink(missing_ok=True)
-    for leftover in (run.root / ".unfinished").glob("train_*"):  # of trainings that were ended with their trial
+    for leftover in (run.root / ".unfinished").glob("train_*"):  # Ray Train's records of stopped trials
         shutil.rmtree(leftover)
     return run.close(stage)
 
 
 def _work(config: Config, known: Mapping[str, Prepared]) -> Work:
     sweep, trials = sweep_of(config), trial_count(config)
-    bounds = [start.reference.max_rows for start in known.values()]
-    rows = None if not bounds or None in bounds else max(bound for bound in bounds if bound is not None) * trials
+    bounds = [start.reference.max_rows or 0 for start in known.values()]
+    rows = max(bounds) * trials if all(bounds) and bounds else None
     tokens = times(rows, 2 * config.train.max_length * config.preference.epochs)
     stops = ", ".join(f"{share:.0%}" for share in sweep.score_at)
     note = f"{trials} trials, scored after {stops} of their steps, scheduler {sweep.scheduler}"
     return Work(rows, tokens=tokens, trains=sweep.method, note=note)
 
 
-def _room_of_start(config: Config, folder: Path, nodes: list[dict[str, Any]], room: int) -> int:
-    """Trials at a time, which Ray Tune keeps from the first start on: ``room`` there, later what it was then.
+def _room_of_start(config: Config, folder: Path, nodes: Sequence[Mapping[str, Any]], room: int) -> int:
+    """Return the number of trials at a time: ``room``, or that of an earlier start, which Ray Tune keeps.
 
     Raises:
-        UserError: the cluster has room for fewer by now.
+        UserError: the cluster has become too small for the earlier number.
     """
     file = folder / ROOM
     if not (file.exists() and tune.Tuner.can_restore(str(folder / TUNE))):
@@ -125,7 +126,7 @@ def _room_of_start(config: Config, folder: Path, nodes: list[dict[str, Any]], ro
 
 
 def _evaluators(config: Config, kind: str) -> list[Any]:
-    """Actors that score the trials' checkpoints; Ray starts a killed one again, and repeats what it was doing."""
+    """Start the actors that score checkpoints; Ray restarts an actor that dies and repeats its call."""
     options: dict[str, Any] = {"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)}
     remote: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **options)(Evaluator)
     arguments = (kind, config.engine, config.model.chat_template)
@@ -134,14 +135,14 @@ def _evaluators(config: Config, kind: str) -> list[Any]:
 
 def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # each trial has its own log
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # by it Ctrl-C would end fit() as if all trials had ended
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # else fit() returns after Ctrl-C as if all trials had ended
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     sweep = sweep_of(config)
     folder = context.folder / TUNE
     entry: Any = tune.with_resources(partial(trial, context=context), DRIVER)
     if tune.Tuner.can_restore(str(folder)):
         return tune.Tuner.restore(str(folder), trainable=entry, resume_unfinished=True)
-    algorithm, space, samples = SEARCHERS[sweep.searcher](config)
+    algorithm, space, samples = _search(config)
     return tune.Tuner(
         entry,
         param_space=space,
@@ -163,29 +164,24 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     )
 
 
-def _listed(config: Config) -> tuple[None, dict[str, Any], int]:
-    """A list made in advance: the same trials whatever the number at a time."""
-    return None, {"point": tune.grid_search(listed_points(config))}, 1
-
-
 STARTUP_TRIALS = 10
 """Random suggestions before TPE learns, as Optuna has it; of few samples only the first half."""
 
 
-def _suggested(config: Config) -> tuple[Any, dict[str, Any], int]:
+def _search(config: Config) -> tuple[Any, dict[str, Any], int]:
+    """Return Ray Tune's search algorithm (None: a fixed list of trials), its search space and number of samples."""
+    sweep = sweep_of(config)
+    if sweep.searcher != "optuna":
+        return None, {"point": tune.grid_search(listed_points(config))}, 1
     import optuna
     from ray.tune.search.optuna import OptunaSearch as RayOptuna
 
-    sweep = sweep_of(config)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=min(STARTUP_TRIALS, sweep.samples // 2))
     space = {f"point/values/{key}": distribution for key, distribution in distributions(sweep).items()}
     modes: list[str] = [mode_of(objective) for objective in sweep.objectives]
     algorithm = RayOptuna(space=space, metric=names_of(sweep), mode=modes, sampler=sampler)
     return algorithm, {"point": {"number": None, "seed": sweep.seeds[0]}}, sweep.samples
-
-
-SEARCHERS = {"random": _listed, "grid": _listed, "optuna": _suggested}
 
 
 def _scheduler(sweep: SweepConfig) -> TrialScheduler:
@@ -197,26 +193,21 @@ def _scheduler(sweep: SweepConfig) -> TrialScheduler:
     return FIFOScheduler()
 
 
-DRIVER = {"memory": 2.0**26}
-"""What a trial's own process asks for, which mostly waits: Ray Tune refuses nothing at all, and a part of a CPU here
-and there leaves no node with a whole one for a worker."""
-
-
-def trial_room(config: Config, nodes: list[dict[str, Any]]) -> int:
-    """Trials at a time: as many as fit, at most ``max_concurrent``.
+def trial_room(config: Config, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of trials at a time: as many as fit, at most ``max_concurrent``.
 
     Raises:
-        UserError: none fits.
+        UserError: no trial fits.
     """
     count = fitting_trials(config, nodes)
     return min(count, sweep_of(config).max_concurrent or count)
 
 
-def fitting_trials(config: Config, nodes: list[dict[str, Any]]) -> int:
-    """Trials that fit beside the evaluation actors, by the nodes' logical resources.
+def fitting_trials(config: Config, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of trials that fit beside the evaluation actors, by the nodes' logical resources.
 
     Raises:
-        UserError: none does; it would wait for ever.
+        UserError: no trial fits; Ray would wait forever.
     """
     train, engine = config.train, config.engine
     has_gpus = any(node.get("GPU") for node in nodes)
@@ -238,26 +229,25 @@ def fitting_trials(config: Config, nodes: list[dict[str, Any]]) -> int:
 
 
 def _take_trial(free: list[dict[str, float]], config: Config, gpus: float) -> bool:
-    """Room for one more trial, taken if there is."""
-    train, kept = config.train, [dict(node) for node in free]
+    """Take the resources of one more trial from ``free``; return False if they are not there."""
+    train, left = config.train, [dict(node) for node in free]
     used: list[int] = []
     for _ in range(train.num_workers):
         allowed = {"STRICT_PACK": used[:1] or None, "STRICT_SPREAD": [i for i in range(len(free)) if i not in used]}
-        node = _take(free, train.cpus_per_worker, gpus, allowed.get(train.placement))
+        node = _take(left, train.cpus_per_worker, gpus, allowed.get(train.placement))
         if node is None:
-            free[:] = kept
             return False
         used.append(node)
-    if prepares_itself(config) and _take(free, _preparing(config), 0.0) is None:
-        free[:] = kept
+    if prepares_itself(config) and _take(left, _preparing(config), 0.0) is None:
         return False
+    free[:] = left
     return True
 
 
 def _take(free: list[dict[str, float]], cpus: float, gpus: float, allowed: list[int] | None = None) -> int | None:
-    """The roomiest node that has so much, less what is taken."""
+    """Take resources from the allowed node with most free CPUs; return its index, or None if none has enough."""
     for i in sorted(allowed if allowed is not None else range(len(free)), key=lambda i: -free[i]["CPU"]):
-        if free[i]["CPU"] >= cpus - 1e-9 and free[i]["GPU"] >= gpus - 1e-9:
+        if free[i]["CPU"] >= cpus - ROUNDING and free[i]["GPU"] >= gpus - ROUNDING:
             free[i]["CPU"] -= cpus
             free[i]["GPU"] -= gpus
             return i
@@ -265,12 +255,12 @@ def _take(free: list[dict[str, float]], cpus: float, gpus: float, allowed: list[
 
 
 def prepares_itself(config: Config) -> bool:
-    """Whether trials have starts of their own, that can't be known before."""
+    """Return True if every trial must make its own start, because a log-uniform value changes it."""
     space = sweep_of(config).space
     return any(isinstance(space[key], LogUniform) for key in shared_values(space))
 
 
 def _preparing(config: Config) -> float:
-    """CPUs that a trial needs for its own start beyond those of its training."""
+    """Return the CPUs that a trial needs for making its start, beyond those of its training."""
     train = config.train
     return max(0.0, config.engine.replicas * config.engine.cpus + 1.0 - train.num_workers * train.cpus_per_worker)

@@ -20,7 +20,7 @@ from spo_ray.runtime.artifact import Artifact, external, write_rows
 from spo_ray.runtime.failure import recorded
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import rank, rows_of, write_best, write_csv
-from spo_ray.sweep.trial import key_of
+from spo_ray.sweep.space import start_key
 from spo_ray.sweep.tuner import run_trials
 from spo_ray.train.spec import Prepared
 
@@ -74,7 +74,7 @@ def prepare(run):
 
 def _stages(run, output, referenced):
     pairs, questions = start(output, referenced)
-    trials = run_trials(run, {key_of({}): prepared(run, pairs, questions)}, prepare)
+    trials = run_trials(run, {start_key({}): prepared(run, pairs, questions)}, prepare)
     write_csv(run.root / "results.csv", rows_of(trials), run.config.sweep)
     best = rank(rows_of(trials), run.config.sweep)[0]
     write_best(run, best)

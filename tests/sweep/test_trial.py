@@ -16,7 +16,8 @@ from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 from spo_ray.sweep import trial as module
 from spo_ray.sweep import tuner
-from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, key_of, percent, steps_of
+from spo_ray.sweep.space import start_key
+from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, percent, steps_of
 from spo_ray.sweep.tuner import _scheduler
 from spo_ray.train import launch
 from spo_ray.train.score_gate import StoppedError, decide, decision, rung_folder, wait_for_decision
@@ -44,7 +45,7 @@ def stage(tmp_path, monkeypatch, in_root):
     run: Run = small_run(tmp_path)
     artifact = Artifact(tmp_path, "digest")
     shared = prepared(run, Pairs(tmp_path, "pairs"), artifact)
-    context = Context(run, prepare, tmp_path / "trials", "sweep", {key_of({}): shared}, [None], "none")
+    context = Context(run, prepare, tmp_path / "trials", "sweep", {start_key({}): shared}, [None], "none")
     found = SimpleNamespace(reports=[], fits=0, falls=Counter(), context=context, scored=[], keys=[])
 
     def train(run, jobs, names, group, **options):
