@@ -127,3 +127,12 @@ def test_the_pinned_requirements_hold_what_is_declared(build):
     pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)}
     wanted = declared("pipeline", build, "tracking", "lm-eval", "low-memory", "dev")
     assert not {name for name, r in wanted.items() if not r.specifier.contains(pins.get(name, "0"), prereleases=True)}
+
+
+def test_the_map_in_contributing_names_every_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = dict(re.findall(r"^  (\w+)/ (.*?)(?=^  \w+/|^  errors)", text, re.MULTILINE | re.DOTALL))
+    for folder in (ROOT / "spo_ray").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            files = {file.name for file in folder.glob("*.py")} - {"__init__.py"}
+            assert set(re.findall(r"\b\w+\.py\b", folders[folder.name])) == files, folder.name
