@@ -9,7 +9,11 @@ from spo_ray.config.data import EndpointConfig, EngineConfig, TeacherModel
 from spo_ray.config.evaluate import LM_EVAL, AlpacaConfig
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
+from spo_ray.evaluate.alpaca import read_instructions
+from spo_ray.evaluate.judge import read_template
+from spo_ray.evaluate.lm_eval import known_task
 from spo_ray.model.completion import choose_engine
+from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import on_hub
 from spo_ray.runtime.console import log
 from spo_ray.runtime.tracking import check_trackers
@@ -28,8 +32,6 @@ def preflight(config: Config) -> None:
     path, is_hub_id = Path(name), on_hub(Path(name))
     if not is_hub_id and not (path / "config.json").is_file():
         raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
-    from spo_ray.model.tokenizer import ChatTokenizer
-
     try:
         ChatTokenizer.load(name, config.model.chat_template)
     except UserError:
@@ -55,8 +57,6 @@ def check_evaluation(config: Config) -> None:
     """
     for suite in config.eval.chosen(config.data):
         if suite.startswith(LM_EVAL):
-            from spo_ray.evaluate.lm_eval import known_task
-
             known_task(suite.removeprefix(LM_EVAL), config.eval.lm_eval)
         elif suite == "alpaca_eval" and config.eval.alpaca:
             _check_judges(config.eval.alpaca)
@@ -75,9 +75,6 @@ def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) 
 
 
 def _check_judges(config: AlpacaConfig) -> None:
-    from spo_ray.evaluate.alpaca import read_instructions
-    from spo_ray.evaluate.judge import read_template
-
     if not on_hub(config.instructions):
         read_instructions(config)
     for annotator in config.annotators:

@@ -115,10 +115,8 @@ def optimise(
         else:
             _skip(progress, indices, metrics)
         record: Metrics = {"step": step, "total_steps": total, "grad_norm": grad_norm}
-        record |= {f"grad_norm/{name}": value for name, value in norms.items()}
-        record |= {"learning_rate": next(iter(rates.values()))}
-        record |= {f"learning_rate/{name}": value for name, value in rates.items()}
-        record |= {"skipped_steps": progress.skipped, **metrics}
+        record |= _by_group("grad_norm", norms) | {"learning_rate": next(iter(rates.values()))}
+        record |= _by_group("learning_rate", rates) | {"skipped_steps": progress.skipped, **metrics}
         write_log(record, indices)
         progress.wall_s, progress.ended = before + time.time() - started, bool(record.get(STOP))
         progress.remembered = [callback.state_dict() for callback in callbacks]
@@ -130,6 +128,10 @@ def optimise(
             break
     checkpointer.wait()
     return before + time.time() - started
+
+
+def _by_group(name: str, values: Mapping[str, float]) -> Metrics:
+    return {f"{name}/{group}": value for group, value in values.items()}
 
 
 def clip(groups: Sequence[Group], grads: Mapping[str, Tensor]) -> dict[str, float]:
