@@ -83,9 +83,8 @@ def optimise(
         TrainingError: more steps in a row than configured had no finite gradient, or a checkpoint can't be written.
         StoppedError: a callback ended the training.
     """
-    started, config = time.time(), job.config.train
-    log = StepLog(Path(job.out) / STEP_LOG, checkpointer.rank)
-    optimizer = make_optimizer(groups, config.optimizer)
+    started, log = time.time(), StepLog(Path(job.out) / STEP_LOG, checkpointer.rank)
+    optimizer = make_optimizer(groups, job.config.train.optimizer)
 
     def write_log(record: Metrics, indices: Sequence[int]) -> None:
         for callback in callbacks:
@@ -106,9 +105,8 @@ def optimise(
     for step, indices in enumerate([] if progress.ended else batches[progress.step :], start=progress.step + 1):
         rates = learning_rates(optimizer, groups, step - 1, total)
         grads, metrics = gradients(step, indices)
-        norms = clip(groups, grads)
+        progress.step, norms = step, clip(groups, grads)
         grad_norm = math.hypot(*norms.values())
-        progress.step = step
         if math.isfinite(grad_norm):
             progress.in_a_row = 0
             take_step(optimizer, groups, grads)
