@@ -1,8 +1,8 @@
-"""Run the whole job; its stages stand in :mod:`spo_ray.pipeline.job`.
+"""Run the whole job, which is described in :mod:`spo_ray.pipeline.job`.
 
     python pipelines/full.py --config configs/quickstart.yaml [key=value ...]
 
-Every stage lands in a folder of its own under ``runs/NAME`` and is reused as long as what it depends on stays the same.
+Every stage has a folder under ``runs/NAME`` and is reused as long as everything that it depends on stays the same.
 """
 
 from spo_ray.pipeline.cli import main

@@ -3,9 +3,9 @@
     python pipelines/paper_figures.py dynamics --config configs/quickstart.yaml [key=value ...]
     python pipelines/paper_figures.py mass-shift --config configs/quickstart.yaml [key=value ...]
 
-Both start from the run's SFT checkpoint, reuse its finished stages, and train the run's methods of type ``dpo`` and
-``spo`` anew, measuring at every step. Results are stages of the run: ``probe_dynamics`` and ``probe_mass_shift``, each
-with ``series.json`` and ``figure.svg``.
+Both reuse the run's finished stages. They train the methods of type ``dpo`` and ``spo`` once more from the SFT
+checkpoint and measure at every step. The results are stages of the run, ``probe_dynamics`` and ``probe_mass_shift``,
+each with ``series.json`` and ``figure.svg``.
 """
 
 import json
@@ -23,18 +23,16 @@ from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.data.grade import grade_samples
 from spo_ray.data.sample import SamplingJob, sample
-from spo_ray.data.tokenize import tokenise_pairs
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded
-from spo_ray.pipeline.job import run_job
+from spo_ray.pipeline.job import Job, referenced, run_job
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
 from spo_ray.runtime.failure import recorded
 from spo_ray.runtime.run import Run, Stage
 from spo_ray.train.launch import train_methods
-from spo_ray.train.reference import reference_logps
 from spo_ray.train.spec import Start
 
 CURVES = {
@@ -44,23 +42,22 @@ CURVES = {
     "||g_w||^2 - <g_w,g_l>": "dynamics/chosen_term",
     "<g_w,g_l> - ||g_l||^2": "dynamics/rejected_term",
 }
+"""Columns of the step log by the name of their curve in figure 1."""
 GROUPS = {"preferred": "probe/logps/chosen", "dispreferred": "probe/logps/rejected", "y*": "probe/logps/top"}
+"""Columns of the step log by the name of their curve in figure 2."""
 RATIO = "log ratio"
-"""log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l)."""
-PANELS = {
-    "mean log-probability, nats": ["log pi(y_w)", "log pi(y_l)", "log pi(y*)"],
-    "gradient terms": ["||g_w||^2 - <g_w,g_l>", "<g_w,g_l> - ||g_l||^2"],
-    "log-ratio, nats": [RATIO],
-}
-MASS_PANEL = "mean log-probability, nats"
-FORECAST = "forecast sign right"
+"""Curve of log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l), in nats."""
+LOGPS = "mean log-probability, nats"
+PANELS = {LOGPS: list(CURVES)[:3], "gradient terms": list(CURVES)[3:], "log-ratio, nats": [RATIO]}
+"""Curves of each panel of figure 1."""
 GROUP = 5
+"""Preferred responses of figure 2, and dispreferred ones."""
 CANDIDATES = 4
-SIDES = ("chosen", "rejected")
+"""Questions that are tried for figure 2."""
 
 
 def probe_config(config: Config, **preference: Any) -> Config:
-    """The run's configuration with methods of type ``dpo`` and ``spo`` alone, and everything measured at every step.
+    """Return the configuration with methods of type ``dpo`` and ``spo`` only, which measures at every step.
 
     Raises:
         UserError: there is no such method.
@@ -74,17 +71,12 @@ def probe_config(config: Config, **preference: Any) -> Config:
     return config.model_copy(update={"methods": methods, "preference": changed, "eval": alone})
 
 
-def finished(run: Run, stage: str) -> Artifact:
-    """A stage that the run has finished."""
-    return Artifact(run.root / stage, Artifact(run.root / stage, "").manifest["digest"])
+def dynamics(run: Run, job: Job) -> dict[str, Any]:
+    """Make figure 1: log-probabilities, gradient terms of Theorem 1 and log-ratios by step; return its summary.
 
-
-def dynamics(run: Run) -> dict[str, Any]:
-    """Figure 1: log-probabilities, Theorem 1's gradient terms and log-ratios over the steps; gives what it shows.
-
-    The run must be finished up to the reference log-probabilities, and its configuration be :func:`probe_config`'s.
+    ``job`` must be finished up to the reference log-probabilities, with a configuration from :func:`probe_config`.
     """
-    start = Start(finished(run, "sft"), finished(run, "reference"))
+    start = Start(job.sft, job.reference)
     trained = train_methods(run, dict.fromkeys(run.config.methods, start), suffix="_probe")
     series = {name: _series(artifact, CURVES) for name, artifact in trained.items()}
     for curves in series.values():
@@ -96,37 +88,35 @@ def dynamics(run: Run) -> dict[str, Any]:
     return summary
 
 
-def mass_shift(run: Run, samples: int) -> dict[str, Any]:
-    """Figure 2: five preferred and five dispreferred responses to one question, and y*, which no pair contains.
+def mass_shift(run: Run, job: Job, samples: int) -> dict[str, Any]:
+    """Make figure 2: log-probabilities of five preferred and five dispreferred responses and of y*; return its summary.
 
-    Theorem 2 says that mass which leaves the preferred responses goes to y*, the most probable other output. So the
-    question is one whose most probable response is wrong: that response is y*.
+    Theorem 2 says that probability which leaves the preferred responses goes to y*, the most probable other output.
+    So the question is one whose most probable response is wrong. That response is y*; no pair contains it.
+    ``job`` must be finished up to the pairs.
 
     Raises:
         UserError: none of the questions that were tried has such samples.
     """
-    policy = finished(run, "sft")
-    asked = _questions(run, finished(run, "sft_scores"))
+    scored = Artifact(run.root / "sft_scores", "")
+    asked = _questions(run, Artifact(scored.path, scored.manifest["digest"]))
     sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
-    source = SamplingJob(policy, run.config.engine, sampling, run.config.model.chat_template)
+    source = SamplingJob(job.sft, run.config.engine, sampling, run.config.model.chat_template)
     graded = grade_samples(run, "probe_mass_scores", sample(run, "probe_mass_samples", source, asked))
-    pairs = reference_logps(
-        run, "probe_mass_reference", policy, tokenise_pairs(run, "probe_mass_tokens", _groups(run, graded))
-    )
-    trained = train_methods(run, dict.fromkeys(run.config.methods, Start(policy, pairs)), suffix="_probe_mass")
+    pairs = referenced(run, job.sft, _groups(run, graded), "probe_mass_tokens", "probe_mass_reference")
+    trained = train_methods(run, dict.fromkeys(run.config.methods, Start(job.sft, pairs)), suffix="_probe_mass")
     series = {name: _series(artifact, GROUPS) for name, artifact in trained.items()}
-    missing = [name for name, curves in series.items() if not curves["y*"]]
-    if missing:
+    if not all(curves["y*"] for curves in series.values()):
         raise UserError(
-            "the model's greedy answer is one of the preferred ones: ask for more samples=, or another seed="
+            "the model's greedy answer is one of the preferred ones: ask for more --samples, or set another seed="
         )
     summary = {name: _moves(curves) for name, curves in series.items()}
-    _write(run, "probe_mass_shift", trained, series, summary, {MASS_PANEL: list(GROUPS)})
+    _write(run, "probe_mass_shift", trained, series, summary, {LOGPS: list(GROUPS)})
     return summary
 
 
 def _questions(run: Run, scored: Artifact) -> Artifact:
-    """The questions that the SFT model answers rightly least often, but sometimes."""
+    """Choose the questions that the SFT model answers correctly least often, but not never."""
 
     def build(out: Path, counts: RowCounts) -> None:
         table = [row for row in scored.rows() if any(row["correct"]) and not all(row["correct"])]
@@ -135,13 +125,11 @@ def _questions(run: Run, scored: Artifact) -> Artifact:
         counts.read, counts.kept = scored.count, len(kept)
         write_rows(out / "part-0.parquet", kept, schema.Prompt)
 
-    return run.execute(
-        Stage("probe_mass_questions", build, config={"candidates": CANDIDATES}, inputs={"scored": scored})
-    )
+    return run.execute(Stage("probe_mass_questions", build, {"candidates": CANDIDATES}, {"scored": scored}))
 
 
 def _groups(run: Run, graded: Artifact) -> Artifact:
-    """Each of the preferred responses against one of the dispreferred: the most probable ones of either kind but y*."""
+    """Pair each preferred response with each dispreferred one: the most probable responses of both kinds except y*."""
     stage = graded.path.name
 
     def build(out: Path, counts: RowCounts) -> None:
@@ -168,19 +156,21 @@ def _groups(run: Run, graded: Artifact) -> Artifact:
             "wrong one the most probable: ask for more --samples, or set another seed="
         )
 
-    return run.execute(Stage("probe_mass_pairs", build, config={"group": GROUP}, inputs={"graded": graded}))
+    return run.execute(Stage("probe_mass_pairs", build, {"group": GROUP}, {"graded": graded}))
 
 
 class Ranked(NamedTuple):
-    """One of a question's responses."""
+    """One response to a question."""
 
     text: str
     logp: float
+    """Summed log-probability in nats."""
     place: int
+    """Index among the samples."""
 
 
 def ranked(row: Mapping[str, Any], correct: bool) -> list[Ranked]:
-    """Different finished responses of a question that are right, or wrong; the most probable first."""
+    """Return the distinct finished responses of a question that are correct, or wrong; the most probable first."""
     found: dict[str, Ranked] = {}
     columns = zip(row["samples"], row["sample_logps"], row["correct"], row["finished"], strict=True)
     for number, (text, logp, right, ended) in enumerate(columns):
@@ -190,23 +180,23 @@ def ranked(row: Mapping[str, Any], correct: bool) -> list[Ranked]:
 
 
 def _series(artifact: Artifact, curves: Mapping[str, str]) -> dict[str, list[list[float]]]:
-    """[step, value] of some of the step log's columns."""
+    """Return (step, value) of some columns of the step log, by the names of their curves."""
     records = read_lines(artifact.path / STEP_LOG)
     return {name: [[r["step"], r[key]] for r in records if r.get(key) is not None] for name, key in curves.items()}
 
 
 def _moves(curves: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
-    """How far each curve of log-probabilities went (nats)."""
+    """Return the change of each curve since step 0, in nats."""
     return {name: points[-1][1] - points[0][1] for name, points in curves.items() if points and points[0][0] == 0}
 
 
 def _forecasts(artifact: Artifact) -> dict[str, float]:
-    """Share of steps in which the first-order forecast has the sign of what happened."""
+    """Return the share of steps in which the first-order forecast has the sign of the real change, for each side."""
     shares, records = {}, read_lines(artifact.path / STEP_LOG)
-    for side in SIDES:
+    for side in ("chosen", "rejected"):
         both = [(r.get(f"dynamics/forecast_{side}"), r.get(f"dynamics/realised_{side}")) for r in records]
         signs = [(a > 0) == (b > 0) for a, b in both if a is not None and b is not None]
-        shares[f"{FORECAST}, {side}"] = fmean(signs)
+        shares[f"forecast sign right, {side}"] = fmean(signs)
     return shares
 
 
@@ -223,11 +213,11 @@ def _write(
         write_json(out / "series.json", series)
         (out / "figure.svg").write_text(_figure(series, panels), encoding="utf-8")
 
-    run.execute(Stage(stage, build, config={}, inputs=dict(trained)))
+    run.execute(Stage(stage, build, inputs=dict(trained)))
 
 
 def _figure(series: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Sequence[str]]) -> str:
-    """A row for each panel, a column for each method."""
+    """Return the figure as SVG: a row for each panel, a column for each method."""
     import altair as alt
     import vl_convert
 
@@ -250,8 +240,11 @@ def _figure(series: Mapping[str, Mapping[str, Any]], panels: Mapping[str, Sequen
     return vl_convert.vegalite_to_svg(whole.to_json())
 
 
-def _probe(config: Path, overrides: tuple[str, ...], until: Part, work: Callable[[Run], Any], **preference: Any) -> int:
-    """Run the job up to a part, then an experiment, and print what it found."""
+Experiment = Callable[[Run, Job], dict[str, Any]]
+
+
+def _probe(config: Path, overrides: tuple[str, ...], until: Part, work: Experiment, **preference: Any) -> int:
+    """Run the job up to a part and then an experiment; print its summary."""
 
     def follow_probe() -> None:
         set_verbosity(False)
@@ -259,8 +252,7 @@ def _probe(config: Path, overrides: tuple[str, ...], until: Part, work: Callable
         if until == "pairs" and run.config.data.type == "preference":
             raise UserError("mass-shift follows right and wrong samples: take data of questions, or dynamics")
         with run.locked(), recorded(run):
-            run_job(run, until)
-            found = work(run)
+            found = work(run, run_job(run, until))
         print(json.dumps(found, indent=2))
         log("probe", f"figure and series in {place(run.root)}/probe_*")
 
@@ -272,13 +264,13 @@ app = App(name="paper_figures", help="The paper's probing experiments, on a run'
 
 @app.command(name="dynamics")
 def dynamics_command(*overrides: Overrides, config: ConfigPath) -> int:
-    """Figure 1: log-probabilities, gradient terms and log-ratios at every step of DPO and SPO."""
+    """Make figure 1: log-probabilities, gradient terms and log-ratios at every step of DPO and SPO."""
     return _probe(config, overrides, "reference", dynamics, dynamics_every=1)
 
 
 @app.command(name="mass-shift")
 def mass_shift_command(*overrides: Overrides, config: ConfigPath, samples: int = 500) -> int:
-    """Figure 2: where the probability goes, by following preferred, dispreferred responses and y* to one question.
+    """Make figure 2: log-probabilities of preferred and dispreferred responses and of y* to one question.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Run a sweep; its stages stand in :mod:`spo_ray.pipeline.sweep_job`.
+"""Run a sweep, which is described in :mod:`spo_ray.pipeline.sweep_job`.
 
 python pipelines/sweep.py --config configs/sweeps/toy.yaml [key=value ...]
 """

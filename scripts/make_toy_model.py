@@ -1,9 +1,9 @@
-"""Make the toy base model that ships in ``assets/toy_base``: tokenizer, 0.4M-parameter Qwen2, pre-training.
+"""Make the toy base model in ``assets/toy_base``: tokenizer, pre-trained Qwen2 with 0.4M parameters.
 
     python scripts/make_toy_model.py [--output assets/toy_base] [--seed 0]
 
-About five minutes on one core. Training stops halfway down the cosine: the model is meant to solve a part of the
-problems only.
+This takes about five minutes on one core. Training stops in the middle of the cosine schedule, because the model shall
+solve only a part of the problems.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SCHEDULE_STEPS, STEPS, BATCH, LR, WARMUP = 2500, 1200, 64, 3e-3, 100
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the whole byte alphabet, so that it encodes any text; digits stay single."""
+    """Train a byte-level BPE tokenizer that encodes any text; every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     split_digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split_digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -51,7 +51,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2 of three layers and hidden size 96; heads of 32, the smallest that vLLM serves on CPUs."""
+    """Return a Qwen2 with three layers and hidden size 96; 32 is the smallest head size of vLLM on CPUs."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -70,7 +70,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
 
 
 def pretrain(model: Qwen2ForCausalLM, chat: ChatTokenizer, seed: int) -> None:
-    """AdamW on the flawed solutions; batches of similar length, drawn from pools of eight batches."""
+    """Train on flawed solutions with AdamW, in batches of similar length from pools of eight batches."""
     corpus, rng = noisy_solutions(seed), random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * cosine(step))
@@ -95,12 +95,12 @@ def pretrain(model: Qwen2ForCausalLM, chat: ChatTokenizer, seed: int) -> None:
 
 
 def cosine(step: int) -> float:
-    """Cosine decay to 5% over ``SCHEDULE_STEPS``."""
+    """Return the factor of the learning rate: cosine decay to 5% over ``SCHEDULE_STEPS``."""
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / SCHEDULE_STEPS))
 
 
 def main() -> None:
-    """Train and save in bfloat16."""
+    """Train the model and save it in bfloat16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("assets/toy_base"))
     parser.add_argument("--seed", type=int, default=0)

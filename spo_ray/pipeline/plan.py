@@ -191,9 +191,9 @@ def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence
         f"a method trains; {_shown(room, 'bytes')} are free"
     )
     if disk + most > room:
-        yield f"There is too little room in {config.output.absolute()}: set output=, or keep fewer checkpoints"
-    yield "Times without ~ are those of an earlier run; the others are arithmetic, for the most rows there can be, "
-    yield "without the starts of engines and workers: a quarter to half a minute for each stage that has some."
+        yield f"Too little space in {config.output.absolute()}: set output=, or lower train.checkpoint.keep"
+    yield "Times without ~ are those of an earlier run. Times with ~ are computed for the upper bound of rows, without "
+    yield "the start of engines and workers, which takes 15 to 30 seconds for each stage that has some."
 
 
 def _shown(value: float | None, kind: str) -> str:
