@@ -31,18 +31,19 @@ import torch.multiprocessing as mp
 
 from benchmarks.common import random_inputs, rate_of_all
 from spo_ray.config.load import load
+from spo_ray.config.train import CheckpointConfig
 from spo_ray.model.fsdp import decoder_layers
 from spo_ray.model.load import build_policy
 from spo_ray.runtime.artifact import external
 from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.run import Run
 from spo_ray.train import launch, worker
-from spo_ray.train.checkpointer import Checkpointer, NoSnapshots
+from spo_ray.train.checkpointer import Checkpointer
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.entry import train_loop
 from spo_ray.train.loop import StepLog
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, EPOCH = 8, 5
@@ -68,16 +69,23 @@ class Step(NamedTuple):
     gathered: float  # bytes that a worker sends
     reduced: float
     other: float
-    save: float  # seconds in ``Snapshots.save`` before this step
+    save: float  # seconds in ``Checkpointer.save`` before this step
 
 
-def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrides: str) -> Job:
+def job(folder: Path, name: str, method: str, workers: int, steps: int, *overrides: str) -> TrainJob:
     """A training of so many steps, whole epochs."""
     epochs = -(-steps // EPOCH)
     lengths = [f"preference.epochs={epochs}", f"sft.epochs={epochs}", f"train.num_workers={workers}"]
     config = load(ROOT / "configs" / "quickstart.yaml", [*BASE, *lengths, f"output={folder / 'runs'}", *overrides])
     pairs = external(folder / ("sides" if method == "sft" else "pairs"))
-    return Job(config, str(folder / "model"), pairs, str(folder / name), name, None if method == "sft" else method)
+    return TrainJob(
+        config=config,
+        model=str(folder / "model"),
+        rows=pairs,
+        out=str(folder / name),
+        key=name,
+        method=None if method == "sft" else method,
+    )
 
 
 def instrument() -> None:
@@ -85,7 +93,7 @@ def instrument() -> None:
     run_job, write, save = worker.run_job, StepLog.write, Checkpointer.save
     notes: dict[str, Any] = {"save": 0.0} | dict.fromkeys(WHOLE, 0.0)
 
-    def recorded(job: Job, rank: Distributed, *others: Any) -> None:
+    def recorded(job: TrainJob, rank: Distributed, *others: Any) -> None:
         notes["path"] = Path(job.out) / f"clocks{rank.index}.jsonl"
         run_job(job, rank, *others)
 
@@ -114,7 +122,7 @@ def instrument() -> None:
         return call
 
     patches: list[tuple[Any, str, Any]] = [(dist, name, counted(name, whole)) for name, whole in WHOLE.items()]
-    patches += [(worker, "run_job", recorded), (worker, "save", lambda *arguments: None)]
+    patches += [(worker, "run_job", recorded), (worker, "export_policy", lambda *arguments: None)]
     for owner, name, function in [*patches, (StepLog, "write", written), (Checkpointer, "save", saved)]:
         setattr(owner, name, function)
 
@@ -125,32 +133,32 @@ def instrumented_loop(arguments: dict[str, Any]) -> None:
     train_loop(arguments)
 
 
-def forked(folder: Path, jobs: Sequence[Job], workers: int) -> None:
+def forked(folder: Path, jobs: Sequence[TrainJob], workers: int) -> None:
     """Run jobs one after another in copies of this process, which has imported all it needs."""
     arguments = (workers, f"{folder}/meeting_{jobs[0].key}", jobs)
     mp.start_processes(_forked, arguments, nprocs=workers, start_method="fork")
 
 
-def _forked(index: int, size: int, meeting: str, jobs: Sequence[Job]) -> None:
+def _forked(index: int, size: int, meeting: str, jobs: Sequence[TrainJob]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=size)
     work(jobs)
 
 
-def work(jobs: Sequence[Job]) -> None:
+def work(jobs: Sequence[TrainJob]) -> None:
     """The jobs, each with a measurement of the machine before and after."""
     rank = Distributed(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     instrument()
     before = rate_of_all()
     for each in jobs:
         Path(each.out).mkdir(parents=True, exist_ok=True)
-        worker.run_job(each, rank, NoSnapshots(rank), RowTable.of)
+        worker.run_job(each, rank, Checkpointer(each.key, CheckpointConfig(every=None), rank), RowTable.of)
         after = rate_of_all()
         (Path(each.out) / "rate").write_text(str((before + after) / 2))
         before = after
     dist.destroy_process_group()
 
 
-def torchrun(folder: Path, each: Job, workers: int) -> tuple[float, Path]:
+def torchrun(folder: Path, each: TrainJob, workers: int) -> tuple[float, Path]:
     """Run a job under PyTorch's launcher; gives when that was started, and where its files are."""
     path, started = folder / "job.pickle", time.time()
     path.write_bytes(pickle.dumps(each))
@@ -159,7 +167,7 @@ def torchrun(folder: Path, each: Job, workers: int) -> tuple[float, Path]:
     return started, Path(each.out)
 
 
-def under_ray(each: Job) -> tuple[float, Path]:
+def under_ray(each: TrainJob) -> tuple[float, Path]:
     """Run a job under Ray Train; gives when that was started, and where its files are."""
     method = str(each.method)
     config = each.config.model_copy(update={"name": each.key, "methods": {method: each.config.methods[method]}})
@@ -212,7 +220,7 @@ def speed(folder: Path, steps: int, only: Sequence[str] = (), counts: Sequence[i
     print("\n".join(sorted(lines, key=lambda line: METHODS.index(line.split()[1]))))
 
 
-def sizes(each: Job) -> tuple[int, int]:
+def sizes(each: TrainJob) -> tuple[int, int]:
     """Parameters inside and outside of the layers."""
     policy = build_policy(each.model, each.config.model, 0, with_phi=each.method is not None, device="meta")
     layers = sum(p.numel() for layer in decoder_layers(policy) for p in layer.parameters())

@@ -23,9 +23,10 @@ from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
 from spo_ray.model.optimizer import Group, make_optimizer
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.train.callbacks import HEALTH_PROMPTS, HEALTH_TOKENS, DynamicsCallback, text_health
+from spo_ray.train.callbacks import HEALTH_PROMPTS, HEALTH_TOKENS, DynamicsCallback
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
+from spo_ray.train.generation import text_health
 from spo_ray.train.logp_eval import Measure
 from spo_ray.train.loop import StepLog, clip, take_step
 
@@ -67,7 +68,7 @@ class Bench:
             beta=BETA,
             eta=ETA,
             **KINDS[kind],
-            **watch.start(1),
+            side_gradients=watch.on_step_begin(1),
         )
         clip(self.groups, grads)
         take_step(self.optimizer, self.groups, grads)
@@ -80,7 +81,7 @@ class Bench:
     def health(self) -> None:
         """Sampled answers."""
         asked = self.table.rows(range(HEALTH_PROMPTS))
-        text_health(self.model, self.chat, asked, HEALTH_TOKENS, self.rank, 0)
+        text_health(self.measure, asked, HEALTH_TOKENS, 0)
 
 
 def main() -> None:

@@ -47,7 +47,8 @@ def _section(kind: type[ConfigModel], path: str, seen: set[type[ConfigModel]]) -
         found = list(_sections(field.annotation))
         keyed = get_origin(field.annotation) is dict
         inner += [(f"{path}.{name}".lstrip(".") + (".NAME" if keyed else ""), section) for section in found]
-        yield f"| `{name}` | {_values(field)} | {_default(field)} | {_sentence(field.description)} |"
+        about = field.description or (found[0].__doc__ if len(found) == 1 else None)
+        yield f"| `{name}` | {_values(field)} | {_default(field)} | {_sentence(about)} |"
     yield ""
     for where, section in inner:
         if section not in seen:

@@ -15,7 +15,7 @@ def test_the_page_of_the_configuration_is_current():
     for row in (
         "| `lambda_sft` | number, at least 0 | `1.0` |",
         "| `quantile` | number, null, at least 0, at most 1 | `null` |",
-        '| `on_alarm` | `warn`, `stop`, `increase_lambda` | `"warn"` |',
+        '| `on_alarm` | `warn`, `stop` | `"warn"` |',
         "## `methods.NAME`, type `spo`",
     ):
         assert row in text

@@ -1,1 +1,1 @@
-"""The configuration: its schema, and how it is read."""
+"""Configuration of a run: the schema, reading of files, and dotted keys."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ConfigModel(BaseModel):
-    """Frozen, and without unknown keys."""
+    """Base class of all sections of the configuration: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -17,11 +17,11 @@ SECRET = re.compile(
     r"|(^|_)(token|key|secret|pass|password|passwd|credential)s?(_(?!file$|path$|dir$)|$)",
     re.IGNORECASE,
 )
-"""Names of environment variables whose value is a secret."""
+"""Pattern of the names of environment variables whose value is a secret."""
 
 
 def is_secret(name: str) -> bool:
-    """Whether an environment variable of that name holds a secret."""
+    """Return True if an environment variable of this name holds a secret."""
     return SECRET.search(name) is not None
 
 

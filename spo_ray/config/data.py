@@ -1,4 +1,4 @@
-"""The sections of the configuration that say what data a run has, and how samples and pairs are made from it."""
+"""Sections for data, sampling, teachers and preference pairs."""
 
 import re
 from pathlib import Path
@@ -11,40 +11,48 @@ from spo_ray.config.train import Dtype
 
 
 class ToyData(ConfigModel):
-    """The embedded word problems, generated from the seed."""
+    """Word problems that are generated from the seed."""
 
     type: Literal["toy"] = "toy"
     train_questions: PositiveInt = 500
+    """Questions for training."""
     test_questions: PositiveInt = 320
+    """Questions held out for evaluation."""
 
 
 class FileData(ConfigModel):
-    """Rows from files or from the hub."""
+    """Fields of data from files or from the Hugging Face hub."""
 
     path: Path
-    """A folder with ``SPLIT.jsonl`` or Parquet files, one such file, or a dataset's name on the hub."""
+    """Folder with ``SPLIT.jsonl`` or Parquet files, one such file, or the name of a dataset on the hub."""
     subset: str | None = None
-    """A hub dataset's configuration, such as GSM8K's ``main``."""
+    """Configuration of a hub dataset, such as GSM8K's ``main``."""
     revision: str = "main"
-    """A hub dataset's branch, tag or commit: name a commit for a result that can be repeated."""
+    """Branch, tag or commit of a hub dataset. Only a commit makes a result repeatable."""
     train_split: str = "train"
+    """Split to train on."""
     test_split: str = "test"
+    """Split held out for evaluation."""
     contamination_words: Annotated[int, Field(ge=3)] | None = None
-    """Training rows whose prompt shares so many words in a row with a test prompt are quarantined; None: no check."""
+    """Contamination check: quarantine training rows whose prompt shares so many consecutive words with a test prompt;
+    None: no check."""
 
 
 class QuestionFields(FileData):
-    """Questions with answers that a verifier can compare responses with."""
+    """Fields of questions whose answers a verifier can compare with responses."""
 
     question_column: str = "question"
+    """Column with the question."""
     answer_column: str = "answer"
+    """Column with the correct answer."""
     prompt: str = "{question}"
-    """What the model is asked; ``{question}`` stands for the question."""
+    """Prompt of the model, in which ``{question}`` stands for the question."""
     train_questions: PositiveInt | None = None
-    """Random questions to keep; None: all."""
+    """Random questions to train on; None: all."""
     test_questions: PositiveInt | None = None
+    """Random questions held out for evaluation; None: all of the test split."""
     skip_missing_gold: bool = False
-    """Quarantine questions without a usable answer instead of refusing the file."""
+    """Quarantine questions without a usable answer instead of refusing the data."""
 
     @field_validator("prompt")
     @classmethod
@@ -55,74 +63,76 @@ class QuestionFields(FileData):
 
 
 class Gsm8kData(QuestionFields):
-    """GSM8K: answers are solutions that end in ``#### N``, or bare numbers."""
+    """GSM8K, or questions of its form: answers are solutions that end in ``#### N``, or bare numbers."""
 
     type: Literal["gsm8k"] = "gsm8k"
 
 
 class QuestionData(QuestionFields):
-    """Any other task."""
+    """Questions of any other task, graded by a verifier of your own."""
 
     type: Literal["questions"]
     verifier: str
-    """What is correct: a name in :mod:`spo_ray.data.verifiers`, or ``package.module:Class``."""
+    """Verifier that grades responses: a name in :mod:`spo_ray.data.verifiers`, or ``package.module:Class``."""
 
 
 class PreferenceData(FileData):
-    """Ready preference pairs, in any of the formats of :mod:`spo_ray.data.preference_formats`."""
+    """Ready preference pairs, in any format of :mod:`spo_ray.data.preference_formats`."""
 
     type: Literal["preference"] = "preference"
     train_pairs: PositiveInt | None = None
     """Random pairs to train on; None: all that are not held out."""
     test_pairs: PositiveInt = 100
-    """Pairs held out for evaluation; out of the training split so many, or as near as whole prompts come."""
+    """Pairs held out for evaluation. From the training split nearly so many: all pairs of a prompt stay together."""
     held_out: Literal["from_train", "test_split"] = "from_train"
-    """Where they come from: random prompts of the training split with all their pairs, or rows of the test split."""
+    """Source of the held-out pairs: random prompts of the training split, or rows of the test split."""
     rejected: Literal["worst", "random"] = "worst"
-    """Of rows with several scored completions: which one loses against the best."""
+    """Completion that loses against the best one, where a row has several with scores."""
 
 
 DataConfig = Annotated[ToyData | QuestionData | Gsm8kData | PreferenceData, Field(discriminator="type")]
 
 
 class GenerationConfig(ConfigModel):
-    """How a model's responses are generated."""
+    """Fields of all generation of responses."""
 
     temperature: PositiveFloat = 0.7
     """Sampling temperature."""
     max_tokens: PositiveInt = 256
     """Longest response, in tokens."""
     batch_size: PositiveInt = 256
-    """Prompts per engine call; of sampling also per output file, which is made again if an engine dies. An engine waits
-    for the last answers of a batch, so small batches are slow."""
+    """Prompts per engine call; while sampling also per output file, which is repeated if an engine dies. Small batches
+    are slow: each waits for its longest response."""
 
 
 class SamplingConfig(GenerationConfig):
-    """Sampling a model, for the SFT set and for the rejected responses."""
+    """Sampling of responses for the SFT set and for the rejected side of pairs."""
 
     samples: PositiveInt = 8
     """Responses per question, the K of pass@K."""
 
 
 class EngineConfig(ConfigModel):
-    """The generation engines, for sampling and evaluation."""
+    """Generation engines, for sampling and evaluation."""
 
     type: Literal["auto", "vllm", "transformers"] = "auto"
+    """Engine; auto: vLLM where it is installed, else transformers."""
     replicas: PositiveInt = 1
-    """Engines, each an actor of its own."""
+    """Number of engines, each in a Ray actor of its own."""
     max_replicas: PositiveInt | None = None
-    """For sampling, engines that may be added while there is work and room for them; None: no more."""
+    """Most engines while sampling: more than ``replicas`` start if there is work and room for them; None: no more."""
     cpus: PositiveFloat = 1.0
     """Logical CPUs per engine."""
     gpus: NonNegativeFloat | None = None
-    """GPUs per engine; None: 1 where the cluster has GPUs. Below 1 it is a share of one, above 1 tensor parallelism."""
+    """GPUs per engine; below 1 a share of one, above 1 tensor parallelism; None: 1 where the cluster has GPUs."""
     dtype: Dtype = "float32"
+    """Type of weights and computation."""
     max_model_len: PositiveInt = 1024
-    """Prompt plus response, in tokens."""
+    """Longest prompt plus response, in tokens."""
     memory_gib: PositiveFloat = 1.0
-    """KV-cache of vLLM's CPU build; on a GPU vLLM takes its usual share."""
+    """KV cache of vLLM's CPU build, in GiB. On a GPU vLLM takes its usual share."""
     arguments: dict[str, str | int | float | bool | None] = {}
-    """Further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``; they replace what is set otherwise."""
+    """Further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``; they override the other fields."""
 
     @field_validator("arguments")
     @classmethod
@@ -140,18 +150,19 @@ class EngineConfig(ConfigModel):
 
 
 class EndpointConfig(ConfigModel):
-    """A server with OpenAI's chat completions, for a teacher."""
+    """Server with OpenAI's chat completions, for teachers and judges."""
 
     type: Literal["endpoint"]
     url: str
-    """Up to and including ``/v1``."""
+    """Address of the server, up to and including ``/v1``."""
     api_key_env: str = "OPENAI_API_KEY"
-    """The variable that holds the key, in the environment of the process that starts the run; unset: none is sent."""
+    """Environment variable with the API key, of the process that starts the run; if it is unset, no key is sent."""
     concurrency: PositiveInt = 16
-    """Requests under way at a time."""
+    """Requests at a time."""
     timeout_s: PositiveFloat = 600.0
+    """Seconds until a request counts as failed."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """Of a request that failed, was refused for its rate, or timed out."""
+    """Retries after a failed, rate-limited or timed-out request."""
 
     @field_validator("url")
     @classmethod
@@ -162,12 +173,14 @@ class EndpointConfig(ConfigModel):
 
 
 class TeacherModel(ConfigModel):
-    """A model that answers the questions which the policy fails."""
+    """Model that answers questions for which correct responses are missing."""
 
     model: str
-    """A local directory, a hub id, or the name of the model at an endpoint."""
+    """Local folder, hub id, or the name of the model at an endpoint."""
     engine: Annotated[EngineConfig | EndpointConfig, Field(discriminator="type")] = EngineConfig(max_model_len=8192)
+    """Engine of this run, or an endpoint."""
     sampling: SamplingConfig = SamplingConfig(samples=4, temperature=0.6, max_tokens=4096)
+    """Sampling of the teacher's responses."""
 
     @model_validator(mode="after")
     def _room_for_answers(self) -> "TeacherModel":
@@ -180,19 +193,21 @@ class TeacherModel(ConfigModel):
 
 
 class SftDataConfig(ConfigModel):
-    """Which questions and responses make the SFT set."""
+    """Choice of questions and responses for the SFT set."""
 
     pass_k: PositiveInt = 1
-    """The k of the pass@k that chooses questions (unbiased estimate from all samples)."""
+    """The k of the pass@k by which questions are chosen; it is estimated without bias from all samples."""
     max_pass: Fraction | None = 0.5
-    """Questions with a pass@k of at most this are chosen."""
+    """Highest pass@k of the questions that are chosen."""
     quantile: Fraction | None = None
-    """Instead of ``max_pass``: this share of the questions, those with the lowest pass@k, and equals of the last."""
+    """Share of the questions that are chosen, instead of ``max_pass``: those with the lowest pass@k, ties included."""
     responses_per_question: PositiveInt = 2
+    """Most correct responses to a question."""
     teachers: list[Literal["gold", "samples"] | TeacherModel] = Field(default=["samples", "gold"], min_length=1)
-    """Where correct responses come from, in order of preference. Models are asked where responses still lack."""
+    """Sources of correct responses, in order of preference: the policy's samples, the data's gold solutions, or models,
+    which are asked only where responses are still missing."""
     strip: list[str] = [r"^.*?</think>\s*"]
-    """Regular expressions (``.`` matches line breaks) that are removed from every response."""
+    """Regular expressions that are removed from every response, such as reasoning; ``.`` matches line breaks too."""
 
     @field_validator("strip")
     @classmethod
@@ -215,12 +230,14 @@ class SftDataConfig(ConfigModel):
 
 
 class PairsConfig(ConfigModel):
-    """How preference pairs are made from samples, and which are kept."""
+    """Making of preference pairs from samples, and filters for pairs."""
 
     per_question: PositiveInt = 1
+    """Most pairs of a question."""
     select: Literal["random", "hardest", "nearest", "longest_common_prefix"] = "random"
-    """Which wrong samples: any; the most probable ones; those most like the chosen response; or that begin like it."""
+    """Choice of wrong samples: any; the most probable; the most similar to the chosen response; or the longest common
+    beginning with it."""
     dedup: Literal["none", "exact", "normalised", "near"] = "exact"
-    """Drop pairs that were there before: to the letter; but for case, punctuation and spaces; or nearly (MinHash)."""
+    """Drop duplicate pairs: none; equal text; equal but for case, punctuation and spaces; or similar text (MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
-    """Longest allowed ratio of the two sides' lengths in characters."""
+    """Largest ratio of the two sides' lengths in characters; None: no limit."""

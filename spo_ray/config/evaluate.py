@@ -1,4 +1,4 @@
-"""The section of the configuration that says what checkpoints are judged by."""
+"""Section for the evaluation of checkpoints."""
 
 import re
 from pathlib import Path
@@ -14,30 +14,32 @@ SUITES = ("accuracy", "health", "alpaca_eval")
 
 
 class AnnotatorConfig(ConfigModel):
-    """A judge of two outputs: any chat model."""
+    """Judge that compares two outputs: any chat model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """What its results are called."""
+    """Name of the judge in results."""
     model: str
-    """A local directory, a hub id, or the name of the model at an endpoint."""
+    """Local folder, hub id, or the name of the model at an endpoint."""
     engine: Annotated[EngineConfig | EndpointConfig, Field(discriminator="type")]
+    """Engine of this run, or an endpoint."""
     template: Path | None = None
-    """A prompt with ``{instruction}``, ``{output_1}`` and ``{output_2}``, in turns between ``<|im_start|>ROLE`` and
-    ``<|im_end|>``, or plain text; None: AlpacaEval's own."""
+    """File with a prompt that has ``{instruction}``, ``{output_1}`` and ``{output_2}``: plain text, or turns between
+    ``<|im_start|>ROLE`` and ``<|im_end|>``; None: AlpacaEval's own."""
     identifiers: tuple[str, str] = ("m", "M")
-    """What the prompt calls the first and the second output, and asks for."""
+    """Names of the first and the second output in the prompt, of which the judge answers one."""
     verdict: Literal["auto", "weighted", "discrete"] = "auto"
-    """``weighted``: the probabilities of the identifiers; ``discrete``: the one that is named; ``auto``: weighted where
-    log-probabilities are given."""
+    """Reading of the answer: ``weighted`` by the probabilities of the identifiers; ``discrete`` the one that is named;
+    ``auto`` weighted where log-probabilities are given."""
     orders: Literal["random", "both"] = "random"
-    """The model's output first or second by chance, or both ways with the mean of the two."""
+    """Position of the model's output: at random first or second, or both ways with the mean of the two verdicts."""
     max_tokens: PositiveInt = 1
-    """Of an answer; more than 1 for a prompt that asks for reasons, whose last line names the better output."""
+    """Longest answer, in tokens; more than 1 for a prompt that asks for reasons, with the verdict in the last line."""
     temperature: NonNegativeFloat = 0.0
+    """Sampling temperature; 0: greedy."""
     requests_per_minute: PositiveFloat | None = None
-    """To an endpoint; None: as fast as ``engine.concurrency`` allows."""
+    """Most requests per minute to an endpoint; None: limited by ``engine.concurrency`` alone."""
     price_per_million: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
-    """Of prompt and answer tokens, in any currency, for the cost in the manifest."""
+    """Price of a million prompt tokens and of a million answer tokens, for the cost in the manifest."""
 
     @model_validator(mode="after")
     def _one_token_is_enough(self) -> "AnnotatorConfig":
@@ -53,20 +55,22 @@ class AnnotatorConfig(ConfigModel):
 
 
 class AlpacaConfig(ConfigModel):
-    """Suite ``alpaca_eval``: outputs against a baseline's, judged by other models."""
+    """Suite ``alpaca_eval``: judges compare outputs with those of a baseline."""
 
     instructions: Path = Path("tatsu-lab/alpaca_eval")
-    """JSON or JSONL with ``instruction``, the baseline's ``output`` and ``generator``; or the dataset on the hub."""
+    """JSON or JSONL file with ``instruction`` and the baseline's ``output`` and ``generator``, or a hub dataset."""
     limit: PositiveInt | None = None
-    """The first so many instructions; None: all."""
+    """Number of instructions, from the first on; None: all."""
     temperature: NonNegativeFloat = 0.7
+    """Sampling temperature of the outputs; 0: greedy."""
     max_tokens: PositiveInt = 2048
+    """Longest output, in tokens."""
     annotators: list[AnnotatorConfig] = Field(min_length=1)
+    """Judges, each with win rates of its own."""
     max_unjudged: Fraction = 0.05
-    """Share of instructions that may stay without a verdict; with more, the stage fails. The next try asks again where
-    requests failed."""
+    """Largest share of instructions without a verdict; with more the stage fails, and a rerun asks for these again."""
     length_control: Literal["minimal", "v1"] = "minimal"
-    """Formula of the length-controlled win rate; v1, the leaderboard's, needs a table from the hub, and is for
+    """Formula of the length-controlled win rate. v1 is the leaderboard's; it needs a table from the hub, and
     AlpacaEval's own instructions."""
 
     @field_validator("annotators")
@@ -78,29 +82,30 @@ class AlpacaConfig(ConfigModel):
 
 
 class LmEvalConfig(ConfigModel):
-    """Suites ``lm_eval:TASK``: tasks of lm-evaluation-harness, with this run's engine and chat template."""
+    """Suites ``lm_eval:TASK``: tasks of lm-evaluation-harness, on this run's engine and with its chat template."""
 
     include_path: Path | None = None
-    """A folder with task definitions of your own."""
+    """Folder with task definitions of your own."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """None: as the task says."""
+    """Examples in the prompt; None: the task's own number."""
     limit: PositiveInt | None = None
-    """Documents per task; None: all."""
+    """Documents per task, from the first on; None: all."""
 
 
 class EvalConfig(GenerationConfig):
-    """What checkpoints are judged by, on data that training has not seen."""
+    """Evaluation of checkpoints, on data that training has not seen."""
 
     suites: list[str] | None = None
-    """``accuracy`` (questions alone), ``health``, ``alpaca_eval``, ``lm_eval:TASK``; None: the first two where they
-    apply."""
+    """Suites: ``accuracy`` (data with questions only), ``health``, ``alpaca_eval``, ``lm_eval:TASK``; None: health, and
+    accuracy where there are questions."""
     while_training: bool = True
-    """Evaluate the base and the SFT model beside later stages, where the cluster has room for an engine more."""
+    """Evaluate the base and the SFT model while later stages train, where the cluster has room for one more engine."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
-    """One sampled answer per question and seed."""
+    """Seeds of the sampled answers: each question is answered once with each."""
     health_prompts: PositiveInt = 128
-    """Random held-out prompts that suite ``health`` asks, once greedily and once at temperature 1."""
+    """Random held-out prompts of suite ``health``, answered greedily and once at temperature 1."""
     alpaca: AlpacaConfig | None = None
+    """Settings of suite ``alpaca_eval``, which needs them."""
     lm_eval: LmEvalConfig = LmEvalConfig()
 
     @field_validator("suites")
@@ -127,7 +132,7 @@ class EvalConfig(GenerationConfig):
         return self
 
     def chosen(self, data: Any) -> list[str]:
-        """The suites' names, for a run on this kind of data."""
+        """Return the suites' names for a run on this kind of data."""
         if self.suites is not None:
             return self.suites
         return ["health"] if data.type == "preference" else ["accuracy", "health"]

@@ -1,4 +1,4 @@
-"""Reads a configuration file, applies command-line overrides, and explains what is wrong in it."""
+"""Reading of a configuration file with command-line overrides; errors name the line and the nearest valid key."""
 
 import difflib
 import re
@@ -64,7 +64,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _given(key: Sequence[int | str], overrides: Sequence[str]) -> bool:
-    """Whether an override is about this key, or has it in its value."""
+    """Return True if an override sets this key, or a section around it."""
     name = ".".join(map(str, key))
     return any(f"{name}.".startswith(f"{override.partition('=')[0]}.") for override in overrides)
 
@@ -90,7 +90,7 @@ def _explain(error: ValidationError, tree: CommentedMap, path: str, overrides: S
 
 
 def _nearest_value(item: Any) -> str:
-    """A hint for a word that is none of the allowed ones."""
+    """Return a hint at the nearest allowed word, or nothing."""
     allowed = re.findall(
         "'([^']+)'", str(item.get("ctx", {}).get("expected", item.get("ctx", {}).get("expected_tags")))
     )
@@ -100,7 +100,7 @@ def _nearest_value(item: Any) -> str:
 
 
 def _drop_tags(where: Sequence[int | str], tree: Any) -> list[int | str]:
-    """Pydantic puts a union's tag into the location; keep only what stands in the file, and the last part."""
+    """Return an error's location without the tags that Pydantic adds for unions: parts in the file, and the last."""
     kept: list[int | str] = []
     node = tree
     for index, part in enumerate(where):
@@ -114,7 +114,7 @@ def _drop_tags(where: Sequence[int | str], tree: Any) -> list[int | str]:
 
 
 def _line(tree: Any, key: Sequence[int | str]) -> int | None:
-    """Line (from 1) of the deepest part of ``key`` that stands in the file."""
+    """Return the line (from 1) of the deepest part of ``key`` that is in the file, or None."""
     line, node = None, tree
     for part in key:
         position = getattr(node, "lc", None)
@@ -127,7 +127,7 @@ def _line(tree: Any, key: Sequence[int | str]) -> int | None:
 
 
 def _fields(key: Sequence[int | str], tree: Any) -> list[str]:
-    """Valid field names of the section at ``key``."""
+    """Return the valid field names of the section at ``key``."""
     annotation: Any = Config
     node = tree
     for part in key:
@@ -140,7 +140,7 @@ def _fields(key: Sequence[int | str], tree: Any) -> list[str]:
 
 
 def _section(annotation: Any, node: Any) -> Any:
-    """The section class that an annotation means for this node of the file."""
+    """Return the section's class that an annotation has for this node of the file."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     candidates = _leaf_sections(annotation)

@@ -1,4 +1,4 @@
-"""The schema of the preference methods: a union told apart by ``type``, so that no method carries another's fields."""
+"""Sections for the preference methods: one class for each ``type``, so that no method has another's fields."""
 
 from typing import Annotated, Any, Literal, get_args
 
@@ -8,10 +8,10 @@ from spo_ray.config.base import ConfigModel
 
 
 class Trained(ConfigModel):
-    """What every method has."""
+    """Fields of every method."""
 
     lr: PositiveFloat | None = None
-    """Peak learning rate of theta and phi; None: those of ``preference``."""
+    """Peak learning rate of theta and phi; None: the rates of ``preference``."""
 
 
 class WithSftLoss(ConfigModel):
@@ -60,13 +60,13 @@ class RobustDpo(Smoothed):
 
 
 class Ipo(Trained):
-    """IPO."""
+    """IPO: squared distance of the log-ratios from a margin."""
 
     type: Literal["ipo"]
     beta: PositiveFloat = 0.1
-    """The paper's tau."""
+    """The paper's tau: the margin that is aimed at is 1 / (2 beta)."""
     ipo_reduction: Literal["mean", "sum"] = "mean"
-    """Log-ratios per token, or summed (the paper)."""
+    """Mean of the log-ratios over a completion's tokens, or their sum as in the paper."""
 
 
 class LengthNormalised(Trained):
@@ -90,8 +90,6 @@ class AlphaDpo(LengthNormalised):
     type: Literal["alpha_dpo"]
     alpha: NonNegativeFloat = 0.5
     """Weight of the pair's own part of the margin: beta times the alpha of the public trainer."""
-    statistics: Literal["corrected", "reference_exact"] = "corrected"
-    """Running statistics of the z-score: corrected for their start, or just as in the public trainer."""
 
 
 class Dpop(Trained):
@@ -99,8 +97,9 @@ class Dpop(Trained):
 
     type: Literal["dpop"]
     beta: PositiveFloat = 0.3
+    """Factor of the log-ratios of policy and reference."""
     penalty: NonNegativeFloat = 50.0
-    """Weight of a fall of log pi(y_w), inside beta."""
+    """Weight of the fall of log pi(y_w) below the reference, in nats; beta multiplies it too."""
 
 
 class DpoNll(Scaled, WithSftLoss):
@@ -117,46 +116,52 @@ BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - 
 
 
 class Inner(ConfigModel):
-    """SPO's lower level: K gradient steps on the SFT loss."""
+    """SPO's lower level: K gradient steps of theta on the SFT loss."""
 
     steps: Annotated[int, Field(ge=0)] = 1
-    """K; 0 drops term (b)."""
+    """Number of steps K; 0 drops term (b)."""
     eta: PositiveFloat = 2e-5
+    """Size of a step."""
     mode: Literal["rescaled", "literal"] = "rescaled"
-    """Term (b) over a longer step, scaled back, or literally at theta_hat."""
+    """Computation of term (b): over a longer step and scaled back, or at theta_hat itself (noise in bfloat16)."""
     full_precision: bool = True
-    """The rescaled (b) in float32 whatever ``train.precision``; without, it is cheaper and its direction rough."""
+    """Compute the rescaled term (b) in float32 whatever ``train.precision`` is; if not, it is cheaper and rough."""
 
 
 class SafeRegion(ConfigModel):
-    """lambda by dual ascent on ``gap <= epsilon`` instead of a fixed one."""
+    """Lambda by dual ascent on ``gap <= epsilon`` instead of a fixed lambda."""
 
     gap: Literal["reference", "inner"] = "reference"
-    """The mean fall of log pi(y_w) since the SFT model, or the paper's L_SFT - L_SFT*."""
+    """Gap: the batch's mean fall of log pi(y_w) since the SFT model, or the paper's L_SFT - L_SFT*, in nats."""
     epsilon: NonNegativeFloat = 0.0
-    """Nats."""
+    """Gap that is allowed, in nats."""
     lr: PositiveFloat = 0.1
-    """Rise of lambda a step for a gap of epsilon + 1."""
+    """Change of lambda in a step, per nat that the gap is above epsilon."""
     max_lambda: PositiveFloat = 100.0
+    """Largest lambda."""
 
 
 class Spo(Trained, WithSftLoss):
-    """Stable Preference Optimization around a base loss."""
+    """SPO: Stable Preference Optimization around a base loss."""
 
     type: Literal["spo"]
     base: Annotated[Base, Field(discriminator="type")] = Dpo(type="dpo")
-    """The base loss with its own fields, such as ``{type: simpo, beta: 2.0, margin: 1.0}``."""
+    """Base loss with its own fields, such as ``{type: simpo, beta: 2.0, margin: 1.0}``."""
     lambda_sft: NonNegativeFloat = 1.0
-    """Weight of the SFT loss; with a safe region, where it starts."""
+    """Weight lambda of the SFT loss; with a safe region, its start."""
     safe_region: SafeRegion | None = None
+    """Lambda by dual ascent; None: lambda stays as it is."""
     gamma: NonNegativeFloat = 0.0
+    """Weight of the hinge R on gradient norms; 0 drops it."""
     inner: Inner = Inner()
     norm_scope: Literal["all", "backbone", "adapters"] = "all"
+    """Parameters over which R takes gradient norms."""
     norm_of: Literal["sum", "mean"] = "sum"
-    """R's norms of summed log-probabilities, or of means per token (for length-normalised bases)."""
+    """Log-probabilities whose gradients R compares: sums, or means per token for length-normalised bases."""
     hinge: Literal["batch", "pair"] = "batch"
+    """R on the batch's mean gradients, or for each pair as in the paper, which sharded training can't do."""
     difference: Literal["forward", "central"] = "forward"
-    """Finite differences in grad R and the rescaled (b)."""
+    """Finite differences in the gradient of R and the rescaled term (b); central ones cost twice as many passes."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Configuration of the model and its adapters."""
+"""Section for the model and its adapters."""
 
 from typing import Annotated, Literal
 
@@ -8,45 +8,50 @@ from spo_ray.config.base import ConfigModel, Fraction
 
 
 class WholeBackbone(ConfigModel):
-    """theta is every weight of the backbone."""
+    """Train every weight of the backbone as theta."""
 
     type: Literal["all"] = "all"
 
 
 class LastLayers(ConfigModel):
-    """theta is the backbone's last layers; the rest is frozen."""
+    """Train the backbone's last layers as theta; the rest is frozen."""
 
     type: Literal["last_layers"]
     count: PositiveInt = 4
+    """Number of layers that are trained."""
 
 
 class SecondAdapter(ConfigModel):
-    """theta is a LoRA adapter of its own beside phi's; the backbone is frozen."""
+    """Train a LoRA adapter as theta, beside phi's; the backbone is frozen."""
 
     type: Literal["adapter"]
     rank: PositiveInt = 32
+    """LoRA rank of theta's adapter."""
     alpha: PositiveInt = 64
+    """LoRA alpha of theta's adapter; its scale is alpha over rank."""
 
 
 ThetaConfig = Annotated[WholeBackbone | LastLayers | SecondAdapter, Field(discriminator="type")]
 
 
 class ModelConfig(ConfigModel):
-    """The base model and its adapters."""
+    """Base model and its LoRA adapters."""
 
     path: str
-    """A local directory, or a hub id."""
+    """Local folder or hub id of an instruction-tuned model."""
     chat_template: str | None = None
-    """Jinja text that replaces the tokenizer's template."""
+    """Jinja text that replaces the tokenizer's chat template."""
     max_template_mismatch: Fraction = 0.05
-    """Share of rows for which the template may give other tokens than prompt and completion by themselves; see
-    ``spo-ray inspect``."""
+    """Largest share of rows whose tokens are changed by the chat template; ``spo-ray inspect`` shows them."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention implementation; auto: FlashAttention 2 where it is installed and computes bfloat16, else PyTorch's."""
+    """Attention implementation; auto: FlashAttention 2 for bfloat16 where it is installed, else PyTorch's."""
     theta: ThetaConfig = WholeBackbone()
-    """What SFT trains, and SPO's lower level."""
+    """Backbone parameters theta, which SFT and SPO's lower level train."""
     lora_rank: PositiveInt = 8
+    """LoRA rank of phi's adapter."""
     lora_alpha: PositiveInt = 16
+    """LoRA alpha of phi's adapter; its scale is alpha over rank."""
     lora_targets: str | list[str] = "all-linear"
+    """Modules with adapters, as PEFT's ``target_modules``."""
     export_adapter: bool = False
-    """Beside a method's merged checkpoint write its backbone, and phi as a PEFT adapter (`backbone`, `adapter`)."""
+    """Write a method's backbone and phi as a PEFT adapter too (folders ``backbone``, ``adapter``), not merged alone."""

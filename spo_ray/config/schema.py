@@ -1,8 +1,4 @@
-"""The configuration schema: one YAML file, complete, plus dotted overrides.
-
-``load(path, overrides)`` gives one frozen :class:`Config`. An unknown key is an error that names its line and the
-nearest valid key. Every field is documented where it stands.
-"""
+"""Schema of the whole configuration: one YAML file holds a run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,36 +21,24 @@ from spo_ray.config.sweep import SweepConfig, unmeasured
 from spo_ray.config.train import PreferenceConfig, SftConfig, TrainConfig
 
 PASSED_ENV = [
-    "HF_HUB_OFFLINE",
-    "HF_ENDPOINT",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "NCCL_DEBUG",
-    "NCCL_SOCKET_IFNAME",
-    "GLOO_SOCKET_IFNAME",
-    "AWS_ENDPOINT_URL",
-    "AWS_DEFAULT_REGION",
-    "WANDB_PROJECT",
-    "WANDB_ENTITY",
-    "WANDB_MODE",
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_EXPERIMENT_NAME",
+    *("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
+    *("NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
+    *("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
 ]
 
 
 class RayConfig(ConfigModel):
-    """Which cluster to use."""
+    """Ray cluster of the run."""
 
     address: str | None = None
-    """Cluster to join; None joins the one named by ``RAY_ADDRESS``, else starts a local one."""
+    """Address of the cluster to join; None: the one of ``RAY_ADDRESS``, or else a local one that is started."""
     num_cpus: PositiveInt | None = None
-    """Logical CPUs of a cluster started here; None: the cores, and at least 4."""
+    """Logical CPUs of a local cluster; None: the number of cores, and at least 4."""
     worker_logs: bool = False
-    """Show what the workers print; errors are shown in any case."""
+    """Show what the workers print; errors are always shown."""
     pass_env: list[str] = PASSED_ENV
-    """Environment variables that a cluster's workers get from this process, where they are set; all others are those of
-    the nodes. Secrets are not allowed: they would stand in the job's description."""
+    """Environment variables that workers on a cluster get from the process that starts the run. Secrets are refused:
+    everybody could read them in the job's description."""
 
     @field_validator("pass_env")
     @classmethod
@@ -66,14 +50,17 @@ class RayConfig(ConfigModel):
 
 
 class Config(ConfigModel):
-    """A whole run."""
+    """All settings of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The run's folder under ``output``."""
+    """Name of the run, and of its folder under ``output``."""
     output: Path = Path("runs")
+    """Folder of all runs; on a cluster all nodes must share it."""
     seed: int = 0
+    """Seed of data, sampling, adapters and the order of batches."""
     ray: RayConfig = RayConfig()
     data: DataConfig
+    """Data of the run: questions, or ready preference pairs."""
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -83,15 +70,16 @@ class Config(ConfigModel):
     sft: SftConfig = SftConfig()
     preference: PreferenceConfig = PreferenceConfig()
     rounds: PositiveInt = 1
-    """Rounds of sampling, pairing and training; each method's further rounds go on from its own last checkpoint."""
+    """Rounds of sampling, pairing and training; from the second on each method starts from its own last checkpoint."""
     methods: dict[MethodName, MethodConfig] = Field(min_length=1)
+    """Preference methods to train, by names of your own."""
     eval: EvalConfig = EvalConfig()
     tracking: list[Literal["tensorboard", "wandb", "mlflow"]] = []
     """Trackers that training curves go to besides ``log.jsonl``. Their own environment variables say where:
     ``WANDB_API_KEY``, ``WANDB_PROJECT``, ``WANDB_ENTITY``, ``WANDB_MODE=offline``, ``MLFLOW_TRACKING_URI`` and
     ``MLFLOW_EXPERIMENT_NAME``. TensorBoard's event files are in the run's folder ``tensorboard``."""
     sweep: SweepConfig | None = None
-    """For ``pipelines/sweep.py``; all other scripts take no notice of it."""
+    """Search over settings, for ``spo-ray sweep`` alone."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
@@ -103,9 +91,6 @@ class Config(ConfigModel):
             raise ValueError("suite accuracy needs questions: with preference data, leave it out of eval.suites")
         if self.train.cpu_offload and self.train.sharding == "none":
             raise ValueError("train.cpu_offload needs train.sharding=full")
-        alarm = self.preference.alarm.on_alarm
-        if alarm == "increase_lambda" and not any(isinstance(m, Spo) and m.lambda_sft for m in self.methods.values()):
-            raise ValueError("preference.alarm.on_alarm=increase_lambda needs a method of type spo with lambda_sft > 0")
         sharded = self.train.sharding == "full" and (self.train.num_workers > 1 or self.train.cpu_offload)
         for name, method in self.methods.items():
             if sharded and isinstance(method, Spo) and method.gamma > 0 and method.hinge == "pair":
@@ -150,8 +135,6 @@ class Config(ConfigModel):
             raise ValueError(
                 "a sweep has room for judges at endpoints alone: give every annotator engine.type=endpoint"
             )
-        if self.preference.alarm.on_alarm == "stop":
-            raise ValueError("a sweep's trials are stopped by sweep.max_fall: set preference.alarm.on_alarm=warn")
         if self.rounds > 1:
             raise ValueError("a sweep's trials have one round: set rounds=1")
         return self

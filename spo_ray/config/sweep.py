@@ -1,4 +1,4 @@
-"""The schema of a sweep: which keys vary and how, which trials are stopped early, what is scored, what is kept."""
+"""Section for sweeps: the search space, the scheduler, and the scores of trials."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -11,15 +11,17 @@ from spo_ray.config.keys import with_values
 
 Value = bool | int | float | str | None
 FROM_LOG = ("delta_logp_chosen", "delta_logp_rejected", "reward_accuracy", "held_out_reward_accuracy")
-"""Scores that every trial has, of the probe pairs and of held-out pairs; the others are the suites' of ``eval``."""
+"""Scores that every trial has from its step log; all others come from the suites in ``eval``."""
 
 
 class LogUniform(ConfigModel):
-    """Uniform in the logarithm, between two positive numbers."""
+    """Numbers drawn uniformly in their logarithm."""
 
     type: Literal["loguniform"]
     low: PositiveFloat
+    """Smallest value."""
     high: PositiveFloat
+    """Largest value."""
 
     @model_validator(mode="after")
     def _range(self) -> "LogUniform":
@@ -29,38 +31,40 @@ class LogUniform(ConfigModel):
 
 
 class Choice(ConfigModel):
-    """One of some values, drawn anew for every sample."""
+    """Values of which one is drawn for every sample."""
 
     type: Literal["choice"]
     values: list[Value] = Field(min_length=1)
+    """Values to draw from."""
 
 
 class Grid(ConfigModel):
-    """Every one of some values, combined with those of the other grids."""
+    """Values that are all tried, in all combinations with the other grids."""
 
     type: Literal["grid"]
     values: list[Value] = Field(min_length=1)
+    """Values to try."""
 
 
 Dimension = Annotated[LogUniform | Choice | Grid, Field(discriminator="type")]
 
 
 class ValidationConfig(ConfigModel):
-    """What trials are scored on: rows of the training split that no trial trains on, and not of the test split."""
+    """Rows that trials are scored on: taken out of the training split, so that no trial trains on them."""
 
     questions: PositiveInt = 100
-    """Not for preference data."""
+    """Questions to score on; preference data has none."""
     pairs: NonNegativeInt = 0
-    """Pairs for ``held_out_reward_accuracy``; 0: none."""
+    """Pairs for ``held_out_reward_accuracy``; preference data needs some."""
 
 
 class SweepConfig(ConfigModel):
-    """Trials of one method. Everything else of the file is an ordinary run's, and the same in every trial."""
+    """Search over settings with trials of one method; all other sections are the same as in an ordinary run."""
 
     method: str
-    """A name in ``methods``."""
+    """Name of the method, from ``methods``."""
     space: dict[str, Dimension] = Field(min_length=1)
-    """What varies: dotted keys of the configuration, such as ``methods.spo.lambda_sft``."""
+    """Search space, by dotted keys of the configuration such as ``methods.spo.base.beta``."""
     searcher: Literal["random", "grid", "optuna"] = "random"
     """``random``: ``samples`` draws, each combined with every point of the grids. ``grid``: every point of the grids
     once. ``optuna``: ``samples`` suggestions of TPE, which learns from the finished trials' objectives."""
@@ -70,22 +74,22 @@ class SweepConfig(ConfigModel):
     reduction_factor: Annotated[int, Field(ge=2)] = 2
     """ASHA lets the best of so many trials go on; the others are stopped."""
     samples: PositiveInt = 12
-    """Draws or suggestions; a grid search has none. Equal draws are tried once."""
+    """Draws or suggestions of the searcher; equal draws are tried once. A grid search ignores it."""
     seeds: list[int] = Field(default=[0], min_length=1)
-    """Every point is tried with each: the order of the batches and the adapters' start. The data is the same."""
+    """Seeds of the order of batches and of the adapters; every point is tried with each. The data stays the same."""
     objectives: list[Annotated[str, Field(pattern=r"^-?[a-z]")]] = Field(default=["accuracy_greedy"], min_length=1)
-    """Names of scores, with a minus in front where less is better: ``accuracy_greedy``, ``delta_logp_chosen``,
-    ``-health/greedy/repetition_4``, ``alpaca_eval/ANNOTATOR/win_rate``. The first decides which trial is the best and
-    which are stopped; the others where it is equal."""
+    """Scores to maximise, or with a minus in front to minimise: ``accuracy_greedy``, ``delta_logp_chosen``,
+    ``-health/greedy/repetition_4``, ``alpaca_eval/ANNOTATOR/win_rate``. The first decides which trials are stopped and
+    which is the best; the others break ties."""
     score_at: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[0.25, 0.5, 1.0], min_length=1)
-    """Shares of a trial's steps after which it is scored, the last 1: it waits for the scheduler's decision."""
+    """Shares of a trial's steps after which it is scored and waits for the scheduler; rising, and the last is 1."""
     max_fall: PositiveFloat | None = 3.0
-    """Nats: a trial whose probe pairs' mean log pi(y_w) has fallen further at a score is stopped; None: no rule."""
+    """Largest fall of the probe pairs' mean log pi(y_w), in nats; a trial beyond it is stopped; None: no limit."""
     validation: ValidationConfig = ValidationConfig()
     keep: PositiveInt = 1
-    """Points whose checkpoints stay, the best by what is known; of the other trials logs and scores alone."""
+    """Number of best points whose checkpoints are kept; of all other trials logs and scores stay."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; None: as many as the cluster has room for."""
+    """Most trials at a time; None: as many as the cluster has room for."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SweepConfig":
@@ -101,17 +105,17 @@ class SweepConfig(ConfigModel):
 
 
 def names_of(sweep: SweepConfig) -> list[str]:
-    """The scores that are objectives."""
+    """Return the names of the objectives, without the minus."""
     return [objective.removeprefix("-") for objective in sweep.objectives]
 
 
 def mode_of(objective: str) -> Literal["max", "min"]:
-    """What is better."""
+    """Return whether a higher or a lower score is better."""
     return "min" if objective.startswith("-") else "max"
 
 
 def unmeasured(sweep: SweepConfig, suites: Sequence[str]) -> list[str]:
-    """Objectives that none of some suites measures."""
+    """Return the objectives that none of these suites measures."""
     found = []
     for name in names_of(sweep):
         suite = name.partition("/")[0] if "/" in name and not name.startswith("pass@") else "accuracy"
@@ -121,11 +125,11 @@ def unmeasured(sweep: SweepConfig, suites: Sequence[str]) -> list[str]:
 
 
 FIXED = ("name", "output", "ray", "rounds", "engine", "eval", "sweep")
-"""Sections that are the same for all trials."""
+"""Sections that are the same in all trials."""
 
 
 def space_problems(config: Any) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong with it) of a configuration's search space."""
+    """Return (key, problem) for every wrong key or value of a configuration's search space."""
     for key, dimension in config.sweep.space.items():
         problem = _unknown(config, key) or _without_effect(config, key)
         if problem:

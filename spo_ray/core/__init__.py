@@ -1,7 +1,7 @@
-"""The mathematics: pure PyTorch and standard library.
+"""The mathematics of SPO, in PyTorch and the standard library alone.
 
-``from spo_ray.core import spo_gradients`` is the short way to ``spo_ray.core.spo.spo_gradients``. Names are looked up
-when they are first used, so that grading a million answers never imports torch.
+``from spo_ray.core import spo_gradients`` is short for ``from spo_ray.core.spo import spo_gradients``. Names are
+imported when they are first used, so that processes that only grade answers never import torch.
 """
 
 from importlib import import_module
@@ -10,11 +10,10 @@ from typing import Any
 _MODULES = {
     "spo": "spo_gradients",
     "logps": "completion_logps token_logps",
-    "losses": "dpo cdpo robust_dpo ipo simpo alpha_dpo dpop nll dpo_nll sft_loss",
-    "running_statistics": "RunningStatistics ReferenceStatistics",
+    "losses": "PairLogps dpo cdpo robust_dpo ipo simpo alpha_dpo dpop nll dpo_nll sft_loss",
+    "running_statistics": "RunningStatistics",
     "safe_region": "DualVariable",
-    "dynamics": "GradientTerms forecast sgd_forecast corollary1_bounds log_gap_change adamw_update mass_shift "
-    "sequence_logps",
+    "dynamics": "GradientTerms forecast",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOMES)

@@ -1,7 +1,7 @@
-"""Gradients of a model's parameters: collected with weights, moved along, put back.
+"""Accumulation of weighted gradients, and context managers that change a model and restore it.
 
-A gradient here is a list of tensors in the order of a list of parameters. Everything goes through ``backward`` and
-``.grad``, not ``autograd.grad``, which sharded parameters do not take.
+A gradient here is a list of tensors in the order of a list of parameters. All gradients are computed by ``backward``
+into ``.grad``, because sharded parameters do not support ``autograd.grad``.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -19,14 +19,14 @@ Params = Sequence[Tensor]
 
 
 class GradientAccumulator:
-    """A weighted sum of gradients, filled by :func:`pull`; it takes memory with its first gradient."""
+    """Weighted sum of gradients, filled by :func:`accumulate`; allocated with its first gradient."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
         self.parts: list[Tensor | None] = [None] * len(params)
 
     def add(self, index: int, grad: Tensor, weight: float) -> None:
-        """Add ``weight * grad`` to the part of one parameter."""
+        """Add ``weight * grad`` to the sum of one parameter."""
         part = self.parts[index]
         if part is None:
             self.parts[index] = grad * weight
@@ -34,29 +34,29 @@ class GradientAccumulator:
             part.add_(grad, alpha=weight)
 
     def take(self, index: int, grad: Tensor, weight: float) -> None:
-        """Like :meth:`add`, but the gradient's memory is the sink's from now on."""
+        """Add like :meth:`add`, but reuse the gradient's memory, which the caller must not use any more."""
         if self.parts[index] is None:
             self.parts[index] = grad.mul_(weight)
         else:
             self.add(index, grad, weight)
 
     def add_all(self, grads: Gradients) -> None:
-        """Add a whole gradient; an empty list is none."""
+        """Add a gradient of all parameters; an empty list adds nothing."""
         for i, grad in enumerate(grads):
             self.add(i, grad, 1.0)
 
     def gradients(self) -> Gradients:
-        """The sum; zeros where nothing arrived."""
+        """Return the sum; zeros for parameters without a gradient."""
         self.parts = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, self.parts, strict=True)]
         return [part for part in self.parts if part is not None]
 
 
 def accumulate(values: Tensor, targets: Sequence[tuple[GradientAccumulator, Tensor]]) -> None:
-    """Add the gradient of ``sum_i weights_i * values_i`` to the sink, for each (sink, weights [B]) of ``targets``.
+    """Add the gradient of ``sum_i weights_i * values_i`` to each (sink, weights [B]) of ``targets``.
 
-    All sinks hold the same parameters, which must require gradients; ``.grad`` is left as it was. A single value needs
-    a single backward, whatever the number of weightings: they differ by a factor. Weights of zero need none. Where
-    parameters are sharded, neither holds: other ranks' weights differ, and a backward sums over the ranks.
+    All sinks have the same parameters, which must require gradients; ``.grad`` is not changed. A single value takes one
+    backward for all targets, since their gradients differ by a factor; weights of zero take none. With sharded
+    parameters each target takes a backward, because other ranks have other weights and a backward sums over ranks.
     """
     sharded = is_sharded(targets[0][0].params)
     targets = [(sink, weights.detach()) for sink, weights in targets if sharded or bool(weights.any())]
@@ -71,7 +71,7 @@ def accumulate(values: Tensor, targets: Sequence[tuple[GradientAccumulator, Tens
 
 
 def _accumulate(value: Tensor, sink: GradientAccumulator, *, retain: bool) -> None:
-    """One backward straight into one sink."""
+    """Run one backward that adds to one sink."""
     for p, part in zip(sink.params, sink.parts, strict=True):
         p.grad = part
     value.backward(retain_graph=retain)
@@ -79,7 +79,7 @@ def _accumulate(value: Tensor, sink: GradientAccumulator, *, retain: bool) -> No
 
 
 def _distribute(value: Tensor, targets: Sequence[tuple[GradientAccumulator, float]]) -> None:
-    """One backward into several sinks. Parameter by parameter, so that no whole gradient exists beside the sums."""
+    """Run one backward that adds to several sinks, parameter by parameter so that no further whole gradient exists."""
     params = targets[0][0].params
 
     def deliver(index: int, p: Tensor) -> None:
@@ -115,14 +115,14 @@ def _own_grads(params: Params) -> Generator[None]:
 
 @contextmanager
 def perturbed(params: Params, direction: Gradients, scale: float = 1.0) -> Generator[None]:
-    """Parameters at ``params + scale * direction``, and afterwards back, bit for bit.
+    """Set parameters to ``params + scale * direction`` in the context, and restore them afterwards bit for bit.
 
-    ``direction`` is used up: its memory becomes the moved parameters, or holds the originals of sharded ones, whose
-    memory must stay in its place. Originals are kept because subtracting the move again would not be exact.
+    ``direction`` is overwritten: its memory becomes the moved parameters, or holds the originals of sharded ones, which
+    must be changed in place. Originals are kept because subtracting the move again would not be exact.
     """
     exchange = _exchange_shards if is_sharded(params) else _exchange
     back = exchange(params, direction, scale)
-    torch.clear_autocast_cache()  # it holds casts of parameters, and does not notice that they changed
+    torch.clear_autocast_cache()  # it holds casts of parameters and does not detect that they changed
     try:
         yield
     finally:
@@ -131,7 +131,7 @@ def perturbed(params: Params, direction: Gradients, scale: float = 1.0) -> Gener
 
 
 def _exchange(params: Params, direction: Gradients, scale: float) -> Callable[[], None]:
-    """Put the moved parameters in the place of the originals; gives what undoes it."""
+    """Replace parameters by moved ones; return a function that puts the originals back."""
     origins = [p.data for p in params]
     for p, origin, d in zip(params, origins, direction, strict=True):
         d = d.to(origin.dtype)
@@ -145,7 +145,7 @@ def _exchange(params: Params, direction: Gradients, scale: float) -> Callable[[]
 
 
 def _exchange_shards(params: Params, direction: Gradients, scale: float) -> Callable[[], None]:
-    """The same in place, shard by shard."""
+    """Move sharded parameters in place; return a function that puts the originals back."""
     shards, kept = [local(p) for p in params], [local(d) for d in direction]
     for shard, d in zip(shards, kept, strict=True):
         new = torch.add(shard, d, alpha=scale)
@@ -161,11 +161,11 @@ def _exchange_shards(params: Params, direction: Gradients, scale: float) -> Call
 
 @contextmanager
 def full_precision(model: nn.Module) -> Generator[bool]:
-    """Float32 throughout: autocast off, and parameters of half precision as float32 copies; tells if that changed it.
+    """Compute in float32: autocast off, half-precision parameters as float32 copies. Yield True if that is a change.
 
-    Differences of gradients drown in the rounding of anything less.
+    Differences of gradients are smaller than the rounding errors of half precision.
     """
-    own = getattr(model, "full_precision", None)  # a sharded model's
+    own = getattr(model, "full_precision", None)  # sharded models have their own
     if own is not None:
         with own() as changed, exact_attention(model) if changed else nullcontext():
             yield changed
@@ -188,8 +188,8 @@ def full_precision(model: nn.Module) -> Generator[bool]:
 
 @contextmanager
 def exact_attention(model: nn.Module) -> Generator[None]:
-    """FlashAttention takes half precision alone: PyTorch's own meanwhile, or the plain one where scores are capped."""
-    config: Any = getattr(model, "config", None)  # of a Hugging Face model, which reads it in every pass
+    """Replace FlashAttention, which needs half precision, by PyTorch's attention, or ``eager`` for capped scores."""
+    config: Any = getattr(model, "config", None)  # a Hugging Face model reads it in every pass
     name = getattr(config, "_attn_implementation", None) or ""
     if "flash" not in name:
         yield
@@ -204,7 +204,7 @@ def exact_attention(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def grad_only_for(params: Params, among: Params) -> Generator[None]:
-    """Gradients for ``params`` alone, so that a backward computes no others ``among`` them."""
+    """Require gradients of ``params`` only, so that a backward computes no others ``among`` the parameters."""
     wanted = {id(p) for p in params}
     others = [p for p in among if id(p) not in wanted]
     for p in others:
@@ -218,7 +218,7 @@ def grad_only_for(params: Params, among: Params) -> Generator[None]:
 
 @contextmanager
 def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str, nn.Parameter]]:
-    """Dropout off, and gradients for the named parameters alone; everything is put back at the end.
+    """Turn off dropout and require gradients of the named parameters only; restore everything at the end.
 
     Raises:
         ValueError: the model has no parameter of that name.
@@ -235,10 +235,10 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
     exact = all(p.dtype == torch.float64 for p in wanted.values())
     try:
         model.eval()
-        for module, mode in modes:  # Hugging Face's checkpointed layers compute again in training mode only
-            # (a backward leaves KeepFloat64, so that they could not in float64)
+        for module, mode in modes:  # Hugging Face's layers use gradient checkpointing in training mode only
+            # (not in float64: the recomputation in a backward is outside of KeepFloat64)
             module.training = mode and bool(getattr(module, "gradient_checkpointing", False)) and not exact
-            for name, rate in _own_dropout(module) if module.training else ():  # what they drop by themselves
+            for name, rate in _own_dropout(module) if module.training else ():  # dropout that is no module
                 rates.append((module, name, rate))
                 setattr(module, name, 0.0)
         for p in every.values():
@@ -255,15 +255,15 @@ def deterministic(model: nn.Module, names: Sequence[str]) -> Generator[dict[str,
 
 
 def _own_dropout(module: nn.Module) -> list[tuple[str, float]]:
-    """Rates that a module passes to functional dropout, or skips whole layers by."""
+    """Return (attribute, rate) of a module's functional dropout and layer dropout."""
     return [(name, value) for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Casts to float32 give float64.
+    """Turn casts to float32 into casts to float64.
 
-    Hugging Face models compute their norms in float32 whatever their own type is. That rounding of 1e-7 would swamp the
-    finite differences, whose float64 steps are far smaller.
+    Hugging Face models compute their norms in float32 whatever their own type is. That rounding of 1e-7 is larger than
+    the differences that finite differences in float64 measure.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -275,13 +275,13 @@ class KeepFloat64(TorchFunctionMode):
 
 
 def add(to: Gradients, what: Gradients, scale: float = 1.0) -> None:
-    """``to += scale * what``."""
+    """Add ``scale * what`` to ``to`` in place."""
     if to:
         torch._foreach_add_(to, what, alpha=scale)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    """Euclidean norm of all tensors as one vector, over all ranks where they are shards."""
+    """Return the Euclidean norm of all tensors as one vector, over all ranks if they are shards."""
     if not tensors:
         return 0.0
     value = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(local(t)) for t in tensors]))

@@ -1,4 +1,4 @@
-"""Where a causal language model's hidden states become logits, so that logits can be had in pieces."""
+"""Split a causal language model into decoder and head, so that logits can be computed in chunks."""
 
 import inspect
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Head:
-    """A model taken apart: ``logits = output(decoder(...))``, then perhaps a soft cap (Gemma 2)."""
+    """Parts of a model: ``logits = output(decoder(...))``, with a soft cap on the logits in Gemma 2."""
 
     decoder: nn.Module
     output: nn.Module
@@ -18,25 +18,25 @@ class Head:
 
     @property
     def weight(self) -> Tensor | None:
-        """The output embedding [V, D] where the head is nothing but a product with it."""
+        """The output embedding [V, D] if the head is only a product with it, else None."""
         plain = type(self.output) is nn.Linear and self.output.bias is None and self.softcap is None
         hooked = self.output._forward_hooks or self.output._forward_pre_hooks
         return self.output.weight if plain and not hooked else None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D]."""
+        """Return logits [..., V] of hidden states [..., D]."""
         return _capped(self.output(hidden), self.softcap)
 
 
 KNOWN = "_spo_ray_head"
-"""A model's own attribute for what was found: (output embedding, head or None). It goes with the model."""
+"""Attribute of the model that caches (output embedding, head or None)."""
 
 
 def find_head(model: nn.Module, input_ids: Tensor) -> Head | None:
-    """Take a Hugging Face model apart; None where that can't be done, or would change its logits.
+    """Return the parts of a Hugging Face model, or None if they would not give its logits.
 
-    Some models scale hidden states or logits on their way. So the first time a model is seen, one forward pass over two
-    tokens shows whether its logits are the output embedding of its decoder's output.
+    Some models scale hidden states or logits. Therefore one forward pass over two tokens checks, when a model is first
+    used, that its logits are the output embedding applied to the decoder's output.
     """
     parts = (getattr(model, "get_decoder", None), getattr(model, "get_output_embeddings", None))
     decoder, output = (get() if callable(get) else None for get in parts)
@@ -52,7 +52,7 @@ def find_head(model: nn.Module, input_ids: Tensor) -> Head | None:
 
 @torch.no_grad()
 def _is_whole(model: nn.Module, head: Head, input_ids: Tensor) -> bool:
-    """Whether the model is its head after its decoder, to the bit."""
+    """Return True if the head applied to the decoder's output gives the model's logits bit for bit."""
     seen: dict[str, Any] = {}
     handles = [
         head.decoder.register_forward_hook(lambda module, args, out: seen.update(hidden=out[0])),
@@ -78,13 +78,13 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def base_of(model: Any) -> Any:
-    """The Hugging Face model in PEFT's wrapper, or the model itself where there is none."""
+    """Return the Hugging Face model inside PEFT's wrapper, or the model itself if it is not wrapped."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model
 
 
 def call(model: nn.Module, **inputs: Any) -> Any:
-    """Call a model with those of the inputs that it takes."""
+    """Call a model with the inputs that its signature accepts; leave out the others."""
     names = inspect.signature(base_of(model).forward).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in names.values())
     return model(**{key: value for key, value in inputs.items() if free or key in names})

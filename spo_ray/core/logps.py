@@ -1,4 +1,4 @@
-"""Sequence log-probabilities of completions, without ever holding the logits of a whole batch.
+"""Log-probabilities of completions, computed without holding the logits of a whole batch.
 
 Conventions, here and everywhere: ``labels`` repeats ``input_ids`` on the completion and is -100 elsewhere, batches are
 right-padded, and the log-probability of a completion is the sum over its tokens, the end-of-turn token included.
@@ -24,20 +24,20 @@ LOGITS_PER_CHUNK = 2**24
 def token_logps(
     model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of every completion token under a causal language model.
+    """Return the log-probability of every completion token under a causal language model.
 
     Logits are computed at completion tokens only, ``chunk_tokens`` at a time, from the decoder's hidden states and the
-    output embedding; for models that can't be taken apart (:func:`spo_ray.core.lm_head.find_head`) through
-    ``logits_to_keep``, or ``logits``.
+    output embedding. Models that can't be split (:func:`spo_ray.core.lm_head.find_head`) compute them at once, with
+    ``logits_to_keep`` if they support it.
 
     Args:
-        model: a causal language model; of models other than Hugging Face's an output with ``logits`` is enough.
+        model: a causal language model; models outside Hugging Face need an output with ``logits``.
         input_ids, labels, attention_mask: [B, T]; labels are -100 outside the completion.
-        chunk_tokens: None: 2**24 logits.
+        chunk_tokens: tokens in a chunk; None: as many as give 2**24 logits.
 
     Returns:
-        ``(logps, mask)``, both [B, S] with S the positions from the first completion token of the batch on. ``logps``
-        (nats) is float32, or float64 for a float64 model, and 0 where ``mask`` is False.
+        ``(logps, mask)``, both [B, S] with S positions from the batch's first completion token on. ``logps`` (nats) is
+        float32, or float64 for a float64 model, and 0 where ``mask`` is False.
 
     Raises:
         ValueError: a row without completion tokens, or whose first token belongs to the completion.
@@ -71,15 +71,15 @@ def token_logps(
 def completion_logps(
     model: nn.Module, input_ids: Tensor, labels: Tensor, attention_mask: Tensor, *, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Summed log-probability (nats) and token count of each completion, both [B]; see :func:`token_logps`."""
+    """Return log-probability (nats) and token count of each completion, both [B]; see :func:`token_logps`."""
     logps, mask = token_logps(model, input_ids, labels, attention_mask, chunk_tokens=chunk_tokens)
     return logps.sum(dim=1), mask.sum(dim=1)
 
 
 def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """``log softmax(head(hidden))`` at the targets: [N] from hidden states [N, D] and token ids [N].
+    """Return ``log softmax(head(hidden))`` at the targets: [N] from hidden states [N, D] and token ids [N].
 
-    Forward and backward hold the logits of one chunk.
+    Forward and backward hold the logits of one chunk at a time.
     """
     weight = head.weight
     vocabulary = len(weight) if weight is not None else getattr(head.output, "out_features", 2**17)
@@ -104,11 +104,11 @@ def _gathered(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """Log-probabilities through a plain output embedding.
+    """Log-probabilities through an output embedding without bias.
 
     With z = W h, e = exp(z - max z) and s = sum e, the gradient with respect to z is ``g * (onehot - e / s)``. The
-    factors g and 1 / s are per token, so they go onto the [N, D] side of both products of the backward, and no pass
-    over [N, V] is needed there. A single chunk keeps e for the backward; several compute it again.
+    factors g and 1 / s are per token, so the backward applies them to the [N, D] side of both its products and needs no
+    further pass over [N, V]. A single chunk keeps e for the backward; several chunks compute it again.
     """
 
     @staticmethod
@@ -142,9 +142,9 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _exponentials(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(e - s * onehot [N, V], s [N], log-probabilities [N])`` of a chunk.
+    """Return ``(e - s * onehot [N, V], s [N], log-probabilities [N])`` of a chunk.
 
-    The target's entry is reduced here, in full precision: for a token that the model is sure of, it is a small
+    s is subtracted here, in full precision: for a token that the model is sure of, the target's entry is a small
     difference of large numbers.
     """
     z = hidden @ weight.T

@@ -1,14 +1,12 @@
-"""Preference losses as free functions of sequence log-probabilities.
+"""Preference losses as functions ``loss(batch, *, parameters) -> (loss, metrics)`` of a :class:`PairLogps`.
 
-Every loss takes four tensors [B] first, in nats, summed over the completion: the policy's log-probability of the chosen
-and of the rejected response, then the reference model's; parameters follow by keyword, lengths (tokens, [B]) among
-them where the loss needs them. It returns ``(loss, metrics)``: the mean over pairs, and floats under TRL's names.
-In the equations u = log pi(y|x), r = u - log pi_ref(y|x), n = length in tokens, _w chosen, _l rejected.
-Rewards are beta * r, or what takes its place in the loss.
+The loss is the mean over pairs; metrics are floats under TRL's names. In the equations u = log pi(y|x),
+r = u - log pi_ref(y|x), n = length in tokens, _w chosen, _l rejected. Rewards are beta * r, or what takes its place in
+the loss.
 """
 
-import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -19,187 +17,147 @@ from torch import Tensor
 from spo_ray.core.running_statistics import AllReduce, RunningStatistics, single_rank
 
 Metrics = dict[str, float]
-Loss = Callable[..., tuple[Tensor, Metrics]]
 SftReduction = Literal["sum", "token_mean"]
 
 
-def dpo(
-    chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, *, beta: float
-) -> tuple[Tensor, Metrics]:
+@dataclass(frozen=True)
+class PairLogps:
+    """Logps of B pairs, summed over the completion (nats), and lengths of completions in tokens."""
+
+    chosen: Tensor
+    """Logps [B] of the chosen responses under the policy."""
+    rejected: Tensor
+    """Logps [B] of the rejected responses under the policy."""
+    ref_chosen: Tensor
+    """Logps [B] of the chosen responses under the reference model."""
+    ref_rejected: Tensor
+    """Logps [B] of the rejected responses under the reference model."""
+    chosen_lengths: Tensor
+    """Tokens [B] of the chosen responses."""
+    rejected_lengths: Tensor
+    """Tokens [B] of the rejected responses."""
+    mean_chosen_length: float
+    """Mean over the pairs of the whole batch and all ranks."""
+    all_reduce: AllReduce = single_rank
+    """Sums tensors in place over ranks, for losses with statistics of all pairs."""
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Log-ratios r_w and r_l [B] of policy and reference."""
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+    def rewards(self, beta: float) -> tuple[Tensor, Tensor]:
+        """Return ``beta * r_w`` and ``beta * r_l``, DPO's implicit rewards [B]."""
+        ratio_w, ratio_l = self.ratios
+        return beta * ratio_w, beta * ratio_l
+
+    def mean_rewards(self, beta: float) -> tuple[Tensor, Tensor]:
+        """Return ``beta * u_w / n_w`` and ``beta * u_l / n_l``, SimPO's rewards [B]."""
+        return beta * self.chosen / self.chosen_lengths, beta * self.rejected / self.rejected_lengths
+
+
+Loss = Callable[..., tuple[Tensor, Metrics]]
+"""A function of :class:`PairLogps` and of parameters by keyword."""
+
+
+def dpo(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
     """``-log sigma(beta * (r_w - r_l))``: equation (1); Rafailov et al., arXiv 2305.18290, equation 7."""
-    rewards_w = beta * (chosen_logps - ref_chosen_logps)
-    rewards_l = beta * (rejected_logps - ref_rejected_logps)
+    rewards_w, rewards_l = batch.rewards(beta)
     return -F.logsigmoid(rewards_w - rewards_l).mean(), reward_metrics(rewards_w, rewards_l)
 
 
-def cdpo(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.1,
-) -> tuple[Tensor, Metrics]:
+def cdpo(batch: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> tuple[Tensor, Metrics]:
     """``(1 - e) l(z) + e l(-z)`` with ``l = -log sigma``, ``z = beta (r_w - r_l)``: conservative DPO.
 
     For labels that are wrong with probability e; Mitchell, "A note on DPO with noisy preferences", 2023.
     """
-    rewards_w = beta * (chosen_logps - ref_chosen_logps)
-    rewards_l = beta * (rejected_logps - ref_rejected_logps)
+    rewards_w, rewards_l = batch.rewards(beta)
     z = rewards_w - rewards_l
     losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
     return losses.mean(), reward_metrics(rewards_w, rewards_l)
 
 
-def robust_dpo(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float = 0.1,
-) -> tuple[Tensor, Metrics]:
+def robust_dpo(batch: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> tuple[Tensor, Metrics]:
     """``((1 - e) l(z) - e l(-z)) / (1 - 2e)``: DPO's loss without bias under labels flipped with probability e < 1/2.
 
     Chowdhury et al., arXiv 2403.00409.
     """
-    rewards_w = beta * (chosen_logps - ref_chosen_logps)
-    rewards_l = beta * (rejected_logps - ref_rejected_logps)
+    rewards_w, rewards_l = batch.rewards(beta)
     z = rewards_w - rewards_l
     losses = label_smoothing * F.logsigmoid(-z) - (1 - label_smoothing) * F.logsigmoid(z)
     return losses.mean() / (1 - 2 * label_smoothing), reward_metrics(rewards_w, rewards_l)
 
 
-def ipo(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    ipo_reduction: Literal["mean", "sum"] = "mean",
-) -> tuple[Tensor, Metrics]:
+def ipo(batch: PairLogps, *, beta: float, ipo_reduction: Literal["mean", "sum"] = "mean") -> tuple[Tensor, Metrics]:
     """``(h - 1 / (2 beta))^2``, ``h = r_w / n_w - r_l / n_l`` (``mean``, as in TRL) or ``r_w - r_l`` (``sum``).
 
     Azar et al., arXiv 2310.12036, equation 17; beta is its tau.
     """
-    gain_w, gain_l = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
+    ratio_w, ratio_l = batch.ratios
     scaled = ipo_reduction == "mean"
-    h = gain_w / chosen_lengths - gain_l / rejected_lengths if scaled else gain_w - gain_l
-    return ((h - 1 / (2 * beta)) ** 2).mean(), reward_metrics(beta * gain_w, beta * gain_l)
+    h = ratio_w / batch.chosen_lengths - ratio_l / batch.rejected_lengths if scaled else ratio_w - ratio_l
+    return ((h - 1 / (2 * beta)) ** 2).mean(), reward_metrics(*batch.rewards(beta))
 
 
-def simpo(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    margin: float,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> tuple[Tensor, Metrics]:
+def simpo(batch: PairLogps, *, beta: float, margin: float) -> tuple[Tensor, Metrics]:
     """``-log sigma(beta * (u_w / n_w - u_l / n_l) - margin)``; Meng et al., arXiv 2405.14734.
 
     Reference-free. The margin is absolute: the paper's gamma, not its ratio gamma / beta.
     """
-    rewards_w, rewards_l = beta * chosen_logps / chosen_lengths, beta * rejected_logps / rejected_lengths
+    rewards_w, rewards_l = batch.mean_rewards(beta)
     return -F.logsigmoid(rewards_w - rewards_l - margin).mean(), reward_metrics(rewards_w, rewards_l)
 
 
 def alpha_dpo(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    margin: float,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    alpha: float = 0.5,
-    statistics: RunningStatistics | None = None,
-    all_reduce: AllReduce = single_rank,
+    batch: PairLogps, *, beta: float, margin: float, alpha: float = 0.5, statistics: RunningStatistics | None = None
 ) -> tuple[Tensor, Metrics]:
     """``-log sigma(z0 - stopgrad(margin + alpha * zscore(g)))``: a margin that adapts to every pair.
 
     ``z0 = beta * (u_w / n_w - u_l / n_l)`` and g the same without beta, less the reference's; Wu et al., arXiv
     2410.10148. The public trainer has alpha inside beta: alpha here is beta * alpha there. The z-score is over
-    ``statistics``, which take in every step's g before they are used (None: over this batch alone).
-    With :class:`spo_ray.core.running_statistics.ReferenceStatistics` it is the public trainer's loss, and NaN where
-    policy equals reference.
+    ``statistics``, which are updated with every step's g before they are used (None: over this batch alone).
     """
-    rewards_w, rewards_l = beta * chosen_logps / chosen_lengths, beta * rejected_logps / rejected_lengths
+    rewards_w, rewards_l = batch.mean_rewards(beta)
     with torch.no_grad():
-        gain_w, gain_l = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-        gap = gain_w / chosen_lengths - gain_l / rejected_lengths
+        ratio_w, ratio_l = batch.ratios
+        gap = ratio_w / batch.chosen_lengths - ratio_l / batch.rejected_lengths
         statistics = RunningStatistics() if statistics is None else statistics
-        statistics.update(gap, all_reduce)
+        statistics.update(gap, batch.all_reduce)
         target = margin + alpha * statistics.zscore(gap)
     metrics = reward_metrics(rewards_w, rewards_l) | {"alpha_dpo/margin": target.mean().item()}
     return -F.logsigmoid(rewards_w - rewards_l - target).mean(), metrics
 
 
-def dpop(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    penalty: float = 50.0,
-) -> tuple[Tensor, Metrics]:
+def dpop(batch: PairLogps, *, beta: float, penalty: float = 50.0) -> tuple[Tensor, Metrics]:
     """``-log sigma(beta * (r_w - r_l - penalty * max(0, -r_w)))``: DPO-Positive; Pal et al., arXiv 2402.13228."""
-    gain_w, gain_l = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-    losses = -F.logsigmoid(beta * (gain_w - gain_l - penalty * torch.relu(-gain_w)))
-    return losses.mean(), reward_metrics(beta * gain_w, beta * gain_l)
+    ratio_w, ratio_l = batch.ratios
+    losses = -F.logsigmoid(beta * (ratio_w - ratio_l - penalty * torch.relu(-ratio_w)))
+    return losses.mean(), reward_metrics(*batch.rewards(beta))
 
 
-def nll(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    mean_chosen_length: float,
-    sft_reduction: SftReduction = "sum",
-) -> tuple[Tensor, Metrics]:
+def nll(batch: PairLogps, *, sft_reduction: SftReduction = "sum") -> tuple[Tensor, Metrics]:
     """``L_SFT`` on the chosen responses alone: mean of -log pi(y_w|x) (equation 72), or per token."""
-    return sft_loss(chosen_logps, mean_chosen_length, sft_reduction), {}
+    return sft_loss(batch.chosen, batch.mean_chosen_length, sft_reduction), {}
 
 
 def dpo_nll(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    mean_chosen_length: float,
-    mu: float = 1.0,
-    sft_reduction: SftReduction = "sum",
+    batch: PairLogps, *, beta: float, mu: float = 1.0, sft_reduction: SftReduction = "sum"
 ) -> tuple[Tensor, Metrics]:
     """``L_DPO + mu * L_SFT`` on all parameters; Pang et al., arXiv 2404.19733, which takes L_SFT per token."""
-    loss, metrics = dpo(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta)
-    return loss + mu * sft_loss(chosen_logps, mean_chosen_length, sft_reduction), metrics
+    loss, metrics = dpo(batch, beta=beta)
+    return loss + mu * sft_loss(batch.chosen, batch.mean_chosen_length, sft_reduction), metrics
 
 
 def sft_loss(logps: Tensor, mean_length: float, reduction: SftReduction) -> Tensor:
-    """``L_SFT`` of completions: minus the mean of the summed log-probabilities (``sum``), or that per token.
+    """Return ``L_SFT``, minus the mean of the completions' logps (``sum``), or the same per token (``token_mean``).
 
-    ``token_mean`` is the total over the total number of tokens, for which the mean length of the whole batch is needed:
-    one rank of several knows its own completions only.
+    ``token_mean`` divides by the mean length over the whole batch, because one rank knows its own completions only.
     """
     return -logps.mean() if reduction == "sum" else -logps.mean() / mean_length
 
 
 def reward_metrics(rewards_chosen: Tensor, rewards_rejected: Tensor) -> Metrics:
-    """TRL's ``rewards/*`` metrics, means over pairs."""
+    """Return TRL's ``rewards/*`` metrics, means over pairs."""
     with torch.no_grad():
         margins = rewards_chosen - rewards_rejected
         return {
@@ -214,28 +172,28 @@ LOSSES: dict[str, Loss] = {
     loss.__name__: loss for loss in (dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, nll, dpo_nll)
 }
 """Losses by name. A new loss is a new function and its name here."""
+PARAMETERS = {"simpo": ("beta", "margin"), "alpha_dpo": ("beta", "margin"), "nll": ()}
+"""Which of beta and margin a loss of :data:`LOSSES` takes; all others take beta."""
 BATCHWISE = frozenset({alpha_dpo})
-"""Losses that are no means of losses of single pairs: they need the log-probabilities of a whole batch at once."""
+"""Losses of which a pair's value depends on the other pairs: they need the logps of the whole batch at once."""
 
 
-def bind(base: str | Callable[..., Any], **available: Any) -> Callable[..., Any]:
-    """Fix the parameters of a loss, given by name or as a callable, that occur in its signature.
-
-    What a ``functools.partial`` has fixed stays as it is.
+def bind(base: str | Callable[[PairLogps], Any], *, beta: float, margin: float = 0.0) -> Callable[[PairLogps], Any]:
+    """Return a base loss as a function of the batch: a callable as it is, a loss by name with its parameters.
 
     Raises:
         ValueError: an unknown name.
     """
-    if isinstance(base, str):
-        if base not in LOSSES:
-            raise ValueError(f"unknown base loss {base!r}; known: {', '.join(LOSSES)}")
-        base = LOSSES[base]
-    names = set(inspect.signature(base).parameters) - set(base.keywords if isinstance(base, partial) else ())
-    return partial(base, **{name: value for name, value in available.items() if name in names})
+    if callable(base):
+        return base
+    if base not in LOSSES:
+        raise ValueError(f"unknown base loss {base!r}; known: {', '.join(LOSSES)}")
+    values = {"beta": beta, "margin": margin}
+    return partial(LOSSES[base], **{name: values[name] for name in PARAMETERS.get(base, ("beta",))})
 
 
 def pairwise(base: Callable[..., Any]) -> bool:
-    """Whether a loss is known to be a mean over pairs, so that pairs may be taken one after another."""
+    """Return True if a loss is known to be a mean over pairs, so that pairs may be processed one after another."""
     while isinstance(base, partial):
         base = base.func
     return base in LOSSES.values() and base not in BATCHWISE

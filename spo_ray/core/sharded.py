@@ -1,9 +1,9 @@
-"""Parameters in shards over ranks (PyTorch's FSDP2): the little that a step must know about them.
+"""Helpers for parameters that are sharded over ranks by PyTorch's FSDP2.
 
-Sharded parameters and their gradients are DTensors. Backward passes sum gradients over the ranks by themselves, and
-every forward and backward is a collective: all ranks must make the same passes in the same order. A sharded model
-carries two things of its own: ``compute_dtype``, what its passes compute in, and ``full_precision()``, a context
-manager in which they compute in the parameters' own type.
+Sharded parameters and their gradients are DTensors. Every forward and backward is a collective: all ranks must make the
+same passes in the same order, and a backward sums the gradients over the ranks. A sharded model has two attributes
+more: ``compute_dtype``, the type of its passes, and ``full_precision()``, a context manager for passes in the
+parameters' own type.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,28 +18,28 @@ T = TypeVar("T")
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether some tensor is a shard."""
+    """Return True if at least one tensor is a shard."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that this rank holds, detached; it shares its memory."""
+    """Return the part that this rank holds, detached, in the same memory."""
     tensor = tensor.detach()
     with torch.no_grad():
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def total(value: Tensor, like: Iterable[Tensor]) -> Tensor:
-    """The sum over the ranks that hold shards of ``like`` of something computed from them; else the value itself."""
+    """Sum a value over the ranks that hold shards of ``like``; return it unchanged if there are no shards."""
     meshes = {tensor.device_mesh for tensor in like if isinstance(tensor, DTensor)}
     for mesh in meshes:
-        value = value.to(mesh.device_type, copy=True)  # offloaded shards are on the CPU, which NCCL does not serve
+        value = value.to(mesh.device_type, copy=True)  # offloaded shards are on the CPU, which NCCL does not support
         dist.all_reduce(value, group=mesh.get_group())
     return value
 
 
 def inside(model: nn.Module, function: Callable[[], T]) -> T:
-    """Call a function as if it were the model's forward, so that its hooks gather sharded parameters around it."""
+    """Call a function in place of the model's forward, so that the model's hooks gather its sharded parameters."""
     own = model.__dict__.get("forward")
     model.__dict__["forward"] = function
     try:

@@ -1,8 +1,8 @@
-"""Both completions of a pair after one copy of their prompt, in one forward pass.
+"""Log-probabilities of both completions of a pair in one forward pass with one copy of their prompt.
 
-A row is prompt, chosen completion, rejected completion; an attention mask hides the chosen completion from the rejected
-one, whose positions go on from the prompt. The prompt is computed once, and the whole pair takes a single backward, so
-that dense gradients (of the embedding above all) are formed once. Of use where no gradient of one side alone is needed.
+A row holds prompt, chosen and rejected completion. An attention mask hides the chosen completion from the rejected one,
+whose positions continue from the prompt. The prompt is computed once, and a pair takes one backward, so that dense
+gradients (above all of the embedding) are formed once. Usable where no gradient of one side alone is needed.
 """
 
 import torch
@@ -16,7 +16,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def can_share(model: nn.Module) -> bool:
-    """Whether a model takes the mask: PyTorch's attention, and no layer with a window or a mask of its own."""
+    """Return True if a model accepts the mask: PyTorch's attention, and no sliding window or ALiBi."""
     config = getattr(model, "config", None)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types")
@@ -25,7 +25,7 @@ def can_share(model: nn.Module) -> bool:
 
 
 def prompt_lengths(chosen: Rows, rejected: Rows) -> list[int] | None:
-    """Tokens that both sides of each pair begin with; None where their prompts differ."""
+    """Return the prompt length of each pair, or None if the prompts of the two sides differ."""
     lengths = []
     for ids_w, labels_w, ids_l, labels_l in zip(*chosen, *rejected, strict=True):
         start_w, start_l = (int((labels != IGNORE).int().argmax()) for labels in (labels_w, labels_l))
@@ -38,7 +38,7 @@ def prompt_lengths(chosen: Rows, rejected: Rows) -> list[int] | None:
 def pair_logps(
     model: nn.Module, head: Head, chosen: Rows, rejected: Rows, prompts: list[int], chunk_tokens: int | None
 ) -> Tensor:
-    """Log-probabilities [2B] of the chosen, then of the rejected completions; see :func:`completion_logps`."""
+    """Return log-probabilities [2B] of the chosen, then of the rejected completions."""
     device = chosen[0].device
     ends = [[_end(labels) for labels in side[1]] for side in (chosen, rejected)]
     width = max(w + r - p for p, w, r in zip(prompts, *ends, strict=True))
@@ -51,7 +51,7 @@ def pair_logps(
         ids[i, :end_w] = chosen[0][i, :end_w]
         ids[i, end_w:end] = rejected[0][i, prompt:end_l]
         positions[i, end_w:end] = torch.arange(prompt, end_l, device=device)
-        positions[i, end:] = 0  # padding may be beyond the positions that a model has
+        positions[i, end:] = 0  # the position of padding may be above the largest that the model has
         mask[i, 0, end_w:, prompt:end_w] = False
         steps = torch.arange(width, device=device)
         sources[0].append(i * width + steps[prompt - 1 : end_w - 1])
@@ -65,5 +65,5 @@ def pair_logps(
 
 
 def _end(labels: Tensor) -> int:
-    """Position after the last completion token."""
+    """Return the position after the last completion token."""
     return int((labels != IGNORE).nonzero()[-1]) + 1

@@ -8,12 +8,12 @@ One call gives the gradient of the bilevel objective ``F = L_pref + lambda * (L_
 
 ``theta_hat`` is theta after K steps of size eta on L_SFT (equation 11), and ``R = max(0, ||g_w|| - ||g_l||)``
 (equation 77) with ``g = grad log pi(y|x)``. With lambda = gamma = K = 0 a step is the base loss alone, so every
-preference method trains through this one function.
+preference method is trained by this function.
 
-Cost, with a forward of one sequence as the unit and a backward as two: a pair's base loss takes 6. The backward of y_w
-also gives (d), the way to theta_hat for K = 1 and the norms in R; (b) takes 2 more (no gradients for theta), every
-further inner step 3, and the gradient of R 6, where the hinge is active. Gradients are means over the pairs of the
-batch, summed over data-parallel ranks by ``all_reduce``.
+Cost in units of a forward of one sequence, with a backward as two: a pair's base loss takes 6. The backward of y_w also
+gives (d), the move to theta_hat for K = 1 and the norms in R. (b) takes 2 more (no gradients of theta), every further
+inner step 3, and the gradient of R 6, only if the hinge is active. Gradients are means over the pairs of the batch,
+summed over data-parallel ranks by ``all_reduce``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +32,12 @@ from spo_ray.core.running_statistics import AllReduce, single_rank
 
 INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 5e-5}
 CENTRAL_INNER_STEP = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-4, torch.float16: 1e-4}
-"""Relative move ||d|| / ||theta|| of term (b)'s rescaled difference: eta itself moves theta by less than rounding."""
+"""Relative step ||d|| / ||theta|| of term (b)'s rescaled difference; eta itself moves theta by less than rounding."""
 HESSIAN_STEP = {torch.float64: 1e-9, torch.float32: 3e-6}
 CENTRAL_HESSIAN_STEP = {torch.float64: 1e-7, torch.float32: 3e-5}
-"""Relative move of the finite-difference Hessian-vector products in grad R, which are never taken in less precision.
+"""Relative step of the finite-difference Hessian-vector products in grad R, which need at least float32.
 
-Their error on test models of float64, forward and central: 6e-7 and 2e-9; of float32: 0.7% and 0.04%.
+Their error on test models, forward and central: 6e-7 and 2e-9 in float64; 0.7% and 0.04% in float32.
 """
 
 
@@ -67,41 +67,40 @@ def spo_gradients(
     side_gradients: dict[str, Gradients] | None = None,
     all_reduce: AllReduce = single_rank,
 ) -> tuple[dict[str, Tensor], Metrics]:
-    """Gradient of SPO's objective on one batch of pairs; docs/mathematics.md discusses the choices.
+    """Compute the gradient of SPO's objective on one batch of pairs; docs/mathematics.md discusses the options.
 
     Args:
         model: a Hugging Face causal language model, with or without PEFT adapters.
         batch: ``{chosen,rejected}_{input_ids,labels,attention_mask}`` [B, T] and ``ref_{chosen,rejected}_logps`` [B].
-            ``valid`` [B] is optional: False for rows that count for nothing, so that all ranks have as many rows.
+            ``valid`` [B] is optional: False for padding rows, which give all ranks as many rows and count for nothing.
         backbone, adapters: names of theta's and phi's parameters.
-        base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of the four log-probability tensors
-            (policy chosen, policy rejected, reference chosen, reference rejected) that returns the mean loss or
-            ``(loss, metrics)``. ``beta``, ``margin``, ``chosen_lengths``, ``rejected_lengths``, ``mean_chosen_length``
-            (over all ranks) and ``all_reduce`` are passed by keyword where its signature has them.
-        beta, margin: the base loss's inverse temperature, and its margin if it has one.
+        base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of
+            :class:`spo_ray.core.losses.PairLogps` that returns the mean loss, losses [B] or ``(loss, metrics)``; fix
+            further parameters with ``functools.partial``.
+        beta, margin: inverse temperature and margin of a base loss given by name; a callable ignores them.
         lambda_sft, gamma: weights of the value-function penalty and of R.
-        inner_steps, eta: K and the step size of the lower level; K = 0 means theta_hat = theta, without (b).
+        inner_steps, eta: K and the step size of the lower level; K = 0 drops (b).
         sft_reduction: L_SFT as the mean of sequence sums (equation 72), or per completion token of the batch.
         norm_scope, norm_of: the parameters whose gradient norms make R, of summed or of mean log-probabilities.
         hinge: R on the gradient of the batch-mean log-probability, or the mean of every pair's own R.
-        inner_mode: (b) over a longer step along theta_hat - theta, scaled back (first-order equal, and out of
-            rounding's reach), or literally at theta_hat.
-        full_precision_inner: the rescaled (b) in float32, whatever the model computes in: 4 units, slow ones, instead
-            of 2 under autocast. Without, its direction is rough there (cosine 0.75 to 0.94 with the truth).
+        inner_mode: (b) over a longer step along theta_hat - theta, scaled back (equal to first order, and larger than
+            rounding errors), or literally at theta_hat.
+        full_precision_inner: compute the rescaled (b) in float32: under autocast 4 slow units instead of 2. Without it
+            the direction is inexact there (cosine 0.75 to 0.94 with the exact one).
         difference: forward or central differences, in grad R (6 or 12 units) and in the rescaled (b) (2 or 4).
-        pairs_per_backward: with one, (d) and the norms cost nothing; several keep hardware busy that one short
-            sequence does not. None: by the tokens of the batch. Sharded parameters (:mod:`spo_ray.core.sharded`) need
-            it, and as many rows on every rank.
+        pairs_per_backward: with 1, (d) and the norms cost nothing; more use the hardware better if sequences are short.
+            None: by the tokens of the batch. Required with sharded parameters (:mod:`spo_ray.core.sharded`), which also
+            need equal numbers of rows on all ranks.
         chunk_tokens: see :func:`spo_ray.core.logps.token_logps`.
-        share_prompt: a pair's prompt once for both sides (:mod:`spo_ray.core.shared_prompt`), where the base loss
-            stands alone: without L_SFT, R and ``side_gradients``. None: on a CPU, where it was measured faster.
-        side_gradients: filled with the gradients of the batch-mean log-probabilities, ``chosen`` and ``rejected``;
-            the metrics then have Theorem 1's terms, ``dynamics/*``.
+        share_prompt: compute a pair's prompt once for both sides (:mod:`spo_ray.core.shared_prompt`), if there is only
+            the base loss, without L_SFT, R and ``side_gradients``. None: on a CPU, where it was measured faster.
+        side_gradients: a dict that receives the gradients of the batch-mean log-probabilities, ``chosen`` and
+            ``rejected``; the metrics then include Theorem 1's terms, ``dynamics/*``.
         all_reduce: sums tensors in place over the ranks of a data-parallel group.
 
     Returns:
-        ``(grads, metrics)``: the gradient of F for every listed parameter by name, and floats; ``logps/*`` and
-        ``rewards/*`` are means over this rank's pairs, ``spo/*`` and ``dynamics/*`` belong to the whole batch.
+        ``(grads, metrics)``: the gradient of F for every listed parameter by name, and metrics; ``logps/*`` and
+        ``rewards/*`` are means over this rank's pairs, ``spo/*`` and ``dynamics/*`` are of the whole batch.
 
     Raises:
         ValueError: an unknown base, option or parameter name, a negative ``inner_steps``, an empty completion, or
@@ -118,7 +117,7 @@ def spo_gradients(
         steps, literal = inner_steps if adapters else 0, inner_mode == "literal"
         lower = _LowerLevel(passes, n, sft, lambda_sft, steps, eta, literal, central, full_precision_inner)
         regularizer = _Hinge(passes, gamma, hinge, scope, norm_of == "mean", central)
-        base_loss = bind(base, beta=beta, margin=margin, all_reduce=all_reduce)
+        base_loss = bind(base, beta=beta, margin=margin)
         total, metrics = _objective(passes, base_loss, lower, regularizer, side_gradients)
         return dict(zip(named, total, strict=True)), metrics
 
@@ -130,7 +129,7 @@ def _objective(
     regularizer: "_Hinge",
     side_gradients: dict[str, Gradients] | None,
 ) -> tuple[Gradients, Metrics]:
-    """The gradient of F: (a), (c) and all that the pairs' passes give on the way, then (e), (d), (b)."""
+    """Return the gradient of F: (a), (c) and all that the pairs' passes give besides, then (e), (d), (b)."""
     whole, n = regularizer.gamma > 0 and regularizer.hinge == "batch", lower.n_backbone
     plain = passes.mean_weights()
     norms = regularizer.weights() if whole else plain if side_gradients is not None else None
@@ -157,12 +156,12 @@ def _objective(
 
 @dataclass(frozen=True)
 class _LowerLevel:
-    """K gradient steps of theta on L_SFT, for term (b)."""
+    """Lower level: K gradient steps of theta on L_SFT, for term (b)."""
 
     passes: BatchGradients
     n_backbone: int
     weights: Tensor | None
-    """L_SFT as weights [B] of log pi(y_w); None where lambda is 0."""
+    """Weights [B] of log pi(y_w) that give L_SFT; None if lambda is 0."""
     lambda_sft: float
     steps: int
     eta: float
@@ -171,19 +170,19 @@ class _LowerLevel:
     precise: bool
 
     def add_value_term(self, total: Gradients, sft: Gradients) -> Metrics:
-        """Add (b) to phi's part of ``total``. Uses up theta's part of ``sft``, the gradient of L_SFT."""
+        """Add (b) to phi's part of ``total``; overwrite theta's part of ``sft``, the gradient of L_SFT."""
         assert self.weights is not None
         theta, phi = self.passes.params[: self.n_backbone], self.passes.params[self.n_backbone :]
         here, gap = sft[self.n_backbone :], self.eta * norm(sft[: self.n_backbone]) ** 2
-        way = [g.mul_(-self.eta) for g in sft[: self.n_backbone]]
+        direction = [g.mul_(-self.eta) for g in sft[: self.n_backbone]]
         for _ in range(self.steps - 1):
-            with perturbed(theta, [d.clone() for d in way]):
+            with perturbed(theta, [d.clone() for d in direction]):
                 grad = self.passes.gradient(self.passes.chosen, self.weights, theta)
             gap += self.eta * norm(grad) ** 2
-            # The way is summed up apart from theta, in which small steps drown in rounding.
-            add(way, grad, -self.eta)
+            # Summed up apart from theta, because theta + a small step would be rounded.
+            add(direction, grad, -self.eta)
         metrics = {"spo/inner_gap": gap, "spo/term_a_norm": norm(total[self.n_backbone :])}
-        length = norm(way)
+        length = norm(direction)
         if not length:
             return metrics | {"spo/inner_scale": 1.0, "spo/term_b_norm": 0.0, "spo/term_b_snr": 0.0}
         central, chosen = self.central and not self.literal, self.passes.chosen
@@ -193,11 +192,11 @@ class _LowerLevel:
             wanted = (CENTRAL_INNER_STEP if central else INNER_STEP)[dtype] * norm(theta)
             scale = 1.0 if self.literal else max(1.0, wanted / length)
             if central:
-                with perturbed(theta, [d.clone() for d in way], -scale):
+                with perturbed(theta, [d.clone() for d in direction], -scale):
                     here = self.passes.gradient(chosen, self.weights, phi)
             elif changed:
                 here = self.passes.gradient(chosen, self.weights, phi)
-            with perturbed(theta, way, scale):
+            with perturbed(theta, direction, scale):
                 there = self.passes.gradient(chosen, self.weights, phi)
         width = 2 * scale if central else scale
         term = [(a - b) * (self.lambda_sft / width) for a, b in zip(here, there, strict=True)]
@@ -212,7 +211,7 @@ class _LowerLevel:
 
 @dataclass(frozen=True)
 class _Hinge:
-    """R by differences of gradients: grad R is ``1[||g_w|| > ||g_l||] * (H_w u_w - H_l u_l)``, ``u = g / ||g||``."""
+    """R by finite differences: grad R is ``1[||g_w|| > ||g_l||] * (H_w u_w - H_l u_l)``, ``u = g / ||g||``."""
 
     passes: BatchGradients
     gamma: float
@@ -222,17 +221,17 @@ class _Hinge:
     central: bool
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """The batch-mean log-probability (or mean per token) as weights [B] of both sides."""
+        """Return weights [B] of both sides for the batch mean of log-probabilities, or of their means per token."""
         sides = (self.passes.chosen, self.passes.rejected)
         chosen, rejected = (self.of_tokens(side.lengths) / self.passes.pairs for side in sides)
         return chosen, rejected
 
     def of_tokens(self, lengths: Tensor) -> Tensor:
-        """Weight [B] of a sequence's log-probability in its norm."""
+        """Return weights [B] of the sequences' log-probabilities in their norms."""
         return 1.0 / lengths.double() if self.mean else torch.ones_like(lengths, dtype=torch.float64)
 
     def add_to(self, total: Gradients, sums: Sums) -> Metrics:
-        """R on the gradients of batch means."""
+        """Add the gradient of R on batch means to ``total``."""
         passes, weights = self.passes, self.weights()
         sides = (passes.chosen, passes.rejected)
         with full_precision(passes.model) as changed:
@@ -246,15 +245,15 @@ class _Hinge:
         return metrics
 
     def of_pair(self, sides: tuple[Side, Side], grads: tuple[Gradients, Gradients], tally: Tally) -> Gradients:
-        """A pair's share of the mean of R over pairs, from the gradients of its two log-probabilities."""
+        """Return a pair's share of the gradient of the mean of R, from the gradients of its two log-probabilities."""
         passes, weights = self.passes, tuple(self.of_tokens(side.lengths) for side in sides)
         with full_precision(passes.model) as changed:
             for side, weight, grad in zip(sides, weights, grads, strict=True):
                 if changed:
-                    grad[:] = passes.gradient_here(side, weight)
+                    grad[:] = passes.local_gradient(side, weight)
                 else:
                     torch._foreach_mul_(grad, weight.item())
-            grad, metrics = self.gradient(sides, weights, grads, passes.gradient_here)
+            grad, metrics = self.gradient(sides, weights, grads, passes.local_gradient)
         tally.add(metrics, 1)
         return [g.mul_(self.gamma / passes.pairs) for g in grad]
 
@@ -265,7 +264,7 @@ class _Hinge:
         grads: tuple[Gradients, ...],
         compute: Callable[[Side, Tensor], Gradients],
     ) -> tuple[Gradients, Metrics]:
-        """The gradient of R (empty where the hinge is inactive), from the gradients of both sides."""
+        """Return the gradient of R from the gradients of both sides; empty if the hinge is inactive."""
         norms = [norm(grad[self.scope]) for grad in grads]
         excess = max(0.0, norms[0] - norms[1])
         metrics = {"spo/R": excess, "spo/hinge_active": float(excess > 0)}
@@ -279,13 +278,13 @@ class _Hinge:
         for side, weight, grad, size, sign in zip(sides, weights, grads, norms, (1.0, -1.0), strict=True):
             if not size:
                 continue
-            way = grad[self.scope]
-            with perturbed(moving, [d.clone() for d in way], length / size):
+            direction = grad[self.scope]
+            with perturbed(moving, [d.clone() for d in direction], length / size):
                 ahead = compute(side, weight)
             behind, width = grad, length
             if self.central:
                 width = 2 * length
-                with perturbed(moving, [d.clone() for d in way], -length / size):
+                with perturbed(moving, [d.clone() for d in direction], -length / size):
                     behind = compute(side, weight)
             add(total, ahead, sign / width)
             add(total, behind, -sign / width)
@@ -293,7 +292,7 @@ class _Hinge:
 
 
 def _compute_dtype(passes: BatchGradients) -> torch.dtype:
-    """The type that forward passes compute in: autocast's, or the parameters' own."""
+    """Return the type of forward passes: autocast's, or the parameters' own."""
     device, own = passes.device.type, getattr(passes.model, "compute_dtype", None)
     if own is not None:
         return own

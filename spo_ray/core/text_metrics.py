@@ -1,30 +1,30 @@
-"""Signs of degenerate text: what a collapsing policy writes."""
+"""Measures of degenerate text, as a collapsing policy writes it."""
 
 import re
 from collections.abc import Hashable, Sequence
 
 LONGEST_PERIOD = 32
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 
 
-def words(text: str) -> list[str]:
-    """Words, numbers and punctuation marks, whatever the tokenizer."""
-    return _WORD.findall(text)
+def words_and_marks(text: str) -> list[str]:
+    """Split text into words, numbers and punctuation marks, which collapsed text repeats too."""
+    return _WORD_OR_MARK.findall(text)
 
 
 def repetition(tokens: Sequence[Hashable], n: int = 4) -> float:
-    """Share of n-grams that were there before in the same text (seq-rep-n; Welleck et al., arXiv 1908.04319).
+    """Return the share of n-grams that occur earlier in the text (seq-rep-n; Welleck et al., arXiv 1908.04319).
 
-    0 where there are fewer than two n-grams.
+    0 if there are fewer than two n-grams.
     """
     grams = _ngrams(tokens, n)
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def longest_run(tokens: Sequence[Hashable], longest_period: int = LONGEST_PERIOD) -> int:
-    """Tokens in the longest stretch that repeats a block of at most ``longest_period`` tokens at once.
+    """Return the length of the longest stretch that repeats a block of at most ``longest_period`` tokens.
 
-    ``a b a b a b`` has 6, a text without a repeated neighbour 0.
+    ``a b a b a b`` has 6, a text in which no block follows itself 0.
     """
     best = 0
     for period in range(1, min(longest_period, len(tokens) // 2) + 1):
@@ -37,7 +37,7 @@ def longest_run(tokens: Sequence[Hashable], longest_period: int = LONGEST_PERIOD
 
 
 def distinct(texts: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Different n-grams over all n-grams of many texts (distinct-n; Li et al., arXiv 1510.03055); 0 without any."""
+    """Return distinct over all n-grams of many texts (distinct-n; Li et al., arXiv 1510.03055); 0 without any."""
     grams = [gram for text in texts for gram in _ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 

@@ -1,6 +1,7 @@
 """Builds preference pairs from SFT responses and a policy's own wrong samples; appendix B of the paper."""
 
 import math
+import os
 import random
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
@@ -63,9 +64,8 @@ def wrong_against_sft(
 
 
 def common_prefix(one: str, other: str) -> int:
-    """How many characters two texts have in common at their start."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    """Return the number of characters that two texts have in common at their start."""
+    return len(os.path.commonprefix([one, other]))  # noqa: RUF071 (characters are meant, no path's parts)
 
 
 Key = Callable[[str, Sample, random.Random], float]

@@ -1,4 +1,4 @@
-"""Sampling models: Ray Data over a pool of engines, or over requests to an endpoint."""
+"""Sampling from models: Ray Data over a pool of engines, or over requests to an endpoint."""
 
 import hashlib
 import os
@@ -10,37 +10,40 @@ from typing import Any, NamedTuple
 from spo_ray.config.data import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Generations, choose_engine
+from spo_ray.model.completion import Generations, Skipped, choose_engine
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
 from spo_ray.runtime.cluster import engine_gpus, engine_work
 from spo_ray.runtime.map_rows import Mapped, Mapper, Pool, Row, map_shards
 from spo_ray.runtime.run import Run, Stage, times
 
-Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | str]]
-"""(prompt, seed) of some questions to their answers, or to the reason why there are none."""
+Answerer = Callable[[Sequence[tuple[str, int]]], Sequence[Generations | Skipped]]
+"""Returns the answers to each (prompt, seed)."""
 
 
 class SamplingJob(NamedTuple):
-    """What is sampled, and how."""
+    """Model, engine and settings of a sampling stage."""
 
     model: Artifact
     engine: EngineConfig | EndpointConfig
     sampling: SamplingConfig
     chat_template: str | None = None
     enough: int | None = None
-    """Questions with so many responses are passed on without samples."""
+    """Number of responses with which a question is passed on without samples; None: all questions are sampled."""
     settings: str = "engine.replicas, engine.cpus"
     """Settings to lower where the cluster is too small."""
 
     @classmethod
     def policy(cls, config: Config, model: Artifact) -> "SamplingJob":
-        """The base model, or a checkpoint that was trained from it."""
+        """Return the job for the base model, or a checkpoint that was trained from it."""
         return cls(model, config.engine, config.sampling, config.model.chat_template)
 
     @classmethod
     def teacher(cls, config: Config, teacher: TeacherModel) -> "SamplingJob":
-        """A model that answers what the policy can't; a hub id or an endpoint's name stands for itself."""
+        """Return the job for a teacher, which answers questions that the policy fails.
+
+        The artifact of a hub id or of an endpoint's model is its name.
+        """
         served = isinstance(teacher.engine, EndpointConfig)
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
         enough = config.sft_data.responses_per_question
@@ -49,7 +52,7 @@ class SamplingJob(NamedTuple):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What samples depend on, besides the model and the questions."""
+        """Settings that samples depend on, besides the model and the questions."""
         if isinstance(self.engine, EndpointConfig):
             engine: dict[str, Any] = {"engine": "endpoint", "url": self.engine.url}
         else:
@@ -83,7 +86,11 @@ def sample(run: Run, name: str, source: SamplingJob, questions: Artifact) -> Art
 
 
 def _count_refusals(name: str, out: Path, counts: RowCounts) -> None:
-    """Count what a teacher was asked for in vain; if that is all, the next try must ask again."""
+    """Count the questions that a teacher refused.
+
+    Raises:
+        UserError: it refused all; the parts are deleted, so that the next run asks again.
+    """
     made = Artifact(out, "")
     asked = sum(seed is not None for seed in made.column("seed"))
     reasons = [reason for reason in made.column("refused") if reason]
@@ -95,7 +102,7 @@ def _count_refusals(name: str, out: Path, counts: RowCounts) -> None:
 
 
 def row_seed(*parts: object) -> int:
-    """A 31-bit seed from anything printable."""
+    """Return a 31-bit seed that depends on the printed form of the parts."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
 
 
@@ -126,7 +133,7 @@ def _connect(key: str | None, source: SamplingJob, seed: str) -> Mapper:
 
 
 class _Sampler:
-    """A mapper from questions to questions with samples, whatever answers them."""
+    """Mapper from questions to questions with samples."""
 
     def __init__(self, answer: Answerer, source: SamplingJob, seed: str) -> None:
         self.answer, self.source, self.seed = answer, source, seed
@@ -144,14 +151,14 @@ class _Sampler:
         rejected: list[schema.Rejected] = []
         for row, seed in zip(carried, seeds, strict=True):
             found = next(answers) if seed is not None else Generations([], [])
-            refused = found if isinstance(found, str) and enough is not None else None
-            if refused:  # other teachers may know
-                found = Generations([], [])
-            if isinstance(found, str):
-                rejected.append({"id": row["id"], "reason": found, "excerpt": row["prompt"][:200]})
-            else:
-                made = {"seed": seed, "prompt_ids": found.prompt_ids, "refused": refused}
-                kept.append(row | made | _columns(found))
+            if isinstance(found, Skipped) and enough is None:
+                rejected.append({"id": row["id"], "reason": found.reason, "excerpt": row["prompt"][:200]})
+                continue
+            refused = None
+            if isinstance(found, Skipped):  # another teacher may answer the question
+                found, refused = Generations([], []), found.reason
+            made = {"seed": seed, "prompt_ids": found.prompt_ids, "refused": refused}
+            kept.append(row | made | _columns(found))
         return kept, rejected
 
 

@@ -62,7 +62,7 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
         settings["verifier"] = verifier_identity(verifier_of(data))
     if other:
         settings["contamination_words"], sources["against"] = words, other
-    rows, drawn = _bounds(data, split) if run.mode == "plan" else (None, None)
+    rows, drawn = _bounds(data, split, run.config.seed) if run.mode == "plan" else (None, None)
     work = Work(rows, drawn, note="rows for training" if split == "train" else "rows for evaluation")
     return run.execute(Stage(f"data_{split}", build, settings, sources, work))
 
@@ -192,7 +192,7 @@ def _draw(data: Any, split: Split, seed: int, rows: list[Any]) -> list[Any]:
     return rows if limit is None or limit >= len(rows) else random.Random(seed).sample(rows, limit)
 
 
-def _bounds(data: Any, split: Split) -> tuple[int | None, int | None]:
+def _bounds(data: Any, split: Split, seed: int) -> tuple[int | None, int | None]:
     """Return upper bounds of the rows that are read and drawn; None if only a dataset on the hub can tell."""
     limit = _limit(data, split)
     if not isinstance(data, FileData):
@@ -200,5 +200,6 @@ def _bounds(data: Any, split: Split) -> tuple[int | None, int | None]:
     if on_hub(data.path):
         return None, limit
     there = sum(1 for _ in raw_rows(data, _file_split(data, split)))
-    left = there - data.test_pairs if _held_out_of_train(data) and split == "train" else there
-    return there, left if limit is None else min(limit, left)
+    if _held_out_of_train(data):  # whole prompts are held out: only reading the pairs tells how many they have
+        return there, len(_draw(data, split, seed, _preference(data, split, seed, RowCounts())))
+    return there, there if limit is None else min(limit, there)

@@ -1,5 +1,6 @@
-"""Suite ``accuracy``: answers to held-out questions, graded."""
+"""Suite ``accuracy``: grades answers to held-out questions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,63 +10,60 @@ from spo_ray.data.verifiers import Grade, load_verifier, verifier_identity, veri
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, mean_std, wilson
 from spo_ray.evaluate.suite import Metric, Suite, SuiteContext
+from spo_ray.model.completion import Skipped
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.run import Stage, times
 
 WRONG = Grade(None, correct=False, strict=False)
-"""What a question that the engine cannot take counts as."""
+"""Grade of a question that the engine could not answer."""
 
 
-def measure(bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
     """Answer every question greedily and once per seed, and grade the answers (:class:`schema.EvalRow`)."""
-    config = bench.run.config
+    config = context.run.config
     settings = config.eval.model_dump(include={"seeds", "temperature", "max_tokens", "batch_size"})
     verifier = verifier_of(config.data)
 
     def build(out: Any, row_counts: RowCounts) -> None:
-        table = bench.data.rows()
+        table, grade = context.data.rows(), load_verifier(verifier).grade
         passes = [Pass(None, 0.0), *(Pass(seed, config.eval.temperature) for seed in config.eval.seeds)]
-        asked = [(row["id"], row["prompt"]) for row in table]
-        limits = (config.eval.max_tokens, config.eval.batch_size)
-        row_counts.facts |= bench.provenance(checkpoint, settings)
-        found = bench.call("answer", str(checkpoint.path), asked, passes, *limits)
-        grade = load_verifier(verifier).grade
+        row_counts.facts |= context.provenance(checkpoint, settings)
         answers: list[Row] = []
-        for (seed, _), texts in zip(passes, found, strict=True):
-            for row, text in zip(table, texts, strict=True):
-                lacks = isinstance(text, str)
-                response = f"[{text}]" if lacks else text.completions[0].text
-                graded = WRONG if lacks else grade(response, row["gold"])
-                key = {"id": row["id"], "method": name, "seed": seed, "response": response}
-                answers.append(key | graded._asdict())
+        unanswered: Counter[str] = Counter()
+        for seed, row, answer in context.answer(checkpoint, table, passes, config.eval.max_tokens):
+            if isinstance(answer, Skipped):
+                response, graded = f"[{answer.reason}]", WRONG
+                unanswered[answer.reason] += 1
+            else:
+                response = answer.completions[0].text
+                graded = grade(response, row["gold"])
+            key = {"id": row["id"], "method": name, "seed": seed, "response": response}
+            answers.append(key | graded._asdict())
         row_counts.read, row_counts.kept = len(table), len(answers)
-        reasons = [text for texts in found for text in texts if isinstance(text, str)]
-        row_counts.facts["unanswered_counted_wrong"] = {
-            reason: reasons.count(reason) for reason in sorted(set(reasons))
-        }
+        row_counts.facts["unanswered_counted_wrong"] = dict(sorted(unanswered.items()))
         write_rows(out / "part-0.parquet", answers, schema.EvalRow)
 
-    identity = {**bench.identity, **settings, "verifier": verifier_identity(verifier)}
-    inputs = {"model": checkpoint, "questions": bench.data}
-    bound, each = bench.data.max_rows, 1 + len(config.eval.seeds)
+    identity = {**context.identity, **settings, "verifier": verifier_identity(verifier)}
+    inputs = {"model": checkpoint, "questions": context.data}
+    bound, each = context.data.max_rows, 1 + len(config.eval.seeds)
     note = f"answers, greedy and with {len(config.eval.seeds)} seeds"
     tokens = times(bound, each * config.eval.max_tokens)
-    work = bench.work(note, rows=bound, out=times(bound, each), tokens=tokens)
-    return bench.run.execute(Stage(f"eval_{name}", build, identity, inputs, work))
+    work = context.work(note, rows=bound, out=times(bound, each), tokens=tokens)
+    return context.run.execute(Stage(f"eval_{name}", build, identity, inputs, work))
 
 
 def by_seed(answers: list[Row]) -> dict[int | None, dict[str, bool]]:
-    """Whether each question was answered correctly, by seed."""
-    found: dict[int | None, dict[str, bool]] = {}
+    """Return correctness by seed (None: greedy) and question."""
+    graded: dict[int | None, dict[str, bool]] = {}
     for row in answers:
-        found.setdefault(row["seed"], {})[row["id"]] = row["correct"]
-    return found
+        graded.setdefault(row["seed"], {})[row["id"]] = row["correct"]
+    return graded
 
 
 def by_item(answers: list[Row]) -> dict[str, dict[str, float]]:
-    """What a paired comparison looks at, by metric and question: the greedy answer, and the mean over seeds."""
+    """Return values by metric and question for paired comparisons: the greedy answer's, and the mean over seeds."""
     graded = by_seed(answers)
     greedy, seeds = graded.pop(None), list(graded.values())
     means = {i: sum(seed[i] for seed in seeds) / len(seeds) for i in seeds[0]}
@@ -73,53 +71,50 @@ def by_item(answers: list[Row]) -> dict[str, dict[str, float]]:
 
 
 def accuracies(answers: list[Row]) -> dict[str, Any]:
-    """``accuracy_greedy`` (Wilson interval), ``accuracy_sampled`` (mean and standard deviation over seeds), and
-    ``pass@k`` for k a power of two, and for all seeds together.
+    """Return ``accuracy_greedy`` (Wilson interval), ``accuracy_sampled`` (mean and standard deviation over seeds), and
+    ``pass@k`` for each k that is a power of two or the number of seeds.
 
-    Equal values have no interval, unless they are all 0 or all 1. ``strict`` counts only answers in the form that was
-    asked for.
+    Equal values have no interval, unless they are all 0 or all 1. ``strict`` counts only answers in the required form.
     """
     graded = by_seed(answers)
     greedy = list(graded.pop(None).values())
     strict = [row["strict"] for row in answers if row["seed"] is None]
     low, high = wilson(sum(greedy), len(greedy))
     seeds = sorted(graded, key=str)
+    n = len(seeds)
     mean, std = mean_std([sum(graded[seed].values()) / len(graded[seed]) for seed in seeds])
     right = [sum(graded[seed][i] for seed in seeds) for i in graded[seeds[0]]]
     share = {"value": sum(greedy) / len(greedy), "strict": sum(strict) / len(strict)}
-    sampled = {"value": mean, "std": std} | _bounds([count / len(seeds) for count in right])
+    sampled = {"value": mean, "std": std} | _bounds([count / n for count in right])
     found = {
         "accuracy_greedy": share | {"low": low, "high": high, "n": len(greedy)},
         "accuracy_sampled": sampled | {"seeds": seeds, "n": len(right)},
     }
-    for k in sorted({2**i for i in range(1, len(seeds).bit_length())} & set(range(len(seeds) + 1)) | {len(seeds)}):
-        if k > 1:
-            values = [pass_at_k(len(seeds), count, k) for count in right]
-            found[f"pass@{k}"] = {"value": sum(values) / len(values)} | _bounds(values) | {"n": len(values)}
+    for k in (k for k in range(2, n + 1) if k & (k - 1) == 0 or k == n):
+        values = [pass_at_k(n, count, k) for count in right]
+        found[f"pass@{k}"] = {"value": sum(values) / len(values)} | _bounds(values) | {"n": len(values)}
     return found
 
 
 def _bounds(values: list[float]) -> dict[str, Any]:
-    found = mean_interval(values, "questions", shares=True)
-    return {} if found.low is None else {"low": found.low, "high": found.high, "interval": found.method}
+    interval = mean_interval(values, "questions", shares=True)
+    return {} if interval.low is None else {"low": interval.low, "high": interval.high, "interval": interval.method}
 
 
-def estimate(config: EvalConfig, answers: Artifact, concluded: Sequence[Artifact]) -> list[Metric]:
-    """The same as a list."""
+def metrics(config: EvalConfig, answers: Artifact, second_pass: Sequence[Artifact]) -> list[Metric]:
+    """Return the metrics of one checkpoint."""
     table = answers.rows()
-    found = accuracies(table)
-    seeds = found["accuracy_sampled"]["seeds"]
-    greedy = found.pop("accuracy_greedy")
-    strict = [row["strict"] for row in table if row["seed"] is None]
-    interval = wilson(sum(strict), len(strict))
-    every = [
-        Metric("accuracy_greedy", greedy["value"], greedy["n"], greedy["low"], greedy["high"], "wilson"),
-        Metric("accuracy_greedy_strict", greedy["strict"], greedy["n"], *interval, "wilson"),
+    entries = accuracies(table)
+    greedy, seeds = entries.pop("accuracy_greedy"), entries["accuracy_sampled"]["seeds"]
+    n, strict = greedy["n"], sum(row["strict"] for row in table if row["seed"] is None)
+    return [
+        Metric("accuracy_greedy", greedy["value"], n, greedy["low"], greedy["high"], "wilson"),
+        Metric("accuracy_greedy_strict", greedy["strict"], n, *wilson(strict, n), "wilson"),
+        *(
+            Metric(name, e["value"], e["n"], e.get("low"), e.get("high"), e.get("interval"), e.get("std"), seeds)
+            for name, e in entries.items()
+        ),
     ]
-    for metric, entry in found.items():
-        bounds = (entry.get("low"), entry.get("high"), entry.get("interval"))
-        every.append(Metric(metric, entry["value"], entry["n"], *bounds, entry.get("std"), seeds))
-    return every
 
 
-SUITE = Suite(measure, estimate)
+SUITE = Suite(measure, metrics)

@@ -1,10 +1,10 @@
-"""Evaluation actors: processes that keep the engine of the checkpoint that they were last asked about."""
+"""Ray actors that evaluate checkpoints; each keeps the engine of the checkpoint that it used last."""
 
 import hashlib
 import queue
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,22 +13,23 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spo_ray.config.data import EngineConfig
-from spo_ray.config.evaluate import AnnotatorConfig
+from spo_ray.config.evaluate import AnnotatorConfig, LmEvalConfig
 from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Generations, Likelihood, choose_engine
+from spo_ray.model.completion import Generations, Likelihood, Skipped, choose_engine
 from spo_ray.runtime.artifact import versions
 from spo_ray.runtime.cluster import engine_gpus
 
 RESTARTS = 3
-"""Of a process that died; its call is made again."""
+"""Restarts of a process that died; its call is repeated."""
 SCORED_AT_ONCE = 256
-Call = Callable[..., Any]
-"""(method of :class:`Evaluator`, arguments) to its result."""
+"""Texts in one call of an engine's ``score``."""
+Texts = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""(prompt ids, completion ids) of texts to score."""
 
 
 class Pass(NamedTuple):
-    """One answer to every question."""
+    """Sampling settings for one answer to every question."""
 
     seed: int | None
     temperature: float
@@ -36,35 +37,35 @@ class Pass(NamedTuple):
 
 
 class Evaluator:
-    """One engine process; :class:`Actors` makes them."""
+    """Evaluates checkpoints with one engine; runs in a Ray actor that :class:`Actors` starts."""
 
     def __init__(self, kind: str, config: EngineConfig, chat_template: str | None) -> None:
         self.kind, self.config, self.chat_template = kind, config, chat_template
-        self.path: str | None = None
+        self.path: Path | None = None
         self.local: Any = None
 
     def answer(
-        self, path: str, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
-    ) -> list[list[Generations | str]]:
-        """For each pass one answer to every (id, prompt), or why there is none."""
+        self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
+    ) -> list[list[Generations | Skipped]]:
+        """Return for each pass one answer to every (id, prompt)."""
         local = self._open(path)
-        found: list[list[Generations | str]] = []
+        rounds: list[list[Generations | Skipped]] = []
         for seed, temperature in passes:
-            answers: list[Generations | str] = []
+            answers: list[Generations | Skipped] = []
             for start in range(0, len(asked), batch_size):
                 part = [(prompt, row_seed("eval", seed, i)) for i, prompt in asked[start : start + batch_size]]
                 answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
-            found.append(answers)
-        return found
+            rounds.append(answers)
+        return rounds
 
-    def score(self, path: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """How likely given completions are, for (prompt ids, completion ids)."""
+    def score(self, path: Path, texts: Texts) -> list[Likelihood]:
+        """Return the likelihoods of given completions."""
         engine = self._open(path).engine
-        parts = (rows[start : start + SCORED_AT_ONCE] for start in range(0, len(rows), SCORED_AT_ONCE))
+        parts = (texts[start : start + SCORED_AT_ONCE] for start in range(0, len(texts), SCORED_AT_ONCE))
         return [likelihood for part in parts for likelihood in engine.score(part)]
 
-    def describe(self, path: str) -> dict[str, str]:
-        """Tokenizer, chat template and engine, for :class:`spo_ray.runtime.schema.Provenance`."""
+    def describe(self, path: Path) -> dict[str, str]:
+        """Return tokenizer, chat template and engine for :class:`spo_ray.runtime.schema.Provenance`."""
         tokenizer = self._open(path).chat.tokenizer
         vocabulary = repr(sorted(tokenizer.get_vocab().items()))
         packages = versions()
@@ -75,19 +76,19 @@ class Evaluator:
             "engine": f"{self.kind} {version}, {self.config.dtype}",
         }
 
-    def harness(self, path: str, task: str, settings: Any, seed: int) -> dict[str, Any]:
-        """A task of lm-evaluation-harness; see :mod:`spo_ray.evaluate.lm_eval`."""
+    def run_lm_eval(self, path: Path, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
+        """Return the results of :func:`spo_ray.evaluate.lm_eval_model.run_task`."""
         from spo_ray.evaluate.lm_eval_model import run_task
 
         return run_task(self._open(path), task, settings, seed)
 
-    def judge(self, path: str, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
-        """Replies of a local judge; see :func:`spo_ray.evaluate.judge.local_replies`."""
+    def judge(self, path: Path, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
+        """Return the replies of :func:`spo_ray.evaluate.judge.local_replies`."""
         from spo_ray.evaluate.judge import local_replies
 
         return local_replies(self._open(path), requests, annotator)
 
-    def _open(self, path: str) -> Any:
+    def _open(self, path: Path) -> Any:
         from spo_ray.model.engines import LocalAnswers
         from spo_ray.model.export import is_adapter, merge_adapter
 
@@ -95,21 +96,66 @@ class Evaluator:
             if self.local is not None:
                 self.local.engine.close()
             self.path = self.local = None
-            if is_adapter(path):
-                with tempfile.TemporaryDirectory() as folder:
-                    merge_adapter(Path(path), Path(folder))
-                    self.local = LocalAnswers(self.kind, folder, self.config, self.chat_template)
-            else:
-                self.local = LocalAnswers(self.kind, path, self.config, self.chat_template)
+            with ExitStack() as stack:
+                folder = path
+                if is_adapter(path):
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    merge_adapter(path, folder)
+                self.local = LocalAnswers(self.kind, str(folder), self.config, self.chat_template)
             self.path = path
         return self.local
 
 
+class EvaluatorHandle:
+    """Calls the methods of an :class:`Evaluator` in a Ray actor and waits for their results.
+
+    Raises:
+        UserError: the evaluator raised one.
+        ray.exceptions.RayError: the evaluator raised another error, or its process died too often.
+    """
+
+    def __init__(self, kind: str, start: Callable[[], Any], free_engines: Callable[[], None] = lambda: None) -> None:
+        self.kind, self.start, self.free_engines = kind, start, free_engines
+        self.actor: Any = None
+        """The actor that ``start`` returned at the first call; None before."""
+
+    def answer(
+        self, path: Path, asked: Sequence[tuple[str, Any]], passes: Sequence[Pass], max_tokens: int, batch_size: int
+    ) -> list[list[Generations | Skipped]]:
+        return _result(self._started().answer.remote(path, asked, passes, max_tokens, batch_size))
+
+    def score(self, path: Path, texts: Texts) -> list[Likelihood]:
+        return _result(self._started().score.remote(path, texts))
+
+    def describe(self, path: Path) -> dict[str, str]:
+        return _result(self._started().describe.remote(path))
+
+    def run_lm_eval(self, path: Path, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
+        return _result(self._started().run_lm_eval.remote(path, task, settings, seed))
+
+    def judge(self, path: Path, requests: Sequence[Any], annotator: AnnotatorConfig) -> list[Any]:
+        return _result(self._started().judge.remote(path, requests, annotator))
+
+    def _started(self) -> Any:
+        if self.actor is None:
+            self.actor = self.start()
+        return self.actor
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+
+
 class Actors:
-    """At most ``config.replicas`` evaluators, each started when it is first needed."""
+    """Pool of at most ``config.replicas`` evaluators, each started when it is first needed."""
 
     def __init__(self, config: EngineConfig, chat_template: str | None) -> None:
-        self.kind, self.why = choose_engine(config)
+        self.kind, _ = choose_engine(config)
         self.replicas = config.replicas
         self.arguments = (self.kind, config, chat_template)
         resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}
@@ -119,36 +165,20 @@ class Actors:
         self.ended = False
 
     @contextmanager
-    def lease(self, node: str | None = None) -> Generator[Call]:
-        """One evaluator for as long as this takes: calls about one checkpoint find its engine open.
+    def lease(self, node: str | None = None) -> Generator[EvaluatorHandle]:
+        """Lend one evaluator, so that successive calls about one checkpoint find its engine open.
 
-        A new one is started on the node of that id, if one is given.
-
-        Raises:
-            UserError: from a call, the evaluator's own.
-            ray.exceptions.RayError: from a call, with any other error of the evaluator's.
+        The first call takes an idle process, or starts one on the node of that id if it is given.
         """
-        actor: Any = None
-
-        def call(method: str, *arguments: Any) -> Any:
-            nonlocal actor
-            if actor is None:
-                actor = self._any(node)
-            try:
-                return ray.get(getattr(actor, method).remote(*arguments))
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(str(error.cause)) from None
-                raise
-
+        evaluator = EvaluatorHandle(self.kind, lambda: self._any(node), self.close)
         try:
-            yield call
+            yield evaluator
         except BaseException:
-            if actor is not None:
-                ray.kill(actor)
+            if evaluator.actor is not None:
+                ray.kill(evaluator.actor)
             raise
-        if actor is not None:
-            self.free.put(actor)
+        if evaluator.actor is not None:
+            self.free.put(evaluator.actor)
 
     def _any(self, node: str | None) -> Any:
         if self.ended:
@@ -168,6 +198,6 @@ class Actors:
         self.started, self.free = [], queue.SimpleQueue()
 
     def end(self) -> None:
-        """End the processes for good, also for calls from other threads."""
+        """End the processes for good: later calls, also from other threads, fail."""
         self.ended = True
         self.close()

@@ -1,7 +1,8 @@
-"""Checkpoints through the configured suites: side by side, and beside training where there is room."""
+"""Evaluates checkpoints with the configured suites, in parallel and during training where there is room."""
 
 import json
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,18 +27,18 @@ SUITES = {"accuracy": accuracy.SUITE, "health": health.SUITE, "alpaca_eval": alp
 
 
 class Evaluation(NamedTuple):
-    """What was measured."""
+    """Results of an evaluation."""
 
     scores: Artifact
-    """:class:`schema.Score`."""
+    """Rows of :class:`schema.Score`."""
     comparisons: Artifact
-    """:class:`schema.Comparison`."""
+    """Rows of :class:`schema.Comparison`."""
     answers: dict[str, Artifact]
-    """:class:`schema.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
+    """Rows of :class:`schema.EvalRow` by checkpoint; empty without the suite ``accuracy``."""
 
 
 class Evaluations:
-    """The evaluations of one run; use it as a context manager, which ends the processes."""
+    """Evaluations of one run; a context manager that ends the evaluator processes."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -87,22 +88,22 @@ class Evaluations:
             run_parallel(calls, self.actors.replicas)
         concluded: dict[tuple[str, str], list[Artifact]] = {}
         for name, suite in self.suites.items():
-            if suite.conclude:
+            if suite.second_pass:
                 measured = {checkpoint: self.measured[name, checkpoint] for checkpoint in checkpoints}
-                with self.actors.lease() as call:
-                    bench = SuiteContext(self.run, data, self.actors, call)
-                    for checkpoint, artifacts in suite.conclude(bench, checkpoints, measured).items():
+                with self.actors.lease() as evaluator:
+                    context = SuiteContext(self.run, data, evaluator)
+                    for checkpoint, artifacts in suite.second_pass(context, checkpoints, measured).items():
                         concluded[name, checkpoint] = artifacts
         self.actors.close()
         return self._collect(list(checkpoints), concluded)
 
     def _measure(self, data: Artifact, name: str, checkpoint: Artifact, node: str | None = None) -> None:
-        with self.actors.lease(node) as call:
+        with self.actors.lease(node) as evaluator:
             for suite in self.names:
                 if (suite, name) not in self.measured:
                     sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
-                    bench = SuiteContext(self.run, data, self.actors, call, sft)
-                    self.measured[suite, name] = self.suites[suite].measure(bench, name, checkpoint)
+                    context = SuiteContext(self.run, data, evaluator, sft)
+                    self.measured[suite, name] = self.suites[suite].measure(context, name, checkpoint)
 
     def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:
         inputs = {f"{suite}_{name}": self.measured[suite, name] for suite in self.names for name in names}
@@ -134,26 +135,24 @@ class Evaluations:
         provenance = measured.manifest["facts"]["provenance"]
         provenance["sampling"] = json.dumps(provenance["sampling"])
         key = {"checkpoint": name, "suite": suite}
-        estimates = self.suites[suite].estimate(self.run.config.eval, measured, concluded)
-        return [key | e._asdict() | {"seeds": list(e.seeds), "provenance": provenance} for e in estimates]
+        metrics = self.suites[suite].metrics(self.run.config.eval, measured, concluded)
+        return [key | m._asdict() | {"seeds": list(m.seeds), "provenance": provenance} for m in metrics]
 
     def _items(
         self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]
     ) -> dict[str, dict[str, dict[str, float]]]:
-        """Values by metric, checkpoint and item, for the comparisons."""
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        if "accuracy" in self.names:
-            for name in names:
-                for metric, values in by_item(self.measured["accuracy", name].rows()).items():
-                    found.setdefault(metric, {})[name] = values
+        """Return values by metric, checkpoint and item for the comparisons."""
+        items: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+        for name in names if "accuracy" in self.names else []:
+            for metric, values in by_item(self.measured["accuracy", name].rows()).items():
+                items[metric][name] = values
         for (suite, name), artifacts in concluded.items():
             for row in (row for a in artifacts for row in a.rows() if suite == "alpaca_eval"):
                 if row["preference"] is not None:
-                    metric = found.setdefault(f"{row['annotator']}/win_rate", {})
-                    metric.setdefault(name, {})[row["id"]] = 100 * (row["preference"] - 1)
-        return found
+                    items[f"{row['annotator']}/win_rate"][name][row["id"]] = 100 * (row["preference"] - 1)
+        return items
 
 
 def suite_of(name: str) -> Suite:
-    """A suite by its name in ``eval.suites``."""
+    """Return a suite by its name in ``eval.suites``."""
     return lm_eval.suite(name.removeprefix(LM_EVAL)) if name.startswith(LM_EVAL) else SUITES[name]

@@ -1,4 +1,4 @@
-"""Judges: chat models that say which of two outputs is better, at an endpoint or in an engine of their own."""
+"""Judges: chat models that choose the better of two outputs, at an endpoint or in an engine of this project."""
 
 import asyncio
 import hashlib
@@ -15,7 +15,8 @@ import openai
 
 from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.errors import UserError
-from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, NonsenseError
+from spo_ray.model.completion import Generations, Skipped
+from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, InvalidResponseError
 from spo_ray.runtime.artifact import Artifact
 
 FIELDS = ("instruction", "output_1", "output_2")
@@ -24,29 +25,21 @@ Turns = list[dict[str, str]]
 
 
 class Reply(NamedTuple):
-    """What a judge answered to one prompt."""
+    """A judge's answer to one prompt."""
 
     text: str
     logps: tuple[float, float] | None
     """Log-probabilities of the two identifiers; None: unknown."""
     tokens: tuple[int, int] = (0, 0)
-    """Of prompt and answer."""
-
-
-class Verdict(NamedTuple):
-    """How a judge chose."""
-
-    second: float | None
-    """1: the second output is better, 0: the first; None: there is no verdict."""
-    text: str
+    """Tokens of the prompt and of the answer."""
 
 
 Keep = Callable[[int, Reply], None]
-"""Takes in the reply to the request of that number as soon as it is there."""
+"""Receives (index of the request, its reply) as soon as the reply is there."""
 
 
 def read_template(annotator: AnnotatorConfig) -> Turns:
-    """The prompt's turns, with their placeholders.
+    """Return the prompt's turns with their placeholders.
 
     Raises:
         UserError: the file can't be read, or lacks a placeholder.
@@ -68,42 +61,48 @@ def read_template(annotator: AnnotatorConfig) -> Turns:
 
 
 def fill(template: Turns, **fields: str) -> Turns:
-    """Put texts into a template's places; places inside these texts stay as they are."""
+    """Replace a template's placeholders by texts; placeholders within these texts are not replaced."""
     pattern = re.compile("|".join(rf"\{{{name}\}}" for name in fields))
     return [
         turn | {"content": pattern.sub(lambda match: fields[match.group()[1:-1]], turn["content"])} for turn in template
     ]
 
 
-def read_reply(reply: Reply, annotator: AnnotatorConfig) -> Verdict:
-    """The verdict in a reply: by the identifiers' probabilities, or by the one that the last line names."""
+def read_verdict(reply: Reply, annotator: AnnotatorConfig) -> float | None:
+    """Return a judge's preference for the second output between 0 and 1, or None if the reply has no verdict.
+
+    It comes from the identifiers' probabilities, or from the identifier that the last line names.
+    """
     if annotator.verdict != "discrete" and reply.logps is not None and max(reply.logps) > -math.inf:
         first, second = reply.logps
-        return Verdict(1.0 / (1.0 + math.exp(min(700.0, first - second))), reply.text)
-    if annotator.verdict == "weighted":
-        return Verdict(None, reply.text)
+        return 1.0 / (1.0 + math.exp(min(700.0, first - second)))
     lines = [line for line in reply.text.splitlines() if line.strip()]
-    pattern = r"(?<!\w){}(?!\w)"
-    named = [i for i in annotator.identifiers if lines and re.search(pattern.format(re.escape(i)), lines[-1])]
-    second = float(annotator.identifiers.index(named[0])) if len(named) == 1 else None
-    return Verdict(second, reply.text)
+    if annotator.verdict == "weighted" or not lines:
+        return None
+    named = [i for i in annotator.identifiers if re.search(rf"(?<!\w){re.escape(i)}(?!\w)", lines[-1])]
+    return float(annotator.identifiers.index(named[0])) if len(named) == 1 else None
 
 
 def identity(annotator: AnnotatorConfig, model: Artifact) -> dict[str, Any]:
-    """What a reply depends on, besides the prompt."""
+    """Return the settings that a reply depends on, besides the prompt."""
     own = annotator.model_dump(include={"identifiers", "max_tokens", "temperature"})
-    own["weighted"] = annotator.verdict != "discrete" and annotator.max_tokens == 1
+    own["weighted"] = _weighted(annotator)
     if annotator.engine.type == "endpoint":
         return own | {"url": annotator.engine.url, "model": annotator.model}
     engine = annotator.engine.model_dump(include={"type", "dtype", "max_model_len", "arguments"})
     return own | {"engine": engine, "model": model.digest}
 
 
+def _weighted(annotator: AnnotatorConfig) -> bool:
+    """Return True if log-probabilities are asked for."""
+    return annotator.verdict != "discrete" and annotator.max_tokens == 1
+
+
 def ask_endpoint(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: Keep) -> dict[int, str]:
-    """Send requests to a server; gives the reasons why some have no reply.
+    """Send requests to a server; return the reasons of those without a reply by their index.
 
     Raises:
-        UserError: the server lets nobody in, or does not know the model.
+        UserError: the server rejects the key, or does not know the model.
     """
     try:
         return asyncio.run(_ask_all(annotator, requests, keep))
@@ -114,11 +113,10 @@ def ask_endpoint(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: Ke
 async def _ask_all(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: Keep) -> dict[int, str]:
     config: Any = annotator.engine
     failed: dict[int, str] = {}
-    weighted = annotator.verdict != "discrete" and annotator.max_tokens == 1
-    logprobs = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if weighted else {}
+    logprobs = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if _weighted(annotator) else {}
     settings = {"model": annotator.model, "max_tokens": annotator.max_tokens, "temperature": annotator.temperature}
 
-    async def one(number: int, turns: Turns) -> None:
+    async def one(index: int, turns: Turns) -> None:
         try:
             reply = _reply(await client.ask(logprobs, messages=turns, **settings), annotator)
         except LOCKED_OUT as error:
@@ -127,14 +125,14 @@ async def _ask_all(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: 
                 f"model's name and the key in {config.api_key_env}"
             ) from error
         except openai.OpenAIError as error:
-            failed[number] = f"{type(error).__name__}: {_short(error)}"
+            failed[index] = f"{type(error).__name__}: {_short(error)}"
         else:
-            keep(number, reply)
+            keep(index, reply)
 
     key = os.environ.get(config.api_key_env)
     async with ChatClient(config, key, annotator.requests_per_minute) as client, asyncio.TaskGroup() as group:
-        for number, turns in enumerate(requests):
-            group.create_task(one(number, turns))
+        for index, turns in enumerate(requests):
+            group.create_task(one(index, turns))
     return failed
 
 
@@ -143,10 +141,10 @@ def _short(error: Exception) -> str:
 
 
 def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
-    """What matters of a response, which the client has not validated.
+    """Read a response, which the openai client does not validate.
 
     Raises:
-        NonsenseError: it is no answer.
+        InvalidResponseError: it has another form.
     """
     try:
         choice, usage = response.choices[0], response.usage
@@ -158,24 +156,24 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
         if not isinstance(text, str):
             raise TypeError("its content is no text")
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise NonsenseError(f"an answer that is no verdict ({error})") from error
+        raise InvalidResponseError(f"an answer that is no verdict ({error})") from error
     return Reply(text, (first, second) if top else None, tokens)
 
 
-def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorConfig) -> list[Reply | str]:
-    """Replies of the model of an engine in this process (:class:`spo_ray.model.engines.LocalAnswers`), or reasons."""
-    if annotator.verdict == "discrete" or annotator.max_tokens > 1:
+def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorConfig) -> list[Reply | Skipped]:
+    """Return the replies of a model in this process (:class:`spo_ray.model.engines.LocalAnswers`)."""
+    if not _weighted(annotator):
         asked = [(turns, 0) for turns in requests]
         found = local(asked, n=1, temperature=annotator.temperature, max_tokens=annotator.max_tokens)
-        return [a if isinstance(a, str) else _written(a) for a in found]
+        return [answers if isinstance(answers, Skipped) else _written(answers) for answers in found]
     names = [local.chat.tokenizer(name, add_special_tokens=False)["input_ids"] for name in annotator.identifiers]
-    answer = max(map(len, names))
-    prompts = [local.prompt_ids(turns, answer) for turns in requests]
-    able = [ids for ids in prompts if not isinstance(ids, str)]
+    longest = max(map(len, names))
+    prompts = [local.prompt_ids(turns, longest) for turns in requests]
+    able = [ids for ids in prompts if not isinstance(ids, Skipped)]
     scores = iter(local.engine.score([(ids, name) for ids in able for name in names]))
-    replies: list[Reply | str] = []
+    replies: list[Reply | Skipped] = []
     for ids in prompts:
-        if isinstance(ids, str):
+        if isinstance(ids, Skipped):
             replies.append(ids)
             continue
         logps = (next(scores).logp, next(scores).logp)
@@ -183,13 +181,13 @@ def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorCon
     return replies
 
 
-def _written(answers: Any) -> Reply:
+def _written(answers: Generations) -> Reply:
     (completion,) = answers.completions
     return Reply(completion.text, None, (len(answers.prompt_ids), completion.tokens))
 
 
 class Cache:
-    """What judges have said, by content, so that nothing is paid for twice: a file with JSON values, written at once.
+    """Replies of judges by content, kept in a file as soon as they arrive, so that none is paid for twice.
 
     Several threads may use it.
     """
@@ -201,17 +199,17 @@ class Cache:
 
     @staticmethod
     def key(**content: Any) -> str:
-        """A digest of everything that an answer depends on."""
+        """Return a digest of everything that a reply depends on."""
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def get(self, key: str) -> Any:
-        """The value, or None."""
+    def get(self, key: str) -> Reply | None:
+        """Return the reply, or None."""
         found = self.database.execute("SELECT value FROM said WHERE key = ?", (key,)).fetchone()
-        return None if found is None else json.loads(found[0])
+        return None if found is None else Reply(*json.loads(found[0]))
 
-    def put(self, key: str, value: Any) -> None:
-        """Keep a value."""
-        self.database.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (key, json.dumps(value)))
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep a reply."""
+        self.database.execute("INSERT OR REPLACE INTO said VALUES (?, ?)", (key, json.dumps(reply)))
 
     def close(self) -> None:
         """Close the file."""

@@ -1,4 +1,4 @@
-"""Suites ``lm_eval:TASK``: tasks of lm-evaluation-harness on this run's engines, with its chat template."""
+"""Suites ``lm_eval:TASK``: tasks of lm-evaluation-harness on this project's engines, with the chat template."""
 
 import json
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ RESULTS = "results.json"
 
 
 def suite(task: str) -> Suite:
-    """The suite of one task or group of tasks."""
-    return Suite(partial(_measure, task), _estimate)
+    """Return the suite of one task or group of tasks."""
+    return Suite(partial(_measure, task), _metrics)
 
 
 def known_task(task: str, settings: LmEvalConfig) -> None:
@@ -36,40 +36,39 @@ def known_task(task: str, settings: LmEvalConfig) -> None:
         raise UserError(f"lm-evaluation-harness has no task {task!r}: see its list, or eval.lm_eval.include_path")
 
 
-def _measure(task: str, bench: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
-    """The harness's own results, as it prints them (results.json)."""
-    settings: LmEvalConfig = bench.run.config.eval.lm_eval
-    if settings.include_path:  # actors work elsewhere
+def _measure(task: str, context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
+    """Write the harness's own results to results.json; its rows are not kept."""
+    settings: LmEvalConfig = context.run.config.eval.lm_eval
+    if settings.include_path:  # actors have another working directory
         settings = settings.model_copy(update={"include_path": settings.include_path.absolute()})
 
     def build(out: Path, counts: RowCounts) -> None:
         sampling = settings.model_dump(mode="json", exclude={"include_path"}) | {"task": task}
-        counts.facts |= bench.provenance(checkpoint, sampling)
-        found = bench.call("harness", str(checkpoint.path), task, settings, bench.run.config.seed)
+        counts.facts |= context.provenance(checkpoint, sampling)
+        found = context.evaluator.run_lm_eval(checkpoint.path, task, settings, context.run.config.seed)
         counts.read = counts.kept = sum(found["n"].values())
         write_json(out / RESULTS, found)
-        write_rows(out / "part-0.parquet", [], schema.Score)  # the harness keeps its rows to itself
+        write_rows(out / "part-0.parquet", [], schema.Score)
 
-    identity = bench.identity | settings.model_dump(exclude={"include_path"}) | {"task": task}
+    identity = context.identity | settings.model_dump(exclude={"include_path"}) | {"task": task}
     inputs = {"model": checkpoint}
     if settings.include_path:
         inputs["tasks"] = external(settings.include_path)
-    work = bench.work("a task of lm-evaluation-harness")
-    return bench.run.execute(Stage(f"lm_eval_{task}@{name}", build, identity, inputs, work))
+    work = context.work("a task of lm-evaluation-harness")
+    return context.run.execute(Stage(f"lm_eval_{task}@{name}", build, identity, inputs, work))
 
 
-def _estimate(config: EvalConfig, measured: Artifact, concluded: Sequence[Artifact]) -> list[Metric]:
+def _metrics(config: EvalConfig, measured: Artifact, second_pass: Sequence[Artifact]) -> list[Metric]:
     found = json.loads((measured.path / RESULTS).read_text())
-    estimates = []
-    for task, metrics in found["results"].items():
-        for key, value in metrics.items():
+    metrics = []
+    for task, values in found["results"].items():
+        for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = metrics.get(f"{metric}_stderr,{filtered}")
-            bounds = ()
+            error, bounds = values.get(f"{metric}_stderr,{filtered}"), ()
             if isinstance(error, int | float):
                 bounds = (value - Z95 * error, value + Z95 * error, "normal, the harness's standard error")
             name = metric if filtered == "none" else f"{metric}/{filtered}"
-            estimates.append(Metric(f"{task}/{name}", value, found["n"].get(task, 0), *bounds))
-    return estimates
+            metrics.append(Metric(f"{task}/{name}", value, found["n"].get(task, 0), *bounds))
+    return metrics

@@ -1,29 +1,31 @@
-"""lm-evaluation-harness' view of an engine, and its tasks."""
+"""Adapter of this project's engines to lm-evaluation-harness; importing it needs the harness."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import chunks, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from spo_ray.config.evaluate import LmEvalConfig
 
 MAX_TOKENS = 256
-"""Of answers to tasks that do not say."""
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Length of answers in tasks that do not set it."""
 AT_ONCE = 64
 """Requests in one call of the engine."""
 
 
 class EngineLM(TemplateLM):
-    """What the harness asks of a model, by :class:`spo_ray.model.engines.LocalAnswers`."""
+    """Model interface of the harness on :class:`spo_ray.model.engines.LocalAnswers`."""
+
+    tokenizer: Any
 
     def __init__(self, local: Any) -> None:
         super().__init__()
         self.local = local
-        self.texts: Any = local.chat.tokenizer
-        self.tokenizer = self.texts  # the harness looks for it there
+        self.tokenizer = local.chat.tokenizer  # the harness reads this attribute
         self.longest = local.config.max_model_len - 1
 
     @property
@@ -32,33 +34,26 @@ class EngineLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        return str(self.texts.name_or_path).replace("/", "__")
+        return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The chat template writes special tokens where they belong."""
-        return list(self.texts(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
+        """Return token ids, by default without special tokens: the chat template writes them."""
+        return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text = self.texts.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         cut = []
         for _, context, continuation in requests:
             kept = continuation[-(self.longest - 1) :]
             cut.append((context[-(self.longest - len(kept)) :], kept))
-        return [(found.logp, found.greedy) for part in _parts(cut) for found in self.local.engine.score(part)]
+        return [(found.logp, found.greedy) for part in chunks(cut, AT_ONCE) for found in self.local.engine.score(part)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Texts longer than the engine takes are scored in pieces, each after the end of the one before."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-        found = []
+        """Return the log-probabilities of whole texts (nats); texts longer than the context are scored in windows."""
+        logps = []
         for request in requests:
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
@@ -67,45 +62,37 @@ class EngineLM(TemplateLM):
                 context_len=1,
             )
             rows = [make_disjoint_window(window) for window in windows]
-            found.append(sum(likelihood.logp for likelihood in self.local.engine.score(rows)))
-        return found
+            logps.append(sum(likelihood.logp for likelihood in self.local.engine.score(rows)))
+        return logps
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Requests with the same settings go through the engine together; answers are cut at the stop sequences.
+        """Return answers, cut at the stop sequences.
 
-        Prompts that leave no room for an answer lose their beginning, as in the harness's own models.
+        Requests with the same settings go through the engine together. Prompts that leave no room for an answer are cut
+        at their beginning, as in the harness's own models.
         """
-        found: list[str] = [""] * len(requests)
+        answers: list[str] = [""] * len(requests)
         groups: dict[tuple[float, int], list[int]] = {}
         for number, request in enumerate(requests):
             settings = request.args[1]
             temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
-            most = next((int(settings[name]) for name in LENGTHS if name in settings), MAX_TOKENS)
-            groups.setdefault((temperature, min(most, self.longest // 2)), []).append(number)
-        for (temperature, most), numbers in groups.items():
-            for part in _parts(numbers):
-                prompts = [self.tok_encode(requests[n].args[0])[-(self.longest - most - 1) :] for n in part]
-                answers = self.local.engine.generate(prompts, n=1, temperature=temperature, max_tokens=most, seeds=part)
-                for number, (answer,) in zip(part, answers, strict=True):
-                    found[number] = _until(answer.text, requests[number].args[1].get("until") or [])
-        return found
-
-
-def _parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (items[start : start + AT_ONCE] for start in range(0, len(items), AT_ONCE))
-
-
-def _until(text: str, stops: str | list[str]) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.split(stop)[0] if stop else text
-    return text
+            length = normalize_gen_kwargs(settings, MAX_TOKENS)["max_gen_toks"]
+            groups.setdefault((temperature, min(length, self.longest // 2)), []).append(number)
+        for (temperature, length), numbers in groups.items():
+            for part in chunks(numbers, AT_ONCE):
+                prompts = [self.tok_encode(requests[n].args[0])[-(self.longest - length - 1) :] for n in part]
+                found = self.local.engine.generate(prompts, n=1, temperature=temperature, max_tokens=length, seeds=part)
+                for number, (answer,) in zip(part, found, strict=True):
+                    stops = requests[number].args[1].get("until")
+                    answers[number] = postprocess_generated_text(answer.text, stops, None)
+        return answers
 
 
 def run_task(local: Any, task: str, settings: LmEvalConfig, seed: int) -> dict[str, Any]:
     """Run a task with an engine in this process (:class:`spo_ray.model.engines.LocalAnswers`).
 
     Returns:
-        The harness's ``results`` by task, and ``n``, the documents of each.
+        The harness's ``results`` by task, and ``n``, the number of documents by task.
     """
     found: Any = simple_evaluate(
         model=EngineLM(local),

@@ -1,18 +1,20 @@
-"""What a suite of tests is made of."""
+"""Interface of an evaluation suite, and the context in which it measures checkpoints."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from spo_ray.config.evaluate import EvalConfig
-from spo_ray.evaluate.actors import Actors, Call
+from spo_ray.evaluate.actors import EvaluatorHandle, Pass
+from spo_ray.model.completion import Generations, Skipped
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import engine_work
+from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.run import Run, Work
 
 
 class Metric(NamedTuple):
-    """One figure, with its 95% interval where it has one; see :class:`spo_ray.runtime.schema.Score`."""
+    """A measured figure with its 95% interval, if it has one; see :class:`spo_ray.runtime.schema.Score`."""
 
     metric: str
     value: float
@@ -26,44 +28,54 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class SuiteContext:
-    """Where a checkpoint is measured."""
+    """Run, data and evaluator with which a suite measures checkpoints."""
 
     run: Run
     data: Artifact
     """Held-out questions (:class:`spo_ray.runtime.schema.Prompt`) or pairs (:class:`spo_ray.runtime.schema.Pair`)."""
-    actors: Actors
-    call: Call
+    evaluator: EvaluatorHandle
     sft: Artifact | None = None
     """The suite's result for the SFT model; None while that is measured, and for the base model."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What answers depend on, besides the checkpoint and the suite's own settings."""
+        """Settings that answers depend on, besides the checkpoint and the suite's own settings."""
         config = self.run.config
         engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
-        return {"engine": self.actors.kind, "chat_template": config.model.chat_template, **engine}
+        return {"engine": self.evaluator.kind, "chat_template": config.model.chat_template, **engine}
 
     def work(self, note: str, **bounds: Any) -> Work:
         """Return the work of a stage that asks the policy's engines, with its ``bounds``: rows, out and tokens."""
         return engine_work(self.run.config.engine, "engine.replicas, engine.cpus", note, **bounds)
 
     def provenance(self, checkpoint: Artifact, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """For the manifest; :class:`spo_ray.runtime.schema.Provenance`."""
-        described = self.call("describe", str(checkpoint.path))
+        """Return the facts for a stage's manifest (:class:`spo_ray.runtime.schema.Provenance`)."""
+        described = self.evaluator.describe(checkpoint.path)
         return {"provenance": {"model": checkpoint.digest, "sampling": dict(sampling), **described}}
+
+    def answer(
+        self, checkpoint: Artifact, rows: Sequence[Row], passes: Sequence[Pass], max_tokens: int, column: str = "prompt"
+    ) -> Iterator[tuple[int | None, Row, Generations | Skipped]]:
+        """Answer the prompts in a column once for each pass; yield (seed, row, answer)."""
+        asked, batch_size = [(row["id"], row[column]) for row in rows], self.run.config.eval.batch_size
+        found = self.evaluator.answer(checkpoint.path, asked, passes, max_tokens, batch_size)
+        for (seed, _), answers in zip(passes, found, strict=True):
+            for row, answer in zip(rows, answers, strict=True):
+                yield seed, row, answer
 
 
 Results = Mapping[str, Artifact]
-"""By checkpoint."""
+"""Artifacts by checkpoint."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests of checkpoints: each function makes or reads stages of the run."""
+    """Functions that measure checkpoints; each one makes or reads stages of the run."""
 
     measure: Callable[[SuiteContext, str, Artifact], Artifact]
-    """One checkpoint by itself."""
-    estimate: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Metric]]
-    """A checkpoint's figures, from what ``measure`` and ``conclude`` made."""
-    conclude: Callable[[SuiteContext, Results, Results], dict[str, list[Artifact]]] | None = None
-    """From all checkpoints and what was measured of them: what needs another model, by checkpoint."""
+    """Measures one checkpoint by itself."""
+    metrics: Callable[[EvalConfig, Artifact, Sequence[Artifact]], list[Metric]]
+    """Computes a checkpoint's metrics from the artifacts of ``measure`` and ``second_pass``."""
+    second_pass: Callable[[SuiteContext, Results, Results], dict[str, list[Artifact]]] | None = None
+    """Measures what needs another model, such as a judge, from all checkpoints and the results of ``measure``; returns
+    artifacts by checkpoint."""

@@ -1,4 +1,4 @@
-"""AlpacaEval's win rates, by the ``alpaca_eval`` package."""
+"""AlpacaEval's win rates, computed by the ``alpaca_eval`` package."""
 
 import json
 import socket
@@ -15,28 +15,41 @@ from spo_ray.errors import UserError
 LengthControl = Literal["minimal", "v1"]
 NEEDED = ("instruction", "output_1", "output_2", "generator_1", "generator_2", "preference")
 FEWEST = 10
-"""Judged outputs for a length-controlled win rate: it is a fit with five-fold cross-validation."""
-REACH_S = 3.0
+"""Smallest number of judged outputs for a length-controlled win rate, which is fitted with 5-fold cross-validation."""
+CONNECT_S = 3.0
+"""Timeout (seconds) of the check that the hub can be reached."""
 
 
-def read_annotations(file: Path) -> list[dict[str, Any]]:
-    """AlpacaEval's annotation records.
+def read_records(file: Path, kind: str, setting: str = "") -> list[Any]:
+    """Return the records of a JSON or JSON Lines file; ``kind`` and ``setting`` are for error messages.
 
     Raises:
-        UserError: the file can't be read, is no list of records, or a record lacks a field.
+        UserError: the file can't be read, or holds no list.
     """
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]
+        records = [json.loads(line) for line in lines] if file.suffix == ".jsonl" else json.loads(text)
     except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror}") from error
+        raise UserError(f"{setting}{file} can't be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {error}") from error
     if not isinstance(records, list) or not records:
-        raise UserError(f"{file} must hold a list of annotation records")
+        raise UserError(f"{file} must hold a list of {kind}")
+    return records
+
+
+def read_annotations(file: Path) -> list[dict[str, Any]]:
+    """Return AlpacaEval's annotation records.
+
+    Raises:
+        UserError: the file can't be read, or a record lacks a field.
+    """
+    records = read_records(file, "annotation records")
     for number, record in enumerate(records):
         missing = [key for key in NEEDED if not isinstance(record, dict) or key not in record]
         if missing:
-            raise UserError(f"{file}: record {number} has no {missing[0]!r}: AlpacaEval's annotations.json is meant")
+            raise UserError(f"{file}: record {number} has no {missing[0]!r}: give AlpacaEval's annotations.json")
         defect = _defect(record)
         if defect:
             raise UserError(f"{file}: record {number}: {defect}")
@@ -51,22 +64,20 @@ def _defect(record: dict[str, Any]) -> str | None:
     if not all(isinstance(record[key], str) for key in ("output_1", "output_2")):
         return "output_1 and output_2 must be text"
     preference = record["preference"]
-    if preference is None:
-        return None
-    if isinstance(preference, bool) or not isinstance(preference, int | float):
+    if isinstance(preference, bool) or not isinstance(preference, int | float | None):
         return f"preference is {preference!r}, no number"
-    if preference != preference or preference == 0 or 1 <= preference <= 2:
+    if preference is None or preference == 0 or 1 <= preference <= 2 or preference != preference:
         return None
     return f"preference is {preference}, neither 0 (a draw) nor between 1 and 2"
 
 
 def win_rates(records: Sequence[dict[str, Any]], control: LengthControl = "minimal") -> dict[str, Any]:
-    """Percentages of output_2 over output_1, over the judged records (draws count half).
+    """Return the win rates of output_2 over output_1 in percent, over the judged records; draws count half.
 
-    ``length_controlled_win_rate`` is by ``lc_method``: ``length_controlled_v1``, the leaderboard's formula, needs a
-    table from the hub; ``length_controlled_minimal`` is what can be had without, and differs by up to 20 points for
-    weak models. None where there are too few judged records, or all outputs have the same length. v1 takes records for
-    AlpacaEval's own instructions in their order, or the place of each of them there from its field ``index``.
+    ``lc_method`` is the formula of ``length_controlled_win_rate``: ``length_controlled_v1``, the leaderboard's, needs a
+    table from the hub; ``length_controlled_minimal`` does not, and differs by up to 20 points for weak models. The rate
+    is None if there are too few judged records, or all outputs have the same length. v1 needs records in the order of
+    AlpacaEval's own instructions, or with their position there as ``index``.
 
     Raises:
         UserError: no record is judged.
@@ -94,21 +105,21 @@ def win_rates(records: Sequence[dict[str, Any]], control: LengthControl = "minim
 
 
 def effective(control: LengthControl) -> LengthControl:
-    """The formula that can be had."""
+    """Return the formula that can be used: v1 only if its table can be read."""
     return "v1" if control == "v1" and _table_within_reach() else "minimal"
 
 
 def _length_controlled(judged: Any, control: LengthControl) -> tuple[float | None, LengthControl]:
-    """AlpacaEval's fit, and the formula; the minimal one from the package's parts, which fetch its table for any."""
+    """Return the rate and its formula; the minimal one is fitted here because the package needs the table for both."""
     from alpaca_eval.metrics import get_length_controlled_winrate, glm_winrate
 
     lengths = judged["output_1"].str.len() - judged["output_2"].str.len()
     if len(judged) < FEWEST or not lengths.std():
         return None, control
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scikit-learn's coming versions, and of large differences
+        warnings.simplefilter("ignore")  # about future versions of scikit-learn, and large differences
         if control == "v1":
-            with suppress(OSError, KeyError):  # the hub refuses, or these are other instructions
+            with suppress(OSError, KeyError):  # the hub refuses, or the instructions are not AlpacaEval's
                 found = get_length_controlled_winrate(judged, save_weights_dir=None, is_warn_extreme_changes=False)
                 return float(found["length_controlled_winrate"]), "v1"
         formula: Any = glm_winrate.GLM_INFO["length_controlled_minimal"]
@@ -121,7 +132,10 @@ def _length_controlled(judged: Any, control: LengthControl) -> tuple[float | Non
 
 
 def _table_within_reach() -> bool:
-    """Whether the table of instruction difficulties is there, or can be fetched: the hub's client tries for long."""
+    """Return True if the table of instruction difficulties is cached or the hub is reachable.
+
+    The hub's client would retry for minutes.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
 
     name = {"repo_id": "tatsu-lab/alpaca_eval", "filename": "df_gamed.csv", "repo_type": "dataset"}
@@ -134,7 +148,7 @@ def _table_within_reach() -> bool:
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
-        socket.create_connection((address.hostname or "", port), timeout=REACH_S).close()
+        socket.create_connection((address.hostname or "", port), timeout=CONNECT_S).close()
     except OSError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Token lists to right-padded tensor batches."""
+"""Conversion of token lists to right-padded tensor batches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +11,16 @@ from spo_ray.core.logps import IGNORE
 TokenRow = tuple[Sequence[int], Sequence[int]]
 """(prompt ids, completion ids)."""
 SCORED_ROWS, SCORED_TOKENS = 32, 8192
-"""At most so many go through one pass without gradients."""
+"""Largest number of rows, and of tokens, in one pass without gradients."""
 
 
 def rows_at_once(max_length: int) -> int:
-    """Rows of up to ``max_length`` tokens for one pass without gradients."""
+    """Return the number of rows of up to ``max_length`` tokens for one pass without gradients."""
     return max(1, min(SCORED_ROWS, SCORED_TOKENS // max_length))
 
 
 def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
-    """(prompt ids, completion ids) rows to ``input_ids``, ``labels`` and ``attention_mask``, each [B, T] int64."""
+    """Convert (prompt ids, completion ids) rows to ``input_ids``, ``labels``, ``attention_mask``, [B, T] int64."""
     length = max(len(prompt) + len(completion) for prompt, completion in rows)
     input_ids = torch.full((len(rows), length), pad_id)
     labels = torch.full((len(rows), length), IGNORE)
@@ -34,9 +34,9 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
 
 
 def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
-    """Tokenised pair rows (:class:`spo_ray.runtime.schema.TokenisedPair`) to the batch that ``spo_gradients`` takes.
+    """Convert rows of :class:`spo_ray.runtime.schema.TokenisedPair` to the batch of ``spo_gradients``.
 
-    Chosen and rejected are padded apart; reference log-probabilities are float64 [B], absent where the rows have none.
+    Chosen and rejected are padded separately; reference logps are float64 [B], absent if the rows have none.
     """
     batch = {}
     for side in ("chosen", "rejected"):

@@ -1,4 +1,4 @@
-"""What a model answered."""
+"""Results of generation engines, and the choice of an engine."""
 
 import importlib.util
 from typing import NamedTuple
@@ -7,9 +7,8 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.errors import UserError
 
 TOO_LONG = "prompt longer than engine.max_model_len"
-"""Why a question has no answer."""
 TEMPLATE_REFUSES = "the chat template refuses the prompt"
-"""The same, before what the template says."""
+"""Reasons why a question has no answer; the template's own message follows the second."""
 
 
 class Completion(NamedTuple):
@@ -17,33 +16,39 @@ class Completion(NamedTuple):
 
     text: str
     logp: float | None
-    """Summed log-probability at temperature 1, nats, the end token included; None where an endpoint tells none."""
+    """Log-probability at temperature 1 (nats), end token included; None if an endpoint does not return it."""
     tokens: int
     finished: bool
-    """Whether it ended by itself."""
+    """True if it ends with the end token, not at the token limit."""
     ids: tuple[int, ...] = ()
-    """Its tokens, the end token included; empty where an endpoint tells none."""
+    """Token ids, end token included; empty for an endpoint."""
 
 
 class Likelihood(NamedTuple):
-    """How likely a given completion is."""
+    """Likelihood of a given completion."""
 
     logp: float
-    """Summed log-probability, nats."""
+    """Log-probability (nats)."""
     greedy: bool
-    """Whether every token is the most probable one."""
+    """True if every token is the most probable one."""
 
 
 class Generations(NamedTuple):
-    """The responses to one question."""
+    """Responses to one question."""
 
     prompt_ids: list[int]
-    """Empty where an endpoint has templated the prompt."""
+    """Token ids of the prompt; empty for an endpoint."""
     completions: list[Completion]
 
 
+class Skipped(NamedTuple):
+    """A question that was not answered."""
+
+    reason: str
+
+
 def choose_engine(config: EngineConfig) -> tuple[str, str]:
-    """(engine, why).
+    """Return the engine's kind, and the reason for it.
 
     Raises:
         UserError: vLLM is asked for and not installed.
@@ -57,5 +62,5 @@ def choose_engine(config: EngineConfig) -> tuple[str, str]:
 
 
 def fits_context(prompt_ids: list[int], config: EngineConfig, answer: int = 1) -> bool:
-    """Whether an engine can take a prompt with an answer of so many tokens, and score both."""
+    """Return True if an engine can take a prompt with an answer of so many tokens, and score both."""
     return len(prompt_ids) + answer < config.max_model_len

@@ -1,4 +1,4 @@
-"""Generation engines behind one small interface: vLLM, or plain transformers where vLLM can't be installed."""
+"""Engines that generate and score text: vLLM, or transformers where vLLM can't be installed."""
 
 import gc
 import os
@@ -12,46 +12,53 @@ from transformers import GenerationConfig
 from spo_ray.config.data import EngineConfig
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
-from spo_ray.model.completion import TEMPLATE_REFUSES, TOO_LONG, Completion, Generations, Likelihood, fits_context
+from spo_ray.model.completion import (
+    TEMPLATE_REFUSES,
+    TOO_LONG,
+    Completion,
+    Generations,
+    Likelihood,
+    Skipped,
+    fits_context,
+)
 from spo_ray.model.export import read_probe
 from spo_ray.model.generate import generate
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest difference per token (nats) between the engine's and the trainer's log-probability of the probe text."""
+"""Largest allowed difference (nats per token) between the engine's and the trainer's logp of the probe text."""
 
 
 class Engine(Protocol):
-    """Serves one checkpoint."""
+    """Interface of an engine that serves one checkpoint."""
 
     def generate(
         self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """``n`` completions for each prompt (token ids); temperature 0 is greedy; ``seeds`` has one seed a prompt."""
+        """Return ``n`` completions per prompt (token ids); ``seeds`` has one per prompt; temperature 0 is greedy."""
         ...
 
     def score(self, rows: Sequence[TokenRow]) -> list[Likelihood]:
-        """How likely given completions are, for (prompt ids, completion ids)."""
+        """Return the likelihoods of given completions, for (prompt ids, completion ids)."""
         ...
 
     def close(self) -> None:
-        """Free the memory, so that the same process can serve another checkpoint."""
+        """Free the memory, so that this process can serve another checkpoint."""
         ...
 
 
 def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer) -> Engine:
-    """Load a checkpoint, and compare the engine with the trainer on the checkpoint's probe text if it has one.
+    """Load a checkpoint, and compare the engine's logp of the checkpoint's probe text with the trainer's.
 
     Raises:
-        RuntimeError: the engine's log-probabilities are not the trainer's.
+        RuntimeError: they differ by more than PROBE_TOLERANCE.
     """
     engine: Engine = ENGINES[kind](path, config, chat)
     probe = read_probe(path)
     if probe is not None:
         (found,) = engine.score([(probe["prompt_ids"], probe["completion_ids"])])
-        difference = abs(found.logp - probe["logp"])
-        per_token = difference / len(probe["completion_ids"])
+        per_token = abs(found.logp - probe["logp"]) / len(probe["completion_ids"])
         if not per_token <= PROBE_TOLERANCE[config.dtype]:
             engine.close()
             raise RuntimeError(
@@ -62,7 +69,7 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 
 
 class LocalAnswers:
-    """Answers from an engine in this process."""
+    """Generates answers with an engine in this process."""
 
     def __init__(self, kind: str, path: str, config: EngineConfig, chat_template: str | None) -> None:
         self.chat = ChatTokenizer.load(path, chat_template)
@@ -71,35 +78,26 @@ class LocalAnswers:
 
     def __call__(
         self, asked: Sequence[tuple[Any, int]], *, n: int, temperature: float, max_tokens: int
-    ) -> list[Generations | str]:
-        """``n`` answers to every (prompt, seed), or why there are none."""
+    ) -> list[Generations | Skipped]:
+        """Return ``n`` answers to every (prompt, seed)."""
         prompts = [self.prompt_ids(prompt) for prompt, _ in asked]
-        able = {i: ids for i, ids in enumerate(prompts) if not isinstance(ids, str)}
-        found: list[Any] = list(prompts)
-        if not able:
-            return found
-        answers = self.engine.generate(
-            list(able.values()),
-            n=n,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seeds=[asked[i][1] for i in able],
-        )
-        for (i, ids), completions in zip(able.items(), answers, strict=True):
-            found[i] = Generations(ids, completions)
-        return found
+        able = [ids for ids in prompts if not isinstance(ids, Skipped)]
+        seeds = [seed for ids, (_, seed) in zip(prompts, asked, strict=True) if not isinstance(ids, Skipped)]
+        options: Any = {"n": n, "temperature": temperature, "max_tokens": max_tokens, "seeds": seeds}
+        answers = iter(self.engine.generate(able, **options) if able else [])
+        return [ids if isinstance(ids, Skipped) else Generations(ids, next(answers)) for ids in prompts]
 
-    def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | str:
-        """The tokens of a prompt that leaves room for an answer of so many tokens, or why there are none."""
+    def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | Skipped:
+        """Return the token ids of a prompt that leaves room for an answer of so many tokens."""
         try:
             ids = self.chat.prompt_ids(prompt)
-        except TemplateError as error:  # a system turn that the model does not know, for instance
-            return f"{TEMPLATE_REFUSES}: {error}"
-        return ids if fits_context(ids, self.config, answer) else TOO_LONG
+        except TemplateError as error:  # for instance a system turn, which some templates refuse
+            return Skipped(f"{TEMPLATE_REFUSES}: {error}")
+        return ids if fits_context(ids, self.config, answer) else Skipped(TOO_LONG)
 
 
 class VllmEngine:
-    """vLLM in this process."""
+    """Engine of vLLM in this process."""
 
     def __init__(self, path: str, config: EngineConfig, chat: ChatTokenizer) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -109,19 +107,16 @@ class VllmEngine:
         from vllm import LLM
 
         self.chat = chat
-        # vLLM 0.32's CPU build rewinds the random generator of a seeded request whose prompt it has split, and a CPU
-        # generator cannot rewind; unsplit prompts avoid that.
+        # If vLLM 0.32's CPU build splits the prompt of a seeded request, it rewinds the random generator, which fails
+        # on a CPU; without chunked prefill no prompt is split.
         hardware: dict[str, Any] = {"enforce_eager": True, "enable_chunked_prefill": False}
         if torch.cuda.is_available():
             gpus = config.gpus or 1.0
             hardware = {"tensor_parallel_size": max(1, int(gpus)), "gpu_memory_utilization": 0.9 * min(1.0, gpus)}
-        usual: dict[str, Any] = {"enable_prefix_caching": True, "load_format": "safetensors", "seed": 0}
-        usual |= {"dtype": config.dtype, "max_model_len": config.max_model_len}
-        options: dict[str, Any] = usual | hardware | config.arguments
+        options: dict[str, Any] = {"enable_prefix_caching": True, "load_format": "safetensors", "seed": 0}
+        options |= {"dtype": config.dtype, "max_model_len": config.max_model_len} | hardware | config.arguments
         self.llm = LLM(model=path, **options)
-        self.longest = (
-            config.max_model_len - 1
-        )  # what is generated must fit in again, with one token more, to be scored
+        self.longest = config.max_model_len - 1  # scoring a text generates one token more
 
     def generate(
         self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
@@ -163,7 +158,7 @@ class VllmEngine:
         return found
 
     def close(self) -> None:
-        # A fresh engine for each checkpoint: reloading weights into a running one silently keeps old weights on CPU.
+        # Each checkpoint gets a new engine: on CPU, reloading weights into a running one silently keeps the old ones.
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
@@ -172,7 +167,7 @@ class VllmEngine:
 
 
 class TransformersEngine:
-    """``generate`` of transformers."""
+    """Engine of transformers in this process."""
 
     def __init__(self, path: str, config: EngineConfig, chat: ChatTokenizer) -> None:
         self.chat = chat
@@ -184,7 +179,7 @@ class TransformersEngine:
         self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         by_room: dict[int, list[int]] = {}
-        for i, prompt in enumerate(prompts):  # a long prompt must not cut the answers to others short
+        for i, prompt in enumerate(prompts):  # a long prompt must not shorten the answers to others
             by_room.setdefault(min(max_tokens, self.limit - 1 - len(prompt)), []).append(i)
         found: dict[int, list[Completion]] = {}
         for room, numbers in by_room.items():
@@ -206,22 +201,24 @@ class TransformersEngine:
             **options,
         )
         flat = generate(self.model, self.chat, prompts, self.device, generation_config=settings)
-        rows = [(prompts[i // n], answer) for i, answer in enumerate(flat)]
-        batch = {key: value.to(self.device) for key, value in collate(rows, self.chat.pad_id).items()}
-        logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+        batch = self._batch([(prompts[i // n], answer) for i, answer in enumerate(flat)])
+        logps, _ = completion_logps(self.model, **batch)
         done = [
             Completion(self.chat.decode(answer), logp, len(answer), answer[-1] in self.chat.stop_ids, tuple(answer))
             for answer, logp in zip(flat, logps.tolist(), strict=True)
         ]
         return [done[i : i + n] for i in range(0, len(done), n)]
 
+    def _batch(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
+        return {key: value.to(self.device) for key, value in collate(rows, self.chat.pad_id).items()}
+
     @torch.inference_mode()
     def score(self, rows: Sequence[TokenRow]) -> list[Likelihood]:
         found: list[Likelihood] = []
         size = rows_at_once(self.limit)
         for part in (rows[start : start + size] for start in range(0, len(rows), size)):
-            batch = {key: value.to(self.device) for key, value in collate(part, self.chat.pad_id).items()}
-            logps, _ = completion_logps(self.model, batch["input_ids"], batch["labels"], batch["attention_mask"])
+            batch = self._batch(part)
+            logps, _ = completion_logps(self.model, **batch)
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             labels = batch["labels"][:, 1:]
             greedy = ((logits[:, :-1].argmax(dim=-1) == labels) | (labels == IGNORE)).all(dim=1)

@@ -1,4 +1,4 @@
-"""Exports that other programs load: merged Hugging Face checkpoints with a probe of their own log-probabilities."""
+"""Export of trained models as Hugging Face checkpoints, with a text and its log-probability to check them by."""
 
 import json
 import warnings
@@ -24,12 +24,12 @@ _CARD = "README.md"
 
 @dataclass(frozen=True)
 class Probe:
-    """A text and the trainer's log-probability of it, for comparison with whatever loads the weights."""
+    """A text and the trainer's log-probability of it, for comparison with programs that load the weights."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
     logp: float
-    """Sum over the completion's tokens, nats."""
+    """Log-probability of the completion, nats, summed over its tokens."""
 
 
 def export(
@@ -43,20 +43,20 @@ def export(
 ) -> None:
     """Save model, tokenizer, probe and a model card, in float32; the model can't be trained further afterwards.
 
-    Adapters are merged into the weights. With ``backbone_and_adapter`` there are also ``backbone/``, a checkpoint of
-    its own with what is theta's merged, and ``adapter/``, phi as a PEFT adapter for it.
+    Adapters are merged into the weights. ``backbone_and_adapter`` also saves ``backbone/``, a checkpoint with theta
+    merged, and ``adapter/``, phi as a PEFT adapter for it.
 
     Args:
-        model: as :func:`spo_ray.model.load.build_policy` makes it, with all its weights in this process. It may have
+        model: a model of :func:`spo_ray.model.load.build_policy` with all its weights in this process. It may have
             been built on the meta device and filled by ``load_state_dict(..., assign=True)``.
         chat: the tokenizer.
-        path: folder, made if need be.
-        probe: of the model as it stands.
-        method: what it was trained by, for the card.
-        backbone_and_adapter: only for models with phi.
+        path: folder, created if it is missing.
+        probe: text and log-probability under the model.
+        method: the training method, for the card.
+        backbone_and_adapter: also save the two parts; only for models with phi.
 
     Raises:
-        ValueError: there is no phi to save apart.
+        ValueError: ``backbone_and_adapter`` for a model without phi.
     """
     whole: Any = model
     base = base_of(whole)
@@ -64,7 +64,7 @@ def export(
     if backbone_and_adapter and PHI not in adapters:
         raise ValueError("the model has no adapter phi to save apart from its backbone")
     _stop_at(base.generation_config, chat.stop_ids)
-    base.tie_weights()  # where weights were assigned, input and output embeddings may have become two
+    base.tie_weights()  # assigning weights may have separated input and output embeddings
     whole.float()
     origin = _origin(base.name_or_path)
     if adapters:
@@ -82,21 +82,21 @@ def export(
 
 
 def read_probe(path: str | Path) -> dict[str, Any] | None:
-    """The probe of a checkpoint exported here; None for any other model."""
+    """Return the probe of a checkpoint that spo_ray exported, or None for any other model."""
     file = Path(path) / PROBE
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter without its model."""
+    """Return True if a folder holds a PEFT adapter without its model."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
 def adapted(path: Path) -> Path | str:
-    """The model that an adapter is for: a folder beside it, or what its configuration names.
+    """Return the base model of an adapter: a folder relative to it, or the name in its configuration.
 
     Raises:
-        UserError: it names none.
+        UserError: the configuration names none.
     """
     name = json.loads((path / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not name:
@@ -106,7 +106,7 @@ def adapted(path: Path) -> Path | str:
 
 
 def merge_adapter(path: Path, into: Path) -> None:
-    """Save an adapter's model with the adapter merged, in float32, with the tokenizer."""
+    """Merge an adapter into its base model and save the result in float32, with the tokenizer."""
     from peft import PeftModel
 
     source = adapted(path)
@@ -117,7 +117,7 @@ def merge_adapter(path: Path, into: Path) -> None:
 
 
 def _stop_at(settings: Any, stop_ids: Sequence[int]) -> None:
-    """Generation ends where training's answers did: a base model's settings may know no end of turn."""
+    """Add the end-of-turn token to the tokens that end a generation; base models often lack it."""
     known = settings.eos_token_id
     known = [known] if isinstance(known, int) else known or []
     settings.eos_token_id = [*known, *(token for token in stop_ids if token not in known)]
@@ -130,9 +130,9 @@ def _adapter_layers(model: nn.Module) -> list[Any]:
 
 
 def _merge(layers: Sequence[Any], adapter: str) -> None:
-    """Add an adapter to the weights below it; nothing where a layer has none of that name."""
+    """Merge an adapter into the weights; layers without an adapter of that name are not changed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of theta and phi being merged one after the other
+        warnings.simplefilter("ignore")  # PEFT warns that a second adapter is merged after the first
         for layer in layers:
             layer.merge(adapter_names=[adapter])
 
@@ -144,9 +144,9 @@ def _save_model(base: Any, chat: ChatTokenizer, path: Path, card: ModelCard) -> 
 
 
 def _save_adapter(model: Any, path: Path, origin: str, method: str) -> None:
-    # relative, for the two folders belong together wherever they go: an absolute path would be wrong after a move
+    # relative, because an absolute path would be wrong after the folders are moved together
     model.peft_config[PHI].base_model_name_or_path = f"../{BACKBONE}"
-    # whether embeddings were resized is not for PEFT to find out on the hub
+    # save_embedding_layers=False: PEFT would ask the hub if embeddings were resized
     model.save_pretrained(path, selected_adapters=[PHI], save_embedding_layers=False)
     text = f"A PEFT adapter for the model in `../{BACKBONE}`, and for no other: that is {origin} no more."
     _card(origin, method, text, library="peft").save(path / _CARD)
@@ -160,7 +160,7 @@ def _card(origin: str, method: str, text: str, library: str = "transformers") ->
 
 
 def _origin(name: str) -> str:
-    """The base model's hub id, or its folder's name; for a checkpoint exported here, what its own card says."""
+    """Return the base model's hub id or folder name; of a checkpoint that spo_ray exported, the name in its card."""
     folder = Path(name)
     if not folder.is_dir():
         return name

@@ -1,8 +1,8 @@
-"""Fully sharded data parallelism (FSDP2): the one place where parameters become shards.
+"""Fully sharded data parallelism (FSDP2) of models.
 
-Each decoder layer is a unit that is gathered for its forward and its backward, and freed after; the rest (embeddings,
-final norm, head) is gathered once for both. Shards are in the parameters' type, passes in the compute type, gradients
-are summed over the ranks in float32 (float64 for a float64 model).
+Each decoder layer is gathered for its forward and its backward, and freed afterwards; the rest (embeddings, final norm,
+head) is gathered once for both. Shards are in the parameters' type, passes in the compute type, and gradients are
+summed over the ranks in float32 (float64 for a float64 model).
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -30,24 +30,24 @@ from spo_ray.core.lm_head import base_of
 def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, cpu_offload: bool = False) -> None:
     """Shard a Hugging Face model, with or without adapters, in place.
 
-    From now on it must be called as a whole; it gets ``compute_dtype`` and ``full_precision()``, see
+    Its modules can't be called alone any more. It gets the attributes ``compute_dtype`` and ``full_precision()``, see
     :mod:`spo_ray.core.sharded`.
 
     Args:
-        model: its parameters may still be on the meta device.
-        mesh: one dimension, over the ranks.
-        compute_dtype: of forward and backward passes.
+        model: the model; its parameters may be on the meta device.
+        mesh: the ranks, in one dimension.
+        compute_dtype: the type of forward and backward passes.
         cpu_offload: keep shards, their gradients and optimizer states in main memory.
     """
     policy = _policy(compute_dtype)
-    # pinned memory is of use for copies to a device only
+    # pinned memory only helps copies to a device
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cpu_offload else OffloadPolicy()
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for unit in _units(model):
-        unit.set_gradient_divide_factor(1.0)  # sums: the losses are divided by global counts
-        unit.set_force_sum_reduction_for_comms(True)  # Gloo has no other
+        unit.set_gradient_divide_factor(1.0)  # sums, because the losses are divided by global counts
+        unit.set_force_sum_reduction_for_comms(True)  # Gloo supports no other
     whole: Any = model
     whole.register_forward_hook(_free)
     register_fsdp_forward_method(whole, "generate")
@@ -56,7 +56,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, compute_dtype: torch.dtype, cpu_of
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a causal language model.
+    """Return the repeated blocks of a causal language model.
 
     Raises:
         ValueError: the model has no decoder with ``layers``.
@@ -77,10 +77,10 @@ def load_shards(
     cpu_offload: bool = False,
     prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
-    """A sharded model whose weights only rank 0 reads, in main memory; the others get their shards from there.
+    """Build a sharded model. Rank 0 reads the weights into main memory and sends the others their shards.
 
-    ``build(device)`` makes the model on ``cpu`` or, without reading weights, on ``meta``; ``prepare`` may change it
-    before it is sharded.
+    Collective: call on all ranks. ``build(device)`` makes the model on ``cpu`` or, without reading weights, on
+    ``meta``; ``prepare`` may change it before it is sharded.
     """
     source = build("cpu") if dist.get_rank() == 0 else None
     model = build("meta")
@@ -90,7 +90,7 @@ def load_shards(
     state = source.state_dict() if source is not None else {}
     fill(model, state)
     buffers = dict(source.named_buffers()) if source is not None else {}
-    for name, buffer in model.named_buffers():  # those that no state dict has, such as rotary frequencies
+    for name, buffer in model.named_buffers():  # some are in no state dict, such as rotary frequencies
         value = buffers[name].to(mesh.device_type) if buffers else torch.empty_like(buffer, device=mesh.device_type)
         dist.broadcast(value, 0)
         buffer.copy_(value)
@@ -98,18 +98,21 @@ def load_shards(
 
 
 def fill(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load rank 0's whole state dict into the shards of all ranks."""
+    """Load rank 0's whole state dict into the shards of all ranks. Collective: call on all ranks."""
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in main memory, gathered on rank 0; empty on the other ranks of a sharded model."""
+    """Return the state dict in main memory; of a sharded model gathered on rank 0, and empty on the other ranks.
+
+    Collective: call on all ranks.
+    """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _free(model: Any, inputs: object, output: object) -> None:
-    """After a pass without gradients nothing else would free the root's parameters: they would be seen whole."""
+    """Free the root's gathered parameters after a pass without gradients, which FSDP2 does not do itself."""
     if not torch.is_grad_enabled():
         model.reshard()
 
@@ -125,7 +128,7 @@ def _policy(compute_dtype: torch.dtype) -> MixedPrecisionPolicy:
 
 @contextmanager
 def _full_precision(model: Any) -> Generator[bool]:
-    """Passes in float32 at least; tells if that changes anything."""
+    """Run passes in float32 or float64 in the context; yield True if that is a change."""
     before = model.compute_dtype
     if before in (torch.float32, torch.float64):
         yield False
@@ -138,7 +141,7 @@ def _full_precision(model: Any) -> Generator[bool]:
 
 
 def _set_compute_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Change the compute type of a sharded model that is in use, for which FSDP2 has no public way."""
+    """Change the compute type of a sharded model through FSDP2's internals; it has no public function for this."""
     policy = _policy(dtype)
     for unit in _units(model):
         unit.reshard()
@@ -147,7 +150,7 @@ def _set_compute_dtype(model: Any, dtype: torch.dtype) -> None:
         for group in state._fsdp_param_groups:
             group.mp_policy = policy
             group._init_mp_dtypes()
-            for parameter in group.fsdp_params:  # what gathered parameters were written to has the old type
+            for parameter in group.fsdp_params:  # these buffers have the old type
                 parameter.all_gather_outputs = []
                 if hasattr(parameter, "_unsharded_param"):
                     del parameter._unsharded_param

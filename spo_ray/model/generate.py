@@ -1,4 +1,4 @@
-"""Answers of a Hugging Face model to prompts of different lengths."""
+"""Generation with a Hugging Face model from prompts of different lengths."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ from spo_ray.model.tokenizer import ChatTokenizer
 def generate(
     model: Any, chat: ChatTokenizer, prompts: Sequence[Sequence[int]], device: torch.device | str, **options: Any
 ) -> list[list[int]]:
-    """Token ids, each with its end token if it has one; ``options`` are those of transformers' ``generate``.
+    """Return the generated token ids of each prompt, including the end token if there is one.
 
-    The checkpoint's own generation settings count for nothing.
+    ``options`` are those of transformers' ``generate``. The checkpoint's own generation settings are ignored.
     """
     width = max(map(len, prompts))
     ids = torch.tensor([[chat.pad_id] * (width - len(p)) + [*p] for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    with _own_settings_alone(model):
+    with _default_settings(model):
         found = model.generate(input_ids=ids, attention_mask=mask, **options)
     answers = []
     for tokens in found[:, width:].tolist():
@@ -31,10 +31,10 @@ def generate(
 
 
 @contextmanager
-def _own_settings_alone(model: Any) -> Generator[None]:
-    """Without the model's settings, which fill whatever a call leaves open, such as a nucleus or a repetition penalty.
+def _default_settings(model: Any) -> Generator[None]:
+    """Replace the model's generation settings by the defaults in the context; restore them afterwards for the export.
 
-    They are back afterwards, for the export.
+    Otherwise they would apply wherever a call sets nothing, such as a nucleus or a repetition penalty.
     """
     base = base_of(model)
     settings, base.generation_config = base.generation_config, GenerationConfig()

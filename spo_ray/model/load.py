@@ -1,4 +1,4 @@
-"""Models from checkpoints: the backbone, what of it is trained, and adapters."""
+"""Loading of models from checkpoints: the backbone, the parameters to train, and adapters."""
 
 import re
 from contextlib import suppress
@@ -24,22 +24,22 @@ logging.disable_progress_bar()
 
 
 PHI, THETA = "default", "theta"
-"""PEFT's names of the adapters; theta's exists where theta is an adapter."""
+"""PEFT's names of the adapters; ``theta`` exists only if theta is an adapter."""
 
 
 def load_model(
     path: str | Path, dtype: str = "float32", attention: str = "auto", *, compute: str | None = None
 ) -> PreTrainedModel:
-    """A causal language model from a directory or the hub, safetensors only.
+    """Load a causal language model from a directory or the hub, from safetensors only.
 
     Args:
         path: the checkpoint.
-        dtype: of the parameters.
+        dtype: type of the parameters.
         attention: ``auto``, or an implementation of transformers, see :class:`spo_ray.config.model.ModelConfig`.
-        compute: type that passes compute in, where it is not ``dtype``.
+        compute: type of forward passes, if it differs from ``dtype``.
 
     Raises:
-        UserError: the attention implementation is not installed, or can't compute this model.
+        UserError: the attention implementation is not installed, or does not support this model.
     """
     config = AutoConfig.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(
@@ -63,23 +63,23 @@ def build_policy(
     compute: str | None = None,
     device: Literal["cpu", "meta"] = "cpu",
 ) -> nn.Module:
-    """The backbone from a checkpoint, with theta as configured and phi as LoRA adapters.
+    """Load the backbone of a checkpoint, with theta as configured and phi as LoRA adapters.
 
-    Its outputs are the backbone's. Parameters that belong to neither are frozen. ``last_layers`` trains whole decoder
-    layers, and neither the final norm nor the embeddings. The adapters are the same for the same seed, and phi's do not
-    depend on what theta is. Their dropout is 0: differences of gradients between two passes must not be noise.
+    New adapters do not change the backbone's outputs. Parameters in neither theta nor phi are frozen. ``last_layers``
+    trains whole decoder layers, without final norm and embeddings. Adapters depend on the seed, and phi does not depend
+    on the kind of theta. Their dropout is 0, because gradients of two passes are subtracted.
 
     Args:
-        path: the checkpoint, instead of the configuration's: a method's is SFT's.
+        path: the checkpoint; it may differ from the configuration's, since methods start from SFT's.
         config: theta, adapters and attention.
-        seed: of the adapters.
+        seed: seed of the adapters' initial values.
         with_phi: add phi; SFT trains theta alone.
-        dtype: of the parameters.
-        compute: type that passes compute in, where it is not ``dtype``.
-        device: ``meta`` reads no weights: the same structure, with the same names, to be filled.
+        dtype: type of the parameters.
+        compute: type of forward passes, if it differs from ``dtype``.
+        device: ``meta`` builds the same structure with the same names without reading weights.
 
     Raises:
-        UserError: more last layers than there are, adapters on tied embeddings or on no module at all, or see
+        UserError: more last layers than the model has, adapters on tied embeddings or on no module, or an error of
             :func:`load_model`.
     """
     read = _empty if device == "meta" else load_model
@@ -91,14 +91,14 @@ def build_policy(
     frozen = {id(parameter) for parameter in base.parameters() if not parameter.requires_grad}
     model = _with_adapters(base, config, seed, with_phi)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) not in frozen)  # PEFT has frozen the backbone
-        if dtype == "float64" and ".lora_" in name:  # it gives adapters the backbone's type, but not on meta
+        parameter.requires_grad_(id(parameter) not in frozen)  # PEFT freezes the backbone
+        if dtype == "float64" and ".lora_" in name:  # PEFT gives adapters the backbone's type, but not on meta
             parameter.data = parameter.data.double()
     return model
 
 
 def parameter_groups(model: nn.Module) -> tuple[list[str], list[str]]:
-    """(names of theta's parameters, names of phi's): each trainable one is in one of them, frozen ones are in none."""
+    """Return the names of theta's and of phi's trainable parameters; frozen ones are in neither."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     phi = [name for name in names if _PHI_NAME.search(name)]
     others = set(phi)
@@ -109,21 +109,21 @@ _PHI_NAME = re.compile(rf"\.lora_\w+\.{PHI}(\.|$)")
 
 
 def _empty(path: str | Path, dtype: str, attention: str, *, compute: str | None) -> PreTrainedModel:
-    """The model of a checkpoint's configuration, on the meta device."""
+    """Build the model of a checkpoint's configuration on the meta device."""
     config = AutoConfig.from_pretrained(path)
     implementation = _attention(config, attention, compute or dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=implementation
         )
-    with suppress(OSError):  # base models often have none
+    with suppress(OSError):  # base models often have no generation settings
         model.generation_config = GenerationConfig.from_pretrained(path)
     _make_savable(model.generation_config)
     return model
 
 
 def _attention(config: Any, choice: str, compute: str) -> str | None:
-    """An implementation by its name in transformers; None: PyTorch's where the architecture supports it, else eager."""
+    """Return the name of the implementation in transformers; None: PyTorch's if the model supports it, else eager."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     flash = is_flash_attn_2_available()
     if choice == "auto":
@@ -151,7 +151,7 @@ def _last_layers(model: nn.Module, theta: LastLayers) -> list[nn.Parameter]:
 
 
 def _with_adapters(model: PreTrainedModel, config: ModelConfig, seed: int, with_phi: bool) -> nn.Module:
-    """Wrapped by PEFT, with one or two adapters active at once; the model itself where there are none."""
+    """Wrap a model by PEFT with one or two active adapters; return the model itself if there are none."""
     sizes: dict[str, tuple[int, int]] = {}
     if with_phi:
         sizes[PHI] = (config.lora_rank, config.lora_alpha)
@@ -181,7 +181,7 @@ def _with_adapters(model: PreTrainedModel, config: ModelConfig, seed: int, with_
 
 
 def _refuse_tied_targets(wrapped: Any, config: ModelConfig) -> None:
-    """A tied embedding with an adapter on one of its two uses has no merged form."""
+    """Refuse an adapter on one use of a tied embedding, since it can't be merged."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = wrapped.get_base_model()
@@ -191,7 +191,7 @@ def _refuse_tied_targets(wrapped: Any, config: ModelConfig) -> None:
 
 
 def _make_savable(settings: GenerationConfig | None) -> None:
-    """Sampling parameters beside ``do_sample: false``, as some checkpoints have, would be refused at the export."""
+    """Set ``do_sample`` if there are sampling parameters, because transformers refuses to save them without it."""
     if settings is not None:
         try:
             settings.validate(strict=True)

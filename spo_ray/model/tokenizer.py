@@ -1,7 +1,7 @@
-"""Chat templates, completion boundaries and length limits, all at the token level.
+"""Tokenisation of chat prompts and completions.
 
-A prompt is templated once and tokenised; a completion is tokenised apart and closed with exactly one end-of-turn token.
-So no token ever spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
+A prompt is templated and tokenised; a completion is tokenised separately and ends with exactly one end-of-turn token.
+Therefore no token spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _PROBE = "completion-boundary"
 
 
 class ChatTokenizer:
-    """A Hugging Face tokenizer with the few operations that training and sampling need.
+    """Wrapper of a Hugging Face tokenizer with the operations that training and sampling need.
 
     Raises:
         UserError: the tokenizer has no chat template, or no end-of-turn token can be found.
@@ -41,27 +41,27 @@ class ChatTokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end a generation: end of turn, and end of text where it differs."""
+        """Tokens that end a generation: end of turn, and end of text if it differs."""
         eos = self.tokenizer.eos_token_id
         return sorted({self.end_id} | ({int(eos)} if eos is not None else set()))
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids of a prompt (a user turn, or whole chat messages) up to the assistant's opening."""
+        """Return the token ids of a prompt (a user turn or chat messages) up to the start of the answer."""
         text = self.tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, tokenize=False)
         return self._encode(str(text))
 
     def completion_ids(self, text: str) -> list[int]:
-        """Token ids of a completion, closed with one end-of-turn token; empty for blank text."""
+        """Return the token ids of a completion with one end-of-turn token at its end; empty for blank text."""
         if not text.strip():
             return []
         ids = self._encode(text)
         return ids if ids[-1] == self.end_id else [*ids, self.end_id]
 
     def is_changed_by_template(self, prompt: str | Sequence[Message], text: str) -> bool:
-        """Whether the template, given the whole conversation, does not begin with the tokens of prompt and completion.
+        """Return True if the templated conversation does not start with the tokens of prompt and completion.
 
-        It then trims or rewrites answers, or a token spans their beginning: a model that was trained with such a
-        template has seen answers in another form.
+        Then the template trims or rewrites answers, or a token spans their start, and a model that was trained with it
+        has seen answers in another form.
         """
         turns = [*_messages(prompt), {"role": "assistant", "content": text}]
         whole = self._encode(str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
@@ -69,16 +69,17 @@ class ChatTokenizer:
         return whole[: len(parts)] != parts
 
     def has_markup(self, text: str) -> bool:
-        """Whether text contains special tokens, such as the end of a turn, before its last token."""
+        """Return True if text contains special tokens, such as the end of a turn, before its last token."""
         special = set(self.tokenizer.all_special_ids) | {self.end_id}
         return any(token in special for token in self._encode(text)[:-1])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids without special tokens."""
+        """Return the text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # long ones are dropped
+        # verbose=False: no warnings about long texts, which are dropped later
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _messages(prompt: str | Sequence[Message]) -> list[Message]:
@@ -86,7 +87,7 @@ def _messages(prompt: str | Sequence[Message]) -> list[Message]:
 
 
 def _end_of_turn(tokenizer: Any) -> int:
-    """The first special token that the template puts after an assistant's answer, else the end-of-text token."""
+    """Return the first special token after an assistant's answer in the template, else the end-of-text token."""
     turn = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
     text = str(tokenizer.apply_chat_template(turn, tokenize=False))
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
+from spo_ray import __version__
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.pipeline.job import run_job
 from spo_ray.pipeline.sweep_job import run_sweep
 from spo_ray.report.finished import Finished, Trials
+from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import FinishedRun, Run
 from spo_ray.sweep.results import ROW, rows_of
 
@@ -23,12 +26,12 @@ def read_finished(folder: Path) -> Finished:
     Raises:
         UserError: there is no such folder, it is no run's, the run is unfinished, or something in it leads out of it.
     """
-    found = FinishedRun(_config(folder), folder)
-    own = Run(found.config)
+    text = _config(folder)
+    own, found = Run(_validated(folder, text)), FinishedRun(_validated(folder, _unbuilt(text)), folder)
     own.root = found.root  # wherever it was moved to: the configuration's output and name are not followed
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
-        methods = {name: artifact.present() for name, artifact in job.methods.items()}
+        methods = {name: _of_configuration(own, name, artifact) for name, artifact in job.methods.items()}
         return Finished(own, methods, _present(job.evaluation), job.pairs.present(), job.test.present())
     if found.config.sweep is None:
         raise UserError(f"{found.root} has a sweep's results.csv, but its {CONFIG} has no section sweep")
@@ -47,12 +50,50 @@ def _present(evaluation: Evaluation | None) -> Evaluation | None:
     return Evaluation(evaluation.scores.present(), evaluation.comparisons.present(), answers)
 
 
-def _config(folder: Path) -> Config:
+def _of_configuration(run: Run, name: str, artifact: Artifact) -> Artifact:
+    """Return a trained checkpoint.
+
+    Raises:
+        UserError: it is missing, or was trained before the run's settings were changed.
+    """
+    manifest = artifact.present().manifest
+    trained, config = manifest.get("config", {}), run.config
+    sections = {"method": config.methods[name], "preference": config.preference}
+    now = {key: section.model_dump(mode="json") for key, section in sections.items()}
+    changed = [key for key in now if trained.get(key, now[key]) != now[key]]
+    if changed and manifest.get("version") == __version__:
+        raise UserError(
+            f"{run.root} is not finished, {artifact.path.name} was trained with other settings of {changed[0]} than "
+            f"{CONFIG} has: run it again, finished stages are reused"
+        )
+    return artifact
+
+
+def _unbuilt(value: Any) -> Any:
+    """Return a configuration as JSON without what only building needs: vLLM, verifiers (code), files of tasks."""
+    if isinstance(value, list):
+        return [_unbuilt(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _unbuilt(item) for key, item in value.items()}
+    kept |= {"type": "auto"} if kept.get("type") == "vllm" else {}
+    kept |= {"verifier": "gsm8k"} if "verifier" in kept else {}
+    return kept | ({"include_path": None} if "include_path" in kept else {})
+
+
+def _config(folder: Path) -> Any:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: name a run's folder, such as runs/quickstart")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no run's folder: it has no {CONFIG}")
     try:
-        return Config.model_validate_json((folder / CONFIG).read_text())
-    except (ValidationError, UnicodeDecodeError) as error:
+        return json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG} can't be read: {error}") from error
+
+
+def _validated(folder: Path, tree: Any) -> Config:
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
         raise UserError(f"{folder / CONFIG} is no configuration of this version of spo_ray: {error}") from error

@@ -71,6 +71,8 @@ def parts(run: Run, job: Job) -> Iterator[Part]:
     with Evaluations(run) as evaluations:
         for part in prepare(run, job):
             yield part
+            if part == "data" and run.mode == "execute":
+                connect(config, run.planned)
             if part == "sft":
                 evaluations.start(job.test, {"base": job.base, "sft": job.sft})
 
@@ -97,8 +99,6 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
     rows = load_data(run, "train", against=job.test)
     yield "data"
 
-    if run.mode == "execute":
-        connect(config, run.planned)
     job.base = external(config.model.path)
     if validation and not has_pairs:
         rows, job.validation = hold_out(run, rows, "questions", validation.questions, schema.Prompt)

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.memory import Device, MemoryPlan, memory_plan
+from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
 from spo_ray.runtime.artifact import MANIFEST
 from spo_ray.runtime.run import PlannedRun, PlannedStage, Work
 from spo_ray.sweep.space import listed_points, short_text, sweep_of
@@ -87,13 +87,13 @@ class Estimator:
         memory = size * count + (int(self.config.engine.memory_gib * 2**30) if self.device == "cpu" else 0)
         return Estimate(memory, seconds, measured, BYTES_PER_TOKEN * tokens)
 
-    def plan(self, stage: str) -> MemoryPlan | None:
+    def plan(self, stage: str) -> MemoryEstimate | None:
         """Return the memory estimate of ``sft`` or a method; None if the model or the settings are unusable."""
         if self.model is None:
             return None
         method: MethodConfig | None = None if stage == "sft" else self.config.methods[stage]
         try:
-            return memory_plan(self.config, self.model, stage, method, self.device)
+            return estimate_memory(self.config, self.model, stage, method, self.device)
         except UserError:  # the run says so
             return None
 

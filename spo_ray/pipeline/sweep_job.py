@@ -11,12 +11,13 @@ from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.job import prepare
 from spo_ray.report.sweep import write_sweep_report
-from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.artifact import Artifact, PlannedArtifact
+from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.console import log
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work, never_built
 from spo_ray.sweep.results import Ranked, rank, rows_of, write_best, write_csv
 from spo_ray.sweep.space import listed_points, run_for, sweep_of
-from spo_ray.sweep.trial import TRAINING
+from spo_ray.sweep.trial import TRAINING, key_of
 from spo_ray.sweep.tuner import run_trials, starts
 from spo_ray.train.spec import Prepared
 
@@ -46,19 +47,23 @@ def run_sweep(run: Run) -> Sweep:
         if plan.problem:
             raise UserError(plan.problem)
         run.planned = plan.planned
-    sweep = Sweep()
-    sweep.trials = run_trials(run, starts(run, prepare_start), prepare_start)
-    if run.mode == "plan":  # which checkpoints are evaluated depends on the trials
-        run.execute(Stage("report", never_built, inputs={"trials": sweep.trials}, work=Work(note="a page")))
+        connect(run.config, run.planned)
+    sweep, known = Sweep(), starts(run, prepare_start)
+    sweep.trials = run_trials(run, known, prepare_start)
+    if isinstance(sweep.trials, PlannedArtifact):  # which checkpoints are evaluated depends on the trials
+        unknown = PlannedArtifact(run.root, "")
+        inputs = {"trials": sweep.trials, "scores": unknown, "comparisons": unknown}
+        run.execute(Stage("report", never_built, inputs=inputs, work=Work(note="a page")))
         return sweep
     rows = rows_of(sweep.trials.present())
     sweep.best = rank(rows, sweep_of(run.config))[0]
     if run.mode == "execute":
         write_csv(run.root / "results.csv", rows, sweep_of(run.config))
         write_best(run, sweep.best)
-    sweep.start = prepare_start(run_for(run, sweep.best.values))
+    values = sweep.best.values
+    sweep.start = known.get(key_of(values)) or prepare_start(run_for(run, values))
     evaluate_best(run, sweep)
-    if run.mode == "execute":
+    if run.mode != "read":
         write_sweep_report(run, sweep.trials, sweep.best, sweep.evaluation)
     return sweep
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from spo_ray.core.text_metrics import words
+from spo_ray.core.text_metrics import words_and_marks
 from spo_ray.data.filter import Contamination
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.report import figures, scores
@@ -162,7 +162,7 @@ def _noted(facts: dict[str, Any]) -> str:
 def _pairs(run: Run, pairs: Artifact, held_out: Artifact) -> Table:
     """Return length bias, duplicates and contamination of the training pairs."""
     rows = pairs.rows()
-    chosen, rejected = ([len(words(row[side])) for row in rows] for side in ("chosen", "rejected"))
+    chosen, rejected = ([len(words_and_marks(row[side])) for row in rows] for side in ("chosen", "rejected"))
     longer = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / len(rows)
     different = Counter((str(row["prompt"]), row["chosen"], row["rejected"]) for row in rows)
     template = getattr(run.config.data, "prompt", "")

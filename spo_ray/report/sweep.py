@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -15,7 +16,7 @@ from spo_ray.report.scores import with_interval
 from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import Artifact, RowCounts, versions, write_json
 from spo_ray.runtime.console import log, place
-from spo_ray.runtime.run import Run, Stage
+from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.sweep.results import BEST, Ranked, Row, rows_of
 from spo_ray.sweep.space import short_names, short_text, sweep_of
 
@@ -23,9 +24,10 @@ from spo_ray.sweep.space import short_names, short_text, sweep_of
 def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluation | None) -> None:
     """Write ``report/index.html`` with its figures, and ``summary.json``."""
     sweep, rows = sweep_of(run.config), rows_of(trials)
-    summary = summarise(run, rows, best, tested)
+    found = cache(partial(summarise, run, rows, best, tested))
 
     def build(out: Path, row_counts: RowCounts) -> None:
+        summary = found()
         figures = dict(sensitivity_figures(rows, sweep, summary["importances"]))
         for title, chart in figures.items():
             (out / file_name(title)).write_text(svg(chart), encoding="utf-8")
@@ -34,7 +36,10 @@ def write_sweep_report(run: Run, trials: Artifact, best: Ranked, tested: Evaluat
         row_counts.read = row_counts.kept = len(rows)
 
     inputs = {"trials": trials} | ({"scores": tested.scores, "comparisons": tested.comparisons} if tested else {})
-    report = run.execute(Stage("report", build, config={}, inputs=inputs))
+    report = run.execute(Stage("report", build, {}, inputs, Work(note="a page")))
+    if run.mode == "plan":
+        return
+    summary = found()
     write_json(run.root / "summary.json", summary)
     log("best", f"{values_in_words(best.values)}; {BEST} is ready to run")
     for line in _test_lines(summary, names_of(sweep)):

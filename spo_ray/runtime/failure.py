@@ -122,15 +122,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None and id(link) not in seen:
         yield link
         seen.add(id(link))
-        link = _inner(link)
+        link = _wrapped(link) or link.__cause__
 
 
-def _inner(error: BaseException) -> BaseException | None:
+def _wrapped(error: BaseException) -> BaseException | None:
+    """Return the exception that an exception of Ray's wraps; None for any other. Of several workers, the first rank."""
     failures = getattr(error, "worker_failures", None)  # Ray Train's
     if failures:
         return failures[min(failures)]
-    wrapped = (getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__"))
-    return next((inner for inner in wrapped if isinstance(inner, BaseException)), None)
+    found = (getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure"))
+    return next((inner for inner in found if isinstance(inner, BaseException)), None)
 
 
 def _from_data_task(chain: list[BaseException]) -> tuple[str, list[str]]:
@@ -236,9 +237,6 @@ def recorded(run: Run) -> Generator[None]:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The exception that a worker's code raised, without what Ray wraps around it."""
-    for name in ("_base_exc", "controller_failure"):
-        inner = getattr(error, name, None)
-        if isinstance(inner, BaseException):
-            return cause_of(inner)
-    return error
+    """Return the exception that a worker's code raised, without the exceptions that Ray wraps around it."""
+    inner = _wrapped(error)
+    return error if inner is None else cause_of(inner)

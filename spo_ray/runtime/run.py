@@ -142,9 +142,12 @@ class Run:
         return self.__dict__ | {"under_way": [], "changed": _nothing}
 
     def at(self, root: Path, config: Config | None = None) -> "Run":
-        """Return a copy of this run in another folder, with another configuration if one is given."""
-        other = copy.copy(self)
-        other.root, other.config = root, config or self.config
+        """Return this run in another folder, with another configuration if one is given.
+
+        Both share the plan, the names of stages, the stages that are being built and the listener.
+        """
+        other = copy.copy(self)  # by __getstate__, so without the listener and the stages that are being built
+        vars(other).update(vars(self), root=root, config=config or self.config)
         return other
 
     @contextmanager
@@ -197,7 +200,8 @@ class Run:
         log(name, state)
         if stage.resumable:
             write_json(scratch / STARTED, {"digest": digest})
-        self.under_way.append(name)
+        if name not in self.under_way:  # it is there if an earlier attempt failed
+            self.under_way.append(name)
         self.changed()
         return OpenStage(name, digest, identity, scratch)
 
@@ -282,8 +286,9 @@ class PlannedRun(Run):
         state, why = self.state(stage.name, identity, digest)
         name = (self.root / stage.name).relative_to(self.top).as_posix()
         self.planned.append(PlannedStage(name, state, why, stage.work))
-        if state == "reused" and (self.root / stage.name).is_dir():
-            return Artifact(self.root / stage.name, digest)
+        for folder in (self.root / stage.name, self.root / ".unfinished" / stage.name):
+            if _identity(folder) == digest:
+                return Artifact(folder, digest)
         work = stage.work
         return PlannedArtifact(self.root / stage.name, digest, work.rows if work.out is None else work.out)
 

@@ -22,6 +22,8 @@ PROJECT = "spo-ray"
 """Weights & Biases' project and MLflow's experiment where the environment names none."""
 INSTALL = "pip install 'spo-ray[tracking]'"
 Metrics = Mapping[str, float]
+PROJECT = "spo-ray"
+"""Project of Weights & Biases and experiment of MLflow where the environment names none."""
 
 
 class Tracker(NamedTuple):
@@ -106,8 +108,7 @@ class TrackerGroup:
         self.stage = stage
         self.trackers: dict[str, Tracker] = {}
         for name in run.config.tracking:
-            opener = TRACKERS[name]
-            self._attempt(name, lambda n=name, o=opener: self.trackers.update({n: o(run, stage, key, step)}))
+            self._attempt(name, lambda n=name: self.trackers.update({n: TRACKERS[n](run, stage, key, step)}))
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Log the metrics of a step to each tracker."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 
 from spo_ray.config.sweep import SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
+from spo_ray.evaluate.actors import EvaluatorHandle
 from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
@@ -27,7 +27,7 @@ from spo_ray.runtime.console import install
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.space import Point, run_for, shared_values, sweep_of, trial_config
 from spo_ray.train.score_gate import decide, decision, rung_folder
-from spo_ray.train.spec import Job, Prepared
+from spo_ray.train.spec import Prepared, TrainJob
 
 TRIAL, SCORES, FAILED, TRAINING = "trial.json", "scores.jsonl", "failed.json", "training"
 Record = dict[str, Any]
@@ -107,15 +107,15 @@ class Trial:
         self._forget_undecided()
         earlier = scores(self.folder)
         self.before = earlier[-1]["seconds"] if earlier else 0.0
-        job = Job(
-            config,
-            str(shared.sft.path),
-            shared.reference,
-            str(self.out),
-            f"trial_{self.name}_{self.context.digest[:12]}",
-            self.sweep.method,
-            shared.held_out,
-            tuple(shares),
+        job = TrainJob(
+            config=config,
+            model=str(shared.sft.path),
+            rows=shared.reference,
+            out=str(self.out),
+            key=f"trial_{self.name}_{self.context.digest[:12]}",
+            method=self.sweep.method,
+            held_out=shared.held_out,
+            score_at=tuple(shares),
         )
         training = threading.Thread(target=self._train, args=(job,), daemon=True)
         training.start()
@@ -147,7 +147,7 @@ class Trial:
             if step not in scored or not decision(self.out, step):
                 file.unlink()
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: TrainJob) -> None:
         from spo_ray.train.launch import fit, group_name
 
         try:
@@ -159,7 +159,7 @@ class Trial:
         except BaseException as error:
             self.error = error
 
-    def _pass(self, share: float, step: int, job: Job, training: threading.Thread) -> bool:
+    def _pass(self, share: float, step: int, job: TrainJob, training: threading.Thread) -> bool:
         """Wait for a checkpoint, score it, report, and let the training go on; tells if a rule stops it instead."""
         record = next((known for known in scores(self.folder) if known["step"] == step), None)
         last = share == 1.0
@@ -183,7 +183,7 @@ class Trial:
             decide(self.out, step, go_on=True)
         return stop
 
-    def _check(self, job: Job, folder: Path) -> None:
+    def _check(self, job: TrainJob, folder: Path) -> None:
         if self.error:
             raise self.error
         if not (job.finished if folder == self.out else folder.exists()):
@@ -244,34 +244,19 @@ AGAINST_OTHERS = "alpaca_eval"
 """The suite that gets its figures from other models' judgements."""
 
 
-@dataclass(frozen=True)
-class OneActor:
-    """The part of :class:`spo_ray.evaluate.actors.Actors` that suites need, for an actor that trials share."""
-
-    kind: str
-
-    def close(self) -> None:
-        """Nothing: others use it too."""
-
-
 def score_texts(run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact, data: Artifact) -> Record:
     """Return what the suites of ``eval`` measure of a checkpoint by one evaluation actor; delete the run's folder."""
-
-    def call(method: str, *arguments: Any) -> Any:
-        return ray.get(getattr(actor, method).remote(*arguments))
-
-    actors: Any = OneActor(kind)
-    bench, record = SuiteContext(run, data, actors, call), {}
+    context, record = SuiteContext(run, data, EvaluatorHandle(kind, lambda: actor)), {}
     for suite_name in run.config.eval.chosen(run.config.data):
         suite = suite_of(suite_name)
-        found = suite.measure(bench, name, checkpoint)
+        found = suite.measure(context, name, checkpoint)
         others = []
-        if suite.conclude and suite_name == AGAINST_OTHERS:
-            others = suite.conclude(bench, {name: checkpoint}, {name: found})[name]
+        if suite.second_pass and suite_name == AGAINST_OTHERS:
+            others = suite.second_pass(context, {name: checkpoint}, {name: found})[name]
         prefix = "" if suite_name == "accuracy" else f"{suite_name}/"
-        for e in suite.estimate(run.config.eval, found, others):
-            entry = {"value": e.value, "low": e.low, "high": e.high, "n": e.n}
-            record[f"{prefix}{e.metric}"] = {key: value for key, value in entry.items() if value is not None}
+        for m in suite.metrics(run.config.eval, found, others):
+            entry = {"value": m.value, "low": m.low, "high": m.high, "n": m.n}
+            record[f"{prefix}{m.metric}"] = {key: value for key, value in entry.items() if value is not None}
     shutil.rmtree(run.root)
     return record
 

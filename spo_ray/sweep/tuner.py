@@ -39,7 +39,8 @@ TUNE = "tune"
 """Ray Tune's own records, as long as the sweep is under way."""
 ROOM = "room.json"
 """How many trials at a time it was started with; as long, too."""
-STARTS = ("sft", "reference", "held_out", "validation")
+STARTS = {"sft": "sft", "pairs": "reference", "held_out": "held_out", "validation": "validation"}
+"""Inputs of the trials, and the fields of :class:`Prepared` that they are."""
 NOT_RESULTS = {"keep", "max_concurrent"}
 
 
@@ -49,16 +50,23 @@ def starts(run: Run, prepare: Callable[[Run], Prepared]) -> dict[str, Prepared]:
     finite = {key: d.values for key in shared_values(space) if not isinstance(d := space[key], LogUniform)}
     if prepares_itself(run.config):
         return {}
-    found = {}
-    for values in (dict(zip(finite, values, strict=True)) for values in itertools.product(*finite.values())):
-        found[key_of(values)] = prepare(run_for(run, values))
+    found: dict[str, Prepared] = {}
+    for combination in itertools.product(*finite.values()):
+        values = dict(zip(finite, combination, strict=True))
+        if key_of(values) not in found:  # a dimension may list a value twice
+            found[key_of(values)] = prepare(run_for(run, values))
     return found
 
 
 def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run], Prepared]) -> Artifact:
     """All trials, as one stage with a folder for each; the same command goes on with the unfinished ones."""
     config, sweep = run.config, sweep_of(run.config)
-    inputs = {f"{i}{name}": a for i, s in enumerate(known.values()) for name in STARTS if (a := getattr(s, name))}
+    inputs = {
+        f"{number}{name}": artifact
+        for number, start in enumerate(known.values())
+        for name, key in STARTS.items()
+        if (artifact := getattr(start, key))
+    }
     settings = {
         "sweep": sweep.model_dump(mode="json", exclude=NOT_RESULTS),
         "run": config.model_dump(mode="json", exclude={"name", "output", "ray", "sweep", "methods", "tracking"}),

@@ -1,1 +1,1 @@
-"""Training, on Ray Train."""
+"""SFT and preference training on Ray Train."""

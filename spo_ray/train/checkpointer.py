@@ -1,8 +1,8 @@
-"""Checkpoints within training: what a run needs to go on as if it had never stopped.
+"""Checkpoints within a training, from which it resumes with the same results as an uninterrupted one.
 
-PyTorch's distributed checkpoint (DCP) has parameters, optimizer states and random number generators, each rank its
-shards, so that any number of ranks can go on from it; ``state.json`` has the rest. A checkpoint counts once Ray Train
-has registered it, which it does when all ranks' files are in the storage: what a crash leaves besides is ignored.
+PyTorch's distributed checkpoint (DCP) holds parameters, optimizer states and random generators, each rank's shards, so
+that any number of ranks can resume; ``state.json`` holds :class:`Progress`. A checkpoint counts once Ray Train has
+registered it, which it does when all ranks' files are in the storage. Incomplete files from a crash are ignored.
 """
 
 import json
@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,85 +36,110 @@ from spo_ray.errors import TrainingError
 from spo_ray.train.distributed import Distributed
 
 STATE = "state.json"
-Extra = dict[str, Any]
-"""What is not a tensor: JSON."""
+
+
+@dataclass
+class Progress:
+    """Progress of a training: the part of a checkpoint that is JSON, not tensors."""
+
+    step: int = 0
+    """Last finished step; 0 before the first."""
+    skipped: int = 0
+    """Steps skipped so far because their gradient was not finite."""
+    in_a_row: int = 0
+    """Steps skipped in a row up to this one."""
+    wall_s: float = 0.0
+    """Seconds of training so far, over all starts."""
+    ended: bool = False
+    """True if a callback ended the training at this step."""
+    remembered: list[dict[str, Any]] = field(default_factory=list)
+    """State of each callback, in the order of the callbacks."""
 
 
 class Checkpointer:
-    """A job's checkpoints in its Ray Train run; jobs one after another share a run."""
+    """Saves and loads the checkpoints of one job. The jobs of a group share one Ray Train run.
+
+    If ``config.every`` is None it does nothing, and needs no Ray Train.
+    """
 
     def __init__(self, job: str, config: CheckpointConfig, rank: Distributed, timeout_s: float = 1800.0) -> None:
         self.job, self.config, self.rank = job, config, rank
-        # saving in the background must not get between the collectives of training
+        # a group of its own: saving in the background must not mix with the collectives of training
         limit = timedelta(seconds=timeout_s)
         self.group = dist.new_group(backend="gloo", timeout=limit) if config.every else None
         self.pending = 0
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
-        """Load the job's newest checkpoint; gives its ``state.json``, empty without any."""
-        checkpoint = ray.train.get_checkpoint()
-        return self.load(checkpoint, model, optimizer) if checkpoint else {}
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+        """Load the newest checkpoint of this job and return its progress; None without one. Collective."""
+        checkpoint = ray.train.get_checkpoint() if self.config.every else None
+        return self._load(checkpoint, model, optimizer) if checkpoint else None
 
-    def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
-        """Load one checkpoint, if it is this job's."""
-        with checkpoint.as_directory() as folder:
-            extra = json.loads((Path(folder) / STATE).read_text())
-            if extra["job"] != self.job:
-                return {}
-            load_tensors(folder, model, optimizer, self.rank)
-        return extra
+    def restore_best(self, model: nn.Module) -> int | None:
+        """Load the parameters of the best kept checkpoint and return its step; None unless ``best`` is configured.
 
-    def due(self, step: int, total: int) -> bool:
-        """Whether a checkpoint belongs behind this step; behind the last one only to be compared with others."""
-        every = self.config.every
-        return bool(every) and (step % every == 0 if step < total else self.config.best is not None)
-
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Extra, record: Metrics) -> None:
-        """Checkpoint the state behind a step. Training goes on as soon as the state is copied, if so configured.
-
-        Raises:
-            TrainingError: it could not be written (asynchronously: raised out of the training loop as soon as known).
+        Collective: call on all ranks.
         """
-        self.wait()
-        tensors = collect(model, optimizer, self.rank)
-        extra = extra | {"job": self.job}
-        name = f"{self.job}_step_{extra['step']:08d}"
-        score = self._score(record)
-        mode = CheckpointUploadMode.ASYNC if self.config.asynchronous else CheckpointUploadMode.SYNC
-        self.pending += 1
-        folder = tempfile.mkdtemp(prefix="spo_ray_")
-        ray.train.report(
-            {"job": self.job, "step": extra["step"]} | score,
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=mode,
-            checkpoint_upload_fn=lambda local, name: self._write(local, name, tensors, extra),
-        )
-
-    def wait(self) -> None:
-        """Until the checkpoint under way is written."""
-        while self.pending:
-            time.sleep(0.005)
-
-    def best(self) -> Checkpoint | None:
-        """The best of this job's checkpoints that are kept; None unless that is configured."""
         if self.config.best is None or not self.config.every:
             return None
         self.wait()
         own = [c for c in ray.train.get_all_reported_checkpoints() if c.metrics.get("job") == self.job]
-        return max(own, key=lambda reported: reported.metrics["score"]).checkpoint if own else None
+        if not own:
+            return None
+        best = max(own, key=lambda reported: reported.metrics["score"])
+        progress = self._load(best.checkpoint, model, None)
+        return progress.step if progress else None
 
-    def _write(self, local: Checkpoint, name: str, tensors: Mapping[str, Any], extra: Extra) -> Checkpoint:
+    def due(self, step: int, total: int) -> bool:
+        """Return True if a checkpoint follows this step; after the last step only if the best one is chosen."""
+        every = self.config.every
+        return bool(every) and (step % every == 0 if step < total else self.config.best is not None)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, record: Metrics) -> None:
+        """Save a checkpoint after a step; if ``asynchronous``, return as soon as the state is copied. Collective.
+
+        Raises:
+            TrainingError: the checkpoint can't be written. If asynchronous, the training loop raises it later.
+        """
+        self.wait()
+        tensors = collect(model, optimizer, self.rank)
+        state = asdict(progress) | {"job": self.job}
+        metrics = {"job": self.job, "step": progress.step} | self._score(record)
+        mode = CheckpointUploadMode.ASYNC if self.config.asynchronous else CheckpointUploadMode.SYNC
+        self.pending += 1
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="spo_ray_")),
+            checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}",
+            checkpoint_upload_mode=mode,
+            checkpoint_upload_fn=lambda local, name: self._write(local, name, tensors, state),
+        )
+
+    def wait(self) -> None:
+        """Wait until the pending checkpoint is written."""
+        while self.pending:
+            time.sleep(0.005)
+
+    def _load(
+        self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> Progress | None:
+        with checkpoint.as_directory() as folder:
+            state = json.loads((Path(folder) / STATE).read_text())
+            if state.pop("job") != self.job:
+                return None
+            load_tensors(folder, model, optimizer, self.rank)
+        return Progress(**state)
+
+    def _write(self, local: Checkpoint, name: str, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> Checkpoint:
         storage = ray.train.get_context().get_storage()
         try:
-            write_tensors(local.path, tensors, self.group)
+            dcp.save(dict(tensors), storage_writer=FileSystemWriter(local.path), process_group=self.group)
             if self.rank.index == 0:
-                (Path(local.path) / STATE).write_text(json.dumps(extra))
+                (Path(local.path) / STATE).write_text(json.dumps(state))
             return storage.persist_current_checkpoint(local, name)
         except Exception as error:
             raise TrainingError(
-                f"the checkpoint {name} could not be written to {storage.experiment_fs_path}: {error}: the one before "
-                "is as it was; free some space there, or set train.checkpoint.storage"
+                f"the checkpoint {name} could not be written to {storage.experiment_fs_path}: {error}. The previous "
+                "checkpoint is intact: free some space there, or set train.checkpoint.storage"
             ) from error
         finally:
             shutil.rmtree(local.path, ignore_errors=True)
@@ -131,57 +157,45 @@ class Checkpointer:
         return {"score": record[best.metric] * (1.0 if best.mode == "max" else -1.0)}
 
 
-class NoSnapshots(Checkpointer):
-    """For processes without Ray Train: nothing is kept."""
-
-    def __init__(self, rank: Distributed) -> None:
-        super().__init__("", CheckpointConfig(every=None), rank)
-
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Extra:
-        """Nothing."""
-        return {}
-
-
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, rank: Distributed) -> dict[str, Any]:
-    """A copy in main memory of this rank's tensors, which later steps do not touch."""
-    on_cpu = rank.device.type == "cpu"
-    state = _tensors(model, optimizer, StateDictOptions(cpu_offload=not on_cpu))
-    generators = {f"cpu.{rank.index}": torch.get_rng_state()}
-    if not on_cpu:
-        generators[f"cuda.{rank.index}"] = torch.cuda.get_rng_state(rank.device)
-    return _map(lambda tensor: tensor.detach().clone(), state | {"generators": generators})
-
-
-def write_tensors(folder: str, tensors: Mapping[str, Any], group: Any = None) -> None:
-    """One rank's part of a checkpoint; a collective of ``group``."""
-    dcp.save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group)
+    """Copy this rank's tensors to main memory, so that later steps do not change them."""
+    state = _tensors(model, optimizer, StateDictOptions(cpu_offload=rank.device.type != "cpu"))
+    return _map(lambda tensor: tensor.detach().clone(), state | {"generators": _random_states(rank)})
 
 
 def load_tensors(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: Distributed) -> None:
-    """Load parameters and, unless None, optimizer states; random generators too, where as many ranks saved them."""
+    """Load parameters and, unless ``optimizer`` is None, optimizer states. Collective: call on all ranks.
+
+    The states of the random generators are loaded too if the same number of ranks saved them.
+    """
     reader = dcp.FileSystemReader(folder)
     known = reader.read_metadata().state_dict_metadata
     state = _tensors(model, optimizer, StateDictOptions())
-    generators = {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state()} if rank.device.type == "cuda" else {}
-    )
-    same = f"generators.cpu.{rank.size}" not in known and f"generators.cpu.{rank.size - 1}" in known
-    if same:
-        state["generators"] = {f"{kind}.{rank.index}": value for kind, value in generators.items()}
+    if f"generators.cpu.{rank.size}" not in known and f"generators.cpu.{rank.size - 1}" in known:
+        state["generators"] = _random_states(rank)
     dcp.load(state, storage_reader=reader)
     if optimizer is None:
         set_model_state_dict(model, state["model"])
     else:
         states = {"state": state["optimizer"], "param_groups": get_state_dict(model, optimizer)[1]["param_groups"]}
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=states)
-    if same:
-        torch.set_rng_state(state["generators"][f"cpu.{rank.index}"])
-        if rank.device.type == "cuda":
-            torch.cuda.set_rng_state(state["generators"][f"cuda.{rank.index}"])
+    for name, value in state.get("generators", {}).items():
+        if name.startswith("cpu"):
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, rank.device)
+
+
+def _random_states(rank: Distributed) -> dict[str, Tensor]:
+    """Return the states of this rank's random generators, under names that differ between ranks."""
+    states = {f"cpu.{rank.index}": torch.get_rng_state()}
+    if rank.device.type != "cpu":
+        states[f"cuda.{rank.index}"] = torch.cuda.get_rng_state(rank.device)
+    return states
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None, options: StateDictOptions) -> dict[str, Any]:
-    """Parameters and optimizer states by the parameters' names. Learning rates follow from the step."""
+    """Return parameters and optimizer states by the parameters' names. Learning rates follow from the step."""
     if optimizer is None:
         return {"model": get_model_state_dict(model, options=options)}
     parameters, states = get_state_dict(model, optimizer, options=options)

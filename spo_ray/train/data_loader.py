@@ -1,4 +1,4 @@
-"""Feeding workers: tables that Ray Data keeps in shared memory, and the order in which their rows are used."""
+"""Rows for the workers: tables in Ray's shared memory, and the order in which training uses their rows."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ BLOCK_ROWS = 4096
 
 
 class RowTable:
-    """Rows by their number; Arrow, of which Python sees only what it asks for."""
+    """Arrow table whose rows are read by number; only the rows asked for become Python objects."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
@@ -24,19 +24,19 @@ class RowTable:
         return self.table.num_rows
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
-        """Some rows, in the order of the numbers."""
+        """Return rows in the order of their numbers."""
         return self.table.take(list(numbers)).to_pylist()
 
     @classmethod
     def of(cls, artifact: Artifact) -> "RowTable":
-        """A stage's rows in the order of their ids, read from its files."""
+        """Read the rows of a stage from its files, in the order of their ids."""
         return cls(artifact.table())
 
 
 def dataset(artifact: Artifact) -> ray.data.Dataset:
-    """A stage's rows in the object store: one copy on each node, whatever the number of workers there.
+    """Put the rows of a stage into Ray's object store; the workers of a node share one copy.
 
-    It is made whole here and now. A dataset that is computed while workers wait for it needs CPUs that they may hold.
+    The dataset is materialised here: computing it later would need CPUs that the waiting workers may hold.
     """
     table = artifact.table()
     blocks = [table.slice(start, BLOCK_ROWS) for start in range(0, table.num_rows, BLOCK_ROWS)]
@@ -45,15 +45,15 @@ def dataset(artifact: Artifact) -> ray.data.Dataset:
 
 @cache
 def shared_table(name: str) -> RowTable:
-    """A dataset of this Ray Train run by its name, without copying it."""
+    """Return a dataset of this Ray Train run by its name, without copying it."""
     batches = ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="pyarrow")
     return RowTable(pa.concat_tables(list(batches)))
 
 
 def epoch_batches(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Global batches of row numbers: every row exactly once an epoch, in batches whose sizes differ by one at most.
+    """Yield global batches of row numbers: every row once per epoch, in batches whose sizes differ by at most one.
 
-    They depend on the seed alone, not on the number of workers, so that a step's batch is the same after a restart.
+    They depend only on the seed, not on the world size, so that a step has the same batch after a restart.
     """
     rng = random.Random(seed)
     count = -(-rows // batch_size)

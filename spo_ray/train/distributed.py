@@ -1,4 +1,4 @@
-"""One training process among the others."""
+"""One rank of a data-parallel group, and its collectives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,31 +15,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Distributed:
-    """One worker of a data-parallel group."""
+    """Rank of a data-parallel group. Every method that communicates must be called on all ranks."""
 
     index: int
+    """Rank, from 0."""
     size: int
+    """World size."""
     device: torch.device
 
     @classmethod
     def current(cls) -> "Distributed":
-        """That of the Ray Train worker that asks."""
+        """Return the rank of the current Ray Train worker."""
         context = ray.train.get_context()
         return cls(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
     @property
     def mesh(self) -> DeviceMesh:
-        """All ranks, in one dimension."""
+        """One-dimensional device mesh over all ranks."""
         return init_device_mesh(self.device.type, (self.size,))
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sum in place over the ranks."""
+        """Sum tensors in place over the ranks."""
         if self.size > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
     def largest(self, value: int) -> int:
-        """The largest of all ranks' values."""
+        """Return the largest of all ranks' values."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
@@ -47,7 +49,7 @@ class Distributed:
         return int(tensor)
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """All ranks' items, in the order of the ranks."""
+        """Return all ranks' items, in the order of the ranks."""
         if self.size == 1:
             return list(items)
         parts: list[Any] = [None] * self.size
@@ -55,14 +57,13 @@ class Distributed:
         return [item for part in parts for item in part]
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch on this rank's device."""
+        """Return a batch on this rank's device."""
         return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
     def shard_with_padding(self, items: Sequence[T]) -> tuple[list[T], list[bool]]:
-        """Of what all ranks work on together, the part of this one, and which of it counts.
+        """Split items over the ranks; return this rank's items and a mask that is False for padding.
 
-        The parts make up the whole, and are equally long: where it can't be divided, an item that does not count fills
-        up, so that all ranks make the same passes.
+        All ranks get the same number of items, so that they make the same collective calls; padding repeats the first.
         """
         own = list(items[self.index :: self.size])
         valid = [True] * len(own)

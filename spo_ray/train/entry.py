@@ -1,4 +1,4 @@
-"""Entry point of Ray Train's workers, and the controller's record of their failures."""
+"""Entry point of Ray Train's workers, and the callback that records their failures in the controller."""
 
 import json
 import time
@@ -13,16 +13,17 @@ from spo_ray.runtime.failure import cause_of
 from spo_ray.train.spec import FAILURES, RESULT
 
 FATAL = (TrainingError, UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, ImportError)
+"""Errors that would occur again after a restart."""
 
 
 class RecordFailures(UserCallback):
-    """Write failures down where the driver and the report find them; end the run on an error of the program's own."""
+    """Record failures in the job's folder, for the driver and the report; end the run if a restart would not help."""
 
     def __init__(self, folders: list[str]) -> None:
         self.folders = folders
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        """See :class:`ray.train.UserCallback`; runs in Ray Train's controller."""
+        """Called in Ray Train's controller after workers failed; see :class:`ray.train.UserCallback`."""
         causes = {rank: cause_of(error) for rank, error in worker_exceptions.items()}
         fatal = next((cause for cause in causes.values() if isinstance(cause, FATAL)), None)
         record = {
@@ -31,7 +32,7 @@ class RecordFailures(UserCallback):
             "restart": fatal is None,
         }
         for folder in map(Path, self.folders):
-            if not (folder / RESULT).exists():  # the job that was under way
+            if not (folder / RESULT).exists():  # the job that was running
                 with (folder / FAILURES).open("a") as file:
                     file.write(json.dumps(record) + "\n")
                 break
@@ -40,24 +41,25 @@ class RecordFailures(UserCallback):
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry: the jobs, one after another, but for those that an earlier start has finished."""
+    """Entry of Ray Train's workers: run the jobs one after another, except those finished by an earlier start."""
     import ray.train
 
     from spo_ray.train.checkpointer import Checkpointer
     from spo_ray.train.data_loader import RowTable, shared_table
     from spo_ray.train.distributed import Distributed
+    from spo_ray.train.memory_check import RetainedMemory, check_room
     from spo_ray.train.score_gate import StoppedError
-    from spo_ray.train.worker import RetainedMemory, check_room, run_job
+    from spo_ray.train.worker import run_job
 
-    rank, held = Distributed.current(), RetainedMemory()
+    rank, retained = Distributed.current(), RetainedMemory()
     table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
-        done = [job.finished]
-        if not any(rank.gather(done)):
-            check_room(job, rank, held.now())
-            snapshots = Checkpointer(job.key, job.checkpoint, rank, job.config.train.timeout_s)
-            try:
-                run_job(job, rank, snapshots, table_of)
-            except StoppedError:
-                snapshots.wait()
-            ray.train.report({"job": job.key, "finished": True})
+        if any(rank.gather([job.finished])):
+            continue
+        check_room(job, rank, retained.now())
+        checkpointer = Checkpointer(job.key, job.checkpoint, rank, job.config.train.timeout_s)
+        try:
+            run_job(job, rank, checkpointer, table_of)
+        except StoppedError:
+            checkpointer.wait()
+        ray.train.report({"job": job.key, "finished": True})

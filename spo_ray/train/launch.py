@@ -1,4 +1,4 @@
-"""Training stages through Ray Train."""
+"""Training stages: SFT and preference methods as jobs of a Ray Train run."""
 
 import hashlib
 import json
@@ -18,11 +18,10 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
-from transformers import AutoConfig
 
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.model.memory import Device, memory_plan
+from spo_ray.model.memory import Device
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.console import log
@@ -33,12 +32,13 @@ from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
 from spo_ray.train.entry import RecordFailures, train_loop
 from spo_ray.train.log_follower import Follower
-from spo_ray.train.spec import RESULT, Job, Start, failures_of
+from spo_ray.train.memory_check import estimate_memory
+from spo_ray.train.spec import RESULT, Start, TrainJob, failures_of
 
 MATTER = {"precision", "optimizer", "max_length"}
-"""Training settings that change results; with all others they are the same but for rounding."""
+"""Training settings that change results beyond rounding."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-"""glibc keeps freed memory: on a CPU, getting the same large tensors from the system anew takes a fifth of a step."""
+"""Makes glibc keep freed memory: on a CPU, allocating large tensors anew takes a fifth of a step."""
 
 
 def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
@@ -113,7 +113,7 @@ def _name(stages: Sequence[OpenStage | Artifact]) -> str:
 
 
 def group_name(identity: str) -> str:
-    """Ray Train's name for a run: another configuration must not go on from this one's checkpoints."""
+    """Return the name of a Ray Train run; it is unique, so that no other configuration resumes from its checkpoints."""
     return "train_" + hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
@@ -130,7 +130,17 @@ def _train(
         method, start = starts[stage.name]
         stage.counts.read = stage.counts.kept = start.rows.count
         key = f"{stage.name}_{stage.digest[:12]}"
-        jobs.append(Job(run.config, str(start.model.path), start.rows, str(stage.scratch), key, method, held_out))
+        jobs.append(
+            TrainJob(
+                config=run.config,
+                model=str(start.model.path),
+                rows=start.rows,
+                out=str(stage.scratch),
+                key=key,
+                method=method,
+                held_out=held_out,
+            )
+        )
     closed = {}
     try:
         if all(job.finished for job in jobs):  # an earlier driver ended before it could
@@ -148,38 +158,37 @@ def _train(
 
 
 def _forget(run: Run, group: str) -> None:
-    """Delete what Ray Train has kept of a group that is finished, if it is still there."""
+    """Delete the files that Ray Train keeps of a finished group, if there are any."""
     filesystem, folder = FileSystem.from_uri(_storage(run))
     if filesystem.get_file_info(f"{folder}/{group}").type == FileType.Directory:
         filesystem.delete_dir(f"{folder}/{group}")
 
 
 def _storage(run: Run) -> str:
-    """Where Ray Train's records and checkpoints are."""
+    """Return the folder or address where Ray Train keeps its records and checkpoints."""
     return run.config.train.checkpoint.storage or str(run.root / ".unfinished")
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """The training settings that change results."""
+    """Return the training settings that change the results of a preference method."""
     checkpoint = run.config.train.checkpoint
     chosen = checkpoint.model_dump(include={"best", "every", "keep"}) if checkpoint.best else {"best": None}
     return run.config.train.model_dump(include=MATTER) | chosen
 
 
-def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: bool = False) -> None:
-    """Run jobs to their end. Ray Train's records matter until then: the same run under the same name goes on.
+def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_files: bool = False) -> None:
+    """Run the jobs of a group to their end; resume if an earlier driver has left a group of this name unfinished.
 
-    With ``from_files`` workers read the rows from the stages' files, not from shared memory: two processes less.
+    With ``from_files`` the workers read rows from the stages' files instead of shared memory; this takes two processes
+    less.
 
     Raises:
-        UserError: the cluster has no room for the workers, or a worker found a setting that can't be.
+        UserError: the cluster has no room for the workers, or a worker refused a setting.
         RuntimeError: a worker failed; the message is the worker's own error.
     """
-    use_gpu = uses_gpu(run.config)
-    config = run.config.train
-    artifacts = {artifact.digest: artifact for job in jobs for artifact in (job.rows, job.held_out) if artifact}
-    artifacts = {} if from_files else artifacts
-    options: dict[str, Any] = {  # untyped: which of Ray's two ScalingConfigs is meant depends on the environment
+    config, use_gpu = run.config.train, uses_gpu(run.config)
+    shared = [] if from_files else [artifact for job in jobs for artifact in (job.rows, job.held_out) if artifact]
+    options: dict[str, Any] = {  # untyped: the environment decides which of Ray's two ScalingConfigs this is
         "scaling_config": ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=use_gpu,
@@ -188,10 +197,10 @@ def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: 
         ),
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s)),
         "run_config": RunConfig(**_run_options(run, jobs, group, {} if use_gpu else KEEP_MEMORY)),
-        "datasets": {digest: dataset(artifact) for digest, artifact in artifacts.items()},
+        "datasets": {digest: dataset(artifact) for digest, artifact in {a.digest: a for a in shared}.items()},
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
-    _say_plan(jobs, names, "cuda" if use_gpu else "cpu")
+    _log_memory(jobs, names, "cuda" if use_gpu else "cpu")
     trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs, "from_files": from_files}, **options)
     try:
         with Follower(jobs, names, Trackers(run)):
@@ -201,18 +210,15 @@ def fit(run: Run, jobs: list[Job], names: list[str], group: str, *, from_files: 
     _forget(run, group)
 
 
-def _say_plan(jobs: list[Job], names: list[str], device: Device) -> None:
-    """Print the largest of the jobs' memory plans; the workers compare it with what they have."""
-    plans = {}
-    for job, name in zip(jobs, names, strict=True):
-        method = None if job.method is None else job.config.methods[job.method]
-        plans[name] = memory_plan(job.config, AutoConfig.from_pretrained(job.model), name, method, device)
-    largest = max(plans, key=lambda name: plans[name].total)
-    log(largest, plans[largest].table())
+def _log_memory(jobs: list[TrainJob], names: list[str], device: Device) -> None:
+    """Log the largest memory estimate of the jobs; the workers compare theirs with their free memory."""
+    estimates = {name: estimate_memory(job, device) for job, name in zip(jobs, names, strict=True)}
+    largest = max(estimates, key=lambda name: estimates[name].total)
+    log(largest, estimates[largest].table())
 
 
-def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, str]) -> dict[str, Any]:
-    """Where Ray Train keeps a group's checkpoints, which of them, and how often it starts again."""
+def _run_options(run: Run, jobs: list[TrainJob], group: str, environment: dict[str, str]) -> dict[str, Any]:
+    """Return the arguments of Ray Train's RunConfig: storage, kept checkpoints, restarts."""
     config = run.config.train
     limits: dict[str, Any] = {"max_failures": config.max_failures, "controller_failure_limit": config.max_failures}
     kept: dict[str, Any] = {"num_to_keep": config.checkpoint.keep}
@@ -229,16 +235,15 @@ def _run_options(run: Run, jobs: list[Job], group: str, environment: dict[str, s
 
 
 def _explain(error: TrainingFailedError, config: Config) -> Exception:
-    """One clear error out of what Ray Train raises."""
-    if isinstance(error, WorkerGroupError):
-        rank, failure = min(error.worker_failures.items())
-        return RuntimeError(f"training worker {rank} failed: {cause_of(failure)}")
+    """Return one clear error for an error of Ray Train."""
     cause = cause_of(error)
+    if isinstance(error, WorkerGroupError):
+        return RuntimeError(f"training worker {min(error.worker_failures)} failed: {cause}")
     if isinstance(cause, UserError):
         return cause
     if "StartupTimeout" in type(cause).__name__:
         return UserError(
             f"the cluster has no room for train.num_workers={config.train.num_workers} any more: bring nodes back, or "
-            "lower it; the same command goes on from the newest checkpoint"
+            "lower it; the same command resumes from the newest checkpoint"
         )
     return RuntimeError(f"training failed: {cause}")

@@ -1,4 +1,4 @@
-"""What the driver sees of a training: it reads the files that grow, so that watching costs the workers nothing."""
+"""Progress of trainings in the driver, read from the growing log files: this costs the workers nothing."""
 
 import json
 import threading
@@ -10,20 +10,20 @@ from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, progress, warn
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import describe
-from spo_ray.train.spec import FAILURES, Job
+from spo_ray.train.spec import FAILURES, TrainJob
 
 POLL_S = 1.0
 
 
 class Tail:
-    """The lines of a growing file, each once; a file that is cut shorter is read anew from there."""
+    """Reader of a growing file of JSON lines. If the file is cut, the lines added after the cut are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seen = 0
 
     def new(self) -> list[Any]:
-        """JSON of complete lines that were not there before."""
+        """Return the complete lines added since the last call."""
         text = self.path.read_text() if self.path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()
         fresh, self.seen = lines[min(self.seen, len(lines)) :], len(lines)
@@ -31,22 +31,22 @@ class Tail:
 
 
 class JobView:
-    """One job: its progress, failures, alarms, and trackers."""
+    """Reports one job's progress, failures and alarms to the console, and its metrics to the trackers."""
 
-    def __init__(self, job: Job, name: str, trackers: Trackers) -> None:
+    def __init__(self, job: TrainJob, name: str, trackers: Trackers) -> None:
         self.job, self.name, self.trackers = job, name, trackers
         self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
-        self.failures.new()  # those of an earlier start were told then
+        self.failures.new()  # failures of an earlier start were reported then
         self.tracker: TrackerGroup | None = None
         self.last = -1
 
     def look(self, update: Update) -> None:
-        """Tell what is new."""
+        """Report what was added to the files."""
         for record in self.failures.new():
             warn(self.name, _failure(record))
         for record in self.steps.new():
             step = record["step"]
-            if step <= self.last:  # done again after a restart, with the same result
+            if step <= self.last:  # repeated after a restart, with the same result
                 continue
             self.last = step
             if self.tracker is None:
@@ -58,15 +58,15 @@ class JobView:
                 update(step, record["total_steps"], _step(record))
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the trackers."""
         if self.tracker is not None:
             self.tracker.close()
 
 
 class Follower:
-    """A thread that follows jobs while the block runs."""
+    """Context manager with a thread that reports the progress of jobs, one after another."""
 
-    def __init__(self, jobs: Sequence[Job], names: Sequence[str], trackers: Trackers) -> None:
+    def __init__(self, jobs: Sequence[TrainJob], names: Sequence[str], trackers: Trackers) -> None:
         self.views = [JobView(job, name, trackers) for job, name in zip(jobs, names, strict=True)]
         self.finished = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -96,4 +96,4 @@ def _step(record: dict[str, Any]) -> str:
 def _failure(record: dict[str, Any]) -> str:
     rank, text = next(iter(record["errors"].items()))
     text = text.splitlines()[0][:200]
-    return f"worker {rank} failed ({text}){': going on from the newest checkpoint' if record['restart'] else ''}"
+    return f"worker {rank} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"

@@ -1,4 +1,4 @@
-"""Log-probabilities of rows under the model in training, over all ranks."""
+"""Log-probabilities of rows under the model in training, computed by all ranks together."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,16 +24,16 @@ MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_reje
 
 
 class Measure:
-    """A model's log-probabilities, measured by all ranks together: every method is a collective."""
+    """Evaluator of a model in training. Every method that takes rows is collective: call it on all ranks."""
 
     def __init__(self, model: nn.Module, chat: ChatTokenizer, config: TrainConfig, rank: Distributed) -> None:
         self.model, self.chat, self.config, self.rank = model, chat, config, rank
 
     def pair_means(self, table: RowTable, numbers: Sequence[int]) -> Metrics:
-        """Means over pairs: log-probabilities, their change since the reference, accuracy, share in which both fell."""
+        """Return means over pairs: logps (nats), their change since the reference, accuracy, share where both fell."""
         sums = torch.zeros(len(MEANS), dtype=torch.float64, device=self.rank.device)
-        for batch, valid in self.pairs(table, numbers):
-            chosen, rejected = (self.side(batch, side) for side in ("chosen", "rejected"))
+        for batch, valid in self._pairs(table, numbers):
+            chosen, rejected = (self._logps(batch, f"{side}_") for side in ("chosen", "rejected"))
             gain_w, gain_l = chosen - batch["ref_chosen_logps"], rejected - batch["ref_rejected_logps"]
             both = (gain_w < -FALL) & (gain_l < -FALL)
             columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double(), both.double())
@@ -42,57 +42,54 @@ class Measure:
         return dict(zip(MEANS, (sums / len(numbers)).tolist(), strict=True)) | {"n": len(numbers)}
 
     def mean_logp(self, table: Sequence[TokenRow]) -> float:
-        """Mean log-probability of completions (nats)."""
+        """Return the mean logp of the completions, in nats."""
         total = torch.zeros((), dtype=torch.float64, device=self.rank.device)
-        for rows, valid in self.batches(table):
-            tensors = self.rank.to_device(collate(rows, self.chat.pad_id))
-            logps = self.side({f"any_{key}": value for key, value in tensors.items()}, "any")
+        for rows, valid in self._batches(table):
+            logps = self._logps(self.rank.to_device(collate(rows, self.chat.pad_id)))
             total += (logps.double() * valid).sum()
         self.rank.all_reduce([total])
         return total.item() / len(table)
 
     def check_reference(self, table: RowTable) -> None:
-        """Before step 0 the policy is the reference: anything else means stale or mismatched log-probabilities.
+        """Check before step 0 that the policy gives the stored reference logps.
 
         Raises:
-            TrainingError: they differ; the DPO loss would not start at ln 2.
+            TrainingError: the logps differ, so the DPO loss would not start at ln 2.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
-        for batch, valid in self.pairs(table, range(min(len(table), CHECKED_PAIRS))):
-            gap = (self.side(batch, "chosen") - batch["ref_chosen_logps"]).abs().double()
+        for batch, valid in self._pairs(table, range(min(len(table), CHECKED_PAIRS))):
+            gap = (self._logps(batch, "chosen_") - batch["ref_chosen_logps"]).abs().double()
             tokens = (batch["chosen_labels"] >= 0).sum(dim=1)
             sums += torch.stack([(gap * valid).sum(), (tokens * valid).sum()])
         self.rank.all_reduce([sums])
         difference, tokens = sums.tolist()
         if tokens and not difference / tokens <= DRIFT_TOLERANCE[self.config.precision]:
             raise TrainingError(
-                f"the policy before step 0 differs from the stored reference by {difference / tokens:.2g} nats a "
+                f"the policy before step 0 differs from the stored reference by {difference / tokens:.2g} nats per "
                 "token: the reference log-probabilities belong to another model, tokenizer or precision"
             )
 
-    def pairs(self, table: RowTable, numbers: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Some of a table's pairs in batches; see :meth:`batches`."""
-        for own, valid in self.batches(numbers):
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast to the compute type; disabled for a sharded model, which casts by itself."""
+        enabled = self.config.precision == "bfloat16" and not hasattr(self.model, "compute_dtype")
+        return torch.autocast(self.rank.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _pairs(self, table: RowTable, numbers: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        for own, valid in self._batches(numbers):
             yield self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id)), valid
 
-    def batches(self, items: Sequence[Any]) -> Iterator[tuple[list[Any], Tensor]]:
-        """Some items, the part of this rank, in batches for inference; and which of them count (0 or 1)."""
+    def _batches(self, items: Sequence[Any]) -> Iterator[tuple[list[Any], Tensor]]:
+        """Yield this rank's items in batches for inference, each with a mask [B] that is 0 for padding."""
         own, counts = self.rank.shard_with_padding(items)
-        size = rows_at_once(self.config.max_length)  # the same for all ranks, whatever their rows
+        size = rows_at_once(self.config.max_length)  # the same on all ranks, whatever their rows
         for start in range(0, len(own), size):
             valid = torch.tensor(counts[start : start + size], dtype=torch.float64, device=self.rank.device)
             yield own[start : start + size], valid
 
     @torch.no_grad()
-    def side(self, batch: Mapping[str, Tensor], side: str) -> Tensor:
-        """Log-probabilities [B] of one side of a batch."""
+    def _logps(self, batch: Mapping[str, Tensor], prefix: str = "") -> Tensor:
+        """Return the logps [B] of a batch, or of the side of a batch of pairs whose keys have the prefix."""
         self.model.eval()
         keys = ("input_ids", "labels", "attention_mask")
-        with compute_type(self.model, self.config, self.rank):
-            return completion_logps(self.model, *(batch[f"{side}_{key}"] for key in keys))[0]
-
-
-def compute_type(model: nn.Module, config: TrainConfig, rank: Distributed) -> AbstractContextManager[Any]:
-    """Autocast to the compute type; a sharded model sees to that itself."""
-    enabled = config.precision == "bfloat16" and not hasattr(model, "compute_dtype")
-    return torch.autocast(rank.device.type, dtype=torch.bfloat16, enabled=enabled)
+        with self.autocast():
+            return completion_logps(self.model, *(batch[f"{prefix}{key}"] for key in keys))[0]

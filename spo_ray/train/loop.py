@@ -17,49 +17,49 @@ from spo_ray.errors import TrainingError
 from spo_ray.model.optimizer import Group, learning_rates, make_optimizer
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.train.alarm import STOP
-from spo_ray.train.checkpointer import Checkpointer, Extra
+from spo_ray.train.checkpointer import Checkpointer, Progress
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
-"""Gradients by parameter name and metrics of a step (from 1) on a global batch of row numbers."""
+"""Computes gradients by parameter name, and metrics, for a step (from 1) and the row numbers of its global batch."""
 
 MAX_SKIPPED = 5
-"""Steps in a row without a finite gradient that are skipped. More are no accident, and end the training."""
+"""Steps in a row without a finite gradient that are skipped; one more ends the training."""
 
 
 class Callback:
-    """What hangs on the training loop. Every method is a collective of all ranks; here they do nothing."""
+    """Base class for training callbacks. Every method runs on all ranks; the defaults do nothing."""
 
     def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
-        """Metrics about the state after a step on these rows, to be recorded with it; step 0 is the start."""
+        """Return metrics of the state after a step on these rows, to be logged with it. Step 0 is the start."""
         return {}
 
     def on_step_logged(self, step: int) -> None:
-        """When a step is recorded; once more where it goes on from the job's checkpoint of that step."""
+        """Called after a step is logged, and again on resuming from that step's checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the callback remembers between steps, for checkpoints; all callbacks' keys differ."""
+        """Return what a checkpoint keeps of the callback, as JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with what all callbacks remembered."""
+        """Restore the state that :meth:`state_dict` returned."""
 
 
 class StepLog:
-    """``log.jsonl``: one JSON line a step, and one for the state before step 0. Rank 0 writes it."""
+    """Writer of ``log.jsonl``: a JSON line for each step, from step 0, the state before training. Rank 0 writes."""
 
     def __init__(self, path: Path, rank: Distributed) -> None:
         self.path = path if rank.index == 0 else None
 
     def start(self, step: int) -> None:
-        """Keep what was written up to a step, and nothing after it; with step 0: nothing at all."""
+        """Keep the lines up to a step and delete the later ones; at step 0 delete all."""
         if self.path is not None:
             lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
             self.path.write_text("".join(lines[: step + 1]))
 
     def write(self, record: Metrics) -> None:
-        """Add a step; what is no finite number becomes null."""
+        """Append the record of a step; values that are not finite become null."""
         if self.path is not None:
             values = {key: value if math.isfinite(value) else None for key, value in record.items()}
             with self.path.open("a") as file:
@@ -67,81 +67,73 @@ class StepLog:
 
 
 def optimise(
-    job: Job,
+    job: TrainJob,
     model: nn.Module,
     groups: Sequence[Group],
     batches: Sequence[Sequence[int]],
     gradients: GradientsOf,
-    rank: Distributed,
-    snapshots: Checkpointer,
+    checkpointer: Checkpointer,
     callbacks: Sequence[Callback] = (),
 ) -> float:
-    """AdamW over the global batches, from the newest checkpoint on if there is one; gives the seconds it took in all.
+    """Train over the global batches, resuming from the newest checkpoint if there is one.
+
+    Returns the seconds of training over all starts. Collective: call on all ranks.
 
     Raises:
-        TrainingError: more steps in a row than configured without a finite gradient, or a checkpoint can't be written.
-        StoppedError: a callback says that the training ends here.
+        TrainingError: more steps in a row than configured had no finite gradient, or a checkpoint can't be written.
+        StoppedError: a callback ended the training.
     """
-    started, config, log = time.time(), job.config.train, StepLog(Path(job.out) / STEP_LOG, rank)
+    started, config = time.time(), job.config.train
+    log = StepLog(Path(job.out) / STEP_LOG, checkpointer.rank)
     optimizer = make_optimizer(groups, config.optimizer)
-    extra = snapshots.restore(model, optimizer)
-    first, total = extra.get("step", 0) + 1, len(batches)
-    skipped, in_a_row, before = extra.get("skipped", 0), extra.get("in_a_row", 0), extra.get("wall_s", 0.0)
-    log.start(first - 1)
 
-    def watched(record: Metrics, indices: Sequence[int]) -> Metrics:
+    def write_log(record: Metrics, indices: Sequence[int]) -> None:
         for callback in callbacks:
             record |= callback.on_step_end(record, indices)
-        return record
+        log.write(record)
 
-    if extra:
-        _recall(callbacks, extra)
+    total, progress = len(batches), checkpointer.restore(model, optimizer)
+    log.start(progress.step if progress else 0)
+    if progress:
+        for callback, state in zip(callbacks, progress.remembered, strict=True):
+            callback.load_state_dict(state)
+        for callback in callbacks:  # the process may have been killed after the checkpoint and before this
+            callback.on_step_logged(progress.step)
     else:
-        log.write(watched({"step": 0, "total_steps": total}, []))
-    for step, indices in enumerate(batches[total if extra.get("ended") else first - 1 :], start=first):
+        progress = Progress()
+        write_log({"step": 0, "total_steps": total}, [])
+    before = progress.wall_s
+    for step, indices in enumerate([] if progress.ended else batches[progress.step :], start=progress.step + 1):
         rates = learning_rates(optimizer, groups, step - 1, total)
         grads, metrics = gradients(step, indices)
         norms = clip(groups, grads)
-        whole = math.hypot(*norms.values())
-        in_a_row = 0 if math.isfinite(whole) else in_a_row + 1
-        if in_a_row:
-            skipped += 1
-            _check_skipped(step, indices, in_a_row, metrics)
-        else:
+        grad_norm = math.hypot(*norms.values())
+        progress.step = step
+        if math.isfinite(grad_norm):
+            progress.in_a_row = 0
             take_step(optimizer, groups, grads)
-        record: Metrics = {"step": step, "total_steps": total, "grad_norm": whole}
+        else:
+            _skip(progress, indices, metrics)
+        record: Metrics = {"step": step, "total_steps": total, "grad_norm": grad_norm}
         record |= {f"grad_norm/{name}": value for name, value in norms.items()}
         record |= {"learning_rate": next(iter(rates.values()))}
         record |= {f"learning_rate/{name}": value for name, value in rates.items()}
-        record |= {"skipped_steps": skipped, **metrics}
-        log.write(watched(record, indices))
-        state = {"step": step, "skipped": skipped, "in_a_row": in_a_row, "wall_s": before + time.time() - started}
-        state["remembered"] = {key: value for callback in callbacks for key, value in callback.state_dict().items()}
-        state["ended"] = bool(record.get(STOP))
-        if snapshots.due(step, total):
-            snapshots.save(model, optimizer, state, record)
+        record |= {"skipped_steps": progress.skipped, **metrics}
+        write_log(record, indices)
+        progress.wall_s, progress.ended = before + time.time() - started, bool(record.get(STOP))
+        progress.remembered = [callback.state_dict() for callback in callbacks]
+        if checkpointer.due(step, total):
+            checkpointer.save(model, optimizer, progress, record)
         for callback in callbacks:
             callback.on_step_logged(step)
-        if record.get(STOP):
+        if progress.ended:
             break
-    snapshots.wait()
+    checkpointer.wait()
     return before + time.time() - started
 
 
-def _recall(callbacks: Sequence[Callback], extra: Extra) -> None:
-    """Put the callbacks where a checkpoint was made; what happens behind its step may not have happened yet.
-
-    Raises:
-        StoppedError: it was decided that the training ends there.
-    """
-    for callback in callbacks:
-        callback.load_state_dict(extra["remembered"])
-    for callback in callbacks:
-        callback.on_step_logged(extra["step"])
-
-
 def clip(groups: Sequence[Group], grads: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scale each group's gradient down to its largest norm; gives the norms before."""
+    """Scale each group's gradient in place to at most its ``max_grad_norm``; return the norms before."""
     norms = {}
     for group in groups:
         own = [grads[name] for name in group.parameters]
@@ -152,7 +144,7 @@ def clip(groups: Sequence[Group], grads: Mapping[str, Tensor]) -> dict[str, floa
 
 
 def take_step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], grads: Mapping[str, Tensor]) -> None:
-    """One step of the optimizer with these gradients."""
+    """Update the parameters with these gradients."""
     for group in groups:
         for name, parameter in group.parameters.items():
             parameter.grad = grads[name]
@@ -160,10 +152,13 @@ def take_step(optimizer: torch.optim.Optimizer, groups: Sequence[Group], grads: 
     optimizer.zero_grad()
 
 
-def _check_skipped(step: int, indices: Sequence[int], in_a_row: int, metrics: Metrics) -> None:
-    if in_a_row > MAX_SKIPPED:
+def _skip(progress: Progress, indices: Sequence[int], metrics: Metrics) -> None:
+    """Count a step without a finite gradient; raise TrainingError after ``MAX_SKIPPED`` in a row."""
+    progress.skipped, progress.in_a_row = progress.skipped + 1, progress.in_a_row + 1
+    if progress.in_a_row > MAX_SKIPPED:
         shown = {key: value for key, value in metrics.items() if not math.isfinite(value)} or metrics
         raise TrainingError(
-            f"step {step}: the gradient is not finite, {in_a_row} steps in a row (rows {list(indices)[:8]}): {shown}. "
-            "The parameters are as they were before these steps: lower the learning rate, or look at these rows"
+            f"step {progress.step}: the gradient is not finite, {progress.in_a_row} steps in a row (rows "
+            f"{list(indices)[:8]}): {shown}. The parameters are as they were before these steps: lower "
+            "the learning rate, or look at these rows"
         )

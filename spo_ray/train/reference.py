@@ -1,4 +1,4 @@
-"""Reference log-probabilities: computed once from the SFT model, stored with the pairs."""
+"""Reference logps: computed once with the SFT model and stored with the pairs."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
 
 
 class ReferenceLogps:
-    """A mapper that holds the reference model."""
+    """Mapper that adds the reference model's logps (nats) to rows of tokenised pairs."""
 
     def __init__(self, model: str, precision: str, max_length: int) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ class ReferenceLogps:
 
     @torch.inference_mode()
     def score(self, table: list[Row], side: str) -> list[float]:
-        """Log-probabilities in the table's order; batches are made of rows of similar length."""
+        """Return the logps of one side in the order of the rows; a batch has rows of similar length."""
         order = sorted(range(len(table)), key=lambda i: len(table[i]["prompt_ids"]) + len(table[i][side]))
         values = [0.0] * len(table)
         for start in range(0, len(order), self.size):

@@ -1,7 +1,7 @@
-"""Scores on the way: at some steps a training exports its state, and waits for the decision whether it goes on.
+"""Score gates for sweeps: at given steps a training exports a checkpoint and waits until it may continue.
 
-Trainer and decider meet in the job's folder: ``rungs/step_N`` is a checkpoint to score, ``rungs/step_N.json`` the
-decision on it. Both stay readable after either side was killed.
+Training and sweep communicate through files in the job's folder, which survive if either process is killed:
+``rungs/step_N`` is a checkpoint to score, ``rungs/step_N.json`` the decision on it.
 """
 
 import json
@@ -9,53 +9,65 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spo_ray.runtime.artifact import write_json
-
-if TYPE_CHECKING:
-    from spo_ray.train.distributed import Distributed
-
+from spo_ray.train.distributed import Distributed
+from spo_ray.train.loop import Callback
+from spo_ray.train.spec import TrainJob
 
 POLL_S = 0.1
 
 
 class StoppedError(Exception):
-    """The decision was to end the training here; not a failure."""
+    """Raised in training when the decision is to end it; not a failure."""
+
+
+class ScoreGate(Callback):
+    """Export a checkpoint at every step of ``job.score_at`` but the last, and wait for the decision on it."""
+
+    def __init__(self, job: TrainJob, rank: Distributed, export: Callable[[Path], None]) -> None:
+        self.job, self.rank, self.export = job, rank, export
+
+    def on_step_logged(self, step: int) -> None:
+        """Wait for a decision; raises StoppedError if it ends the training."""
+        if step in self.job.score_at[:-1]:
+            wait_for_decision(self.job.out, step, self.rank, self.export)
 
 
 def rung_folder(out: str | Path, step: int) -> Path:
-    """Where a job's checkpoint behind a step is put for scoring."""
+    """Return the folder of the checkpoint to score after a step."""
     return Path(out) / "rungs" / f"step_{step:08d}"
 
 
 def decide(out: str | Path, step: int, go_on: bool) -> None:
-    """Let the training behind a step go on, or end it."""
+    """Let the training continue after a step, or end it."""
     file = rung_folder(out, step).with_suffix(".json")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"go_on": go_on})
 
 
 def decision(out: str | Path, step: int) -> bool | None:
-    """The decision, None as long as there is none."""
+    """Return True to continue after a step, False to end, None if there is no decision yet."""
     file = rung_folder(out, step).with_suffix(".json")
     return json.loads(file.read_text())["go_on"] if file.exists() else None
 
 
-def wait_for_decision(out: str, step: int, rank: "Distributed", export: Callable[[Path], None]) -> None:
-    """Let ``export`` write a checkpoint behind a step, and wait for the decision; a collective of all ranks.
+def wait_for_decision(out: str, step: int, rank: Distributed, export: Callable[[Path], None]) -> None:
+    """Write a checkpoint with ``export`` and wait for the decision on it. Collective: call on all ranks.
+
+    After a restart a checkpoint that is there already, or has its decision, is not exported again.
 
     Raises:
-        StoppedError: the training ends here.
+        StoppedError: the decision is to end the training.
     """
     folder = rung_folder(out, step)
-    if not rank.gather([folder.exists() or decision(out, step) is not None])[0]:  # else they started again
+    if not rank.gather([folder.exists() or decision(out, step) is not None])[0]:
         scratch = folder.with_name(f".{folder.name}")
         export(scratch)
         if rank.index == 0:
             shutil.rmtree(folder, ignore_errors=True)
             scratch.replace(folder)
-    # All ranks ask together, so that none waits in a collective for as long as scoring takes.
+    # all ranks poll together: a rank that waited in one collective while scoring takes long would time out
     while (go_on := rank.gather([decision(out, step)])[0]) is None:
         time.sleep(POLL_S)
     if not go_on:

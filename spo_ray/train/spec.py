@@ -4,77 +4,85 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spo_ray.config.methods import MethodConfig
 from spo_ray.config.schema import Config
 from spo_ray.config.train import CheckpointConfig
 from spo_ray.runtime.artifact import Artifact, read_lines
 
 RESULT = "result.json"
-"""A job's results; written last, so its presence means that the job is finished."""
+"""File with a job's results, in its folder. It is written last: where it exists, the job is finished."""
+FAILURES = "failures.jsonl"
+"""File in a job's folder with one line for each failure of its workers."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training run."""
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """One training of one model: SFT, or one preference method."""
 
     config: Config
     model: str
-    """Directory or hub id of the starting checkpoint."""
+    """Folder or hub id of the checkpoint that training starts from."""
     rows: Artifact
+    """SFT rows, or pairs with reference logps."""
     out: str
-    """Directory for the checkpoint and the metrics."""
+    """Folder for the exported checkpoint, the step log and the result."""
     key: str
-    """What its checkpoints are known by."""
+    """Unique name of the job: checkpoints within training and trackers' runs are stored under it."""
     method: str | None = None
-    """A name in ``config.methods``; None: SFT."""
+    """Name of the preference method in ``config.methods``; None for SFT."""
     held_out: Artifact | None = None
+    """Pairs that are measured and not trained on; None: no such measurement."""
     score_at: tuple[int, ...] = ()
-    """Steps at which it is scored; after all but the last it waits for a decision (:mod:`spo_ray.train.score_gate`)."""
+    """Steps at which a checkpoint is scored (:mod:`spo_ray.train.score_gate`); after the last one training ends."""
+
+    @property
+    def method_config(self) -> MethodConfig | None:
+        """Configuration of the preference method; None for SFT."""
+        return None if self.method is None else self.config.methods[self.method]
 
     @property
     def checkpoint(self) -> CheckpointConfig:
-        """When its state is kept; SFT has no scores that could tell which of its checkpoints is the best."""
+        """Settings of checkpoints within training. SFT has no metric by which its best checkpoint could be chosen."""
         config = self.config.train.checkpoint
         return config if self.method else config.model_copy(update={"best": None})
 
     @property
     def finished(self) -> bool:
-        """Whether its results are there."""
+        """True if the job's results are written."""
         return (Path(self.out) / RESULT).exists()
-
-
-FAILURES = "failures.jsonl"
-"""In a job's folder: one line for every time that its workers failed."""
-
-
-def failures_of(folder: Path) -> list[dict[str, Any]]:
-    """What was written down about a job."""
-    return read_lines(folder / FAILURES)
 
 
 @dataclass
 class Prepared:
-    """The artifacts of a job up to the start of preference training, set one after another."""
+    """Artifacts of a run up to the start of preference training; the stages set them one after another."""
 
     config: Config
     test: Artifact = field(init=False)
-    """Held-out questions, or for preference data pairs."""
+    """Held-out questions; for preference data, held-out pairs."""
     base: Artifact = field(init=False)
+    """Base model."""
     chosen: Artifact = field(init=False)
     """Questions with responses, or pairs, that SFT is trained on."""
     sft: Artifact = field(init=False)
+    """SFT checkpoint."""
     pairs: Artifact = field(init=False)
     """Training pairs as text."""
     reference: Artifact = field(init=False)
-    """Training pairs as token ids with reference log-probabilities."""
+    """Training pairs as token ids, with reference logps."""
     held_out: Artifact | None = None
-    """Held-out pairs with reference log-probabilities."""
+    """Held-out pairs as token ids, with reference logps; None: no held-out pairs."""
     validation: Artifact | None = None
-    """Rows that sweeps score trials on: questions, or for preference data pairs."""
+    """Rows that a sweep scores its trials on: questions, or pairs for preference data; None outside of sweeps."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from."""
+    """Checkpoint and rows that a training starts from."""
 
     model: Artifact
     rows: Artifact
+
+
+def failures_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the recorded failures of a job's workers."""
+    return read_lines(folder / FAILURES)

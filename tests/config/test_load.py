@@ -1,3 +1,4 @@
+import json
 import re
 from contextlib import nullcontext
 from functools import partial
@@ -34,7 +35,10 @@ def test_shipped_configs_hold_only_what_differs_from_the_defaults(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
     """Without a network, rows on the hub are unknown."""
-    split = "\n".join(f'{{"question": "q{i}", "answer": {i}}}' for i in range(300))
+    rows = (
+        {"question": f"q{i}", "answer": i, "prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(300)
+    )
+    split = "\n".join(map(json.dumps, rows))
     (tmp_path / "train.jsonl").write_text(split)
     (tmp_path / "test.jsonl").write_text(split)
     local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
@@ -43,6 +47,12 @@ def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
     assert f'"name": "{config.name}"' in text
     for name, method in config.methods.items():
         assert re.search(rf"^method_{name} +build +[\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
+
+
+def test_every_field_is_explained_on_the_generated_page():
+    rows = [line for line in (ROOT / "docs" / "configuration.md").read_text().splitlines() if line.startswith("| `")]
+    assert rows
+    assert not [row for row in rows if row.endswith("|  |")]
 
 
 def test_overrides_reach_nested_fields_and_take_yaml_values():

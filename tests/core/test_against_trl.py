@@ -20,11 +20,11 @@ VOCABULARY = 200
 BETA = 0.3
 LOSSES = {
     "dpo": ({"loss_type": ["sigmoid"]}, "dpo"),
-    "ipo": ({"loss_type": ["ipo"]}, partial(ipo, ipo_reduction="mean")),
+    "ipo": ({"loss_type": ["ipo"]}, partial(ipo, beta=BETA, ipo_reduction="mean")),
     "robust": ({"loss_type": ["robust"], "label_smoothing": 0.1}, "robust_dpo"),
     "dpo + sft": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
-        partial(dpo_nll, mu=1.0, sft_reduction="token_mean"),
+        partial(dpo_nll, beta=BETA, mu=1.0, sft_reduction="token_mean"),
     ),
 }
 METRICS = (

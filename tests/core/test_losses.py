@@ -5,12 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from spo_ray.core.losses import LOSSES, bind, dpo, dpo_nll, nll, pairwise, sft_loss, simpo
-from spo_ray.core.running_statistics import ReferenceStatistics
+from spo_ray.core.losses import LOSSES, PairLogps, bind, dpo, dpo_nll, nll, pairwise, sft_loss, simpo
 
 W, L = torch.tensor([-3.0, -8.0]).double(), torch.tensor([-4.0, -5.0]).double()
 RW, RL = torch.tensor([-3.5, -7.0]).double(), torch.tensor([-4.5, -6.0]).double()
 NW, NL = torch.tensor([3, 4]), torch.tensor([2, 5])
+BATCH, SAME = (PairLogps(W, L, *reference, NW, NL, 3.5) for reference in ((RW, RL), (W, L)))
 
 
 def minus_log_sigmoid(x):
@@ -18,7 +18,7 @@ def minus_log_sigmoid(x):
 
 
 def test_dpo_against_the_formula():
-    loss, metrics = dpo(W, L, RW, RL, beta=0.5)
+    loss, metrics = dpo(BATCH, beta=0.5)
     margins = [0.5 * ((-3 + 3.5) - (-4 + 4.5)), 0.5 * ((-8 + 7) - (-5 + 6))]
     assert loss.item() == pytest.approx(sum(map(minus_log_sigmoid, margins)) / 2)
     assert metrics["rewards/chosen"] == pytest.approx(0.5 * (0.5 - 1.0) / 2)
@@ -27,32 +27,37 @@ def test_dpo_against_the_formula():
 
 
 def test_dpo_starts_at_ln_2():
-    assert dpo(W, L, W, L, beta=0.7)[0].item() == pytest.approx(math.log(2))
+    assert dpo(SAME, beta=0.7)[0].item() == pytest.approx(math.log(2))
 
 
 def test_simpo_against_the_formula_and_without_a_reference():
-    loss, metrics = simpo(W, L, RW, RL, beta=2.0, margin=1.0, chosen_lengths=NW, rejected_lengths=NL)
+    loss, metrics = simpo(BATCH, beta=2.0, margin=1.0)
     margins = [2 * (-3 / 3 + 4 / 2), 2 * (-8 / 4 + 5 / 5)]
     assert loss.item() == pytest.approx(sum(minus_log_sigmoid(m - 1.0) for m in margins) / 2)
     assert metrics["rewards/accuracies"] == 0.5
-    assert simpo(W, L, W, L, beta=2.0, margin=1.0, chosen_lengths=NW, rejected_lengths=NL)[0] == loss
+    assert simpo(SAME, beta=2.0, margin=1.0)[0] == loss
 
 
 def test_sft_reductions_differ_by_the_length():
     assert sft_loss(W, 3.5, "sum").item() == pytest.approx(5.5)
     assert sft_loss(W, 3.5, "token_mean").item() == pytest.approx(11 / 7)
-    assert nll(W, L, RW, RL, mean_chosen_length=3.5, sft_reduction="token_mean")[0].item() == pytest.approx(11 / 7)
+    assert nll(BATCH, sft_reduction="token_mean")[0].item() == pytest.approx(11 / 7)
 
 
 def test_dpo_nll_is_the_sum_of_both():
-    loss, _ = dpo_nll(W, L, RW, RL, beta=0.5, mu=0.3, mean_chosen_length=3.5)
-    assert loss.item() == pytest.approx(dpo(W, L, RW, RL, beta=0.5)[0].item() + 0.3 * 5.5)
+    loss, _ = dpo_nll(BATCH, beta=0.5, mu=0.3)
+    assert loss.item() == pytest.approx(dpo(BATCH, beta=0.5)[0].item() + 0.3 * 5.5)
 
 
-def test_bind_passes_what_the_signature_takes():
-    assert bind("dpo", beta=0.5, margin=3.0)(W, L, RW, RL)[0] == dpo(W, L, RW, RL, beta=0.5)[0]
+def test_bind_fixes_what_a_loss_takes():
+    for name in LOSSES:
+        assert bind(name, beta=0.5, margin=3.0)(BATCH)[0].isfinite()
+    assert bind("dpo", beta=0.5, margin=3.0)(BATCH)[0] == dpo(BATCH, beta=0.5)[0]
+    assert bind("simpo", beta=0.5, margin=3.0)(BATCH)[0] == simpo(BATCH, beta=0.5, margin=3.0)[0]
+    own = partial(simpo, beta=2.0, margin=1.0)
+    assert bind(own, beta=0.5, margin=3.0) is own
     with pytest.raises(ValueError, match="'ppo'; known: dpo"):
-        bind("ppo")
+        bind("ppo", beta=0.5)
 
 
 class Pair(NamedTuple):
@@ -83,12 +88,8 @@ def tensors(pairs, requires_grad=False):
 
 def evaluate(name, pairs, options, requires_grad=False):
     columns = tensors(pairs, requires_grad)
-    lengths = {
-        "chosen_lengths": torch.tensor([p.n_w for p in pairs]),
-        "rejected_lengths": torch.tensor([p.n_l for p in pairs]),
-        "mean_chosen_length": MEAN_LENGTH,
-    }
-    loss, metrics = bind(name, **lengths | options)(*columns)
+    lengths = torch.tensor([p.n_w for p in pairs]), torch.tensor([p.n_l for p in pairs])
+    loss, metrics = LOSSES[name](PairLogps(*columns, *lengths, MEAN_LENGTH), **options)
     return loss, metrics, columns[:2]
 
 
@@ -260,15 +261,23 @@ def test_alpha_dpo_without_alpha_and_of_one_pair_is_simpo():
     assert value("alpha_dpo", PAIRS[:1], **plain, alpha=0.4) == pytest.approx(value("simpo", PAIRS[:1], **plain))
 
 
-def test_alpha_dpo_with_the_public_trainers_statistics_is_nan_at_the_reference():
-    assert math.isnan(value("alpha_dpo", AT_REFERENCE, **ALPHA, statistics=ReferenceStatistics()))
-    assert math.isfinite(value("alpha_dpo", PAIRS, **ALPHA, statistics=ReferenceStatistics()))
+class PublicStatistics:
+    """Statistics of AlphaDPO's public trainer: averages of batch mean and batch spread, which start at zero."""
+
+    mean = spread = 0.0
+
+    def update(self, values, all_reduce):
+        self.mean = 0.9 * self.mean + 0.1 * values.mean()
+        self.spread = 0.9 * self.spread + 0.1 * values.std()
+
+    def zscore(self, values):
+        return (values - self.mean) / self.spread
 
 
 def test_alpha_dpo_with_the_public_trainers_statistics_is_the_public_trainers_loss():
     beta, alpha, gamma_beta_ratio = 2.0, 0.2, 0.35
     moving_mean = moving_std = 0.0
-    statistics = ReferenceStatistics()
+    statistics = PublicStatistics()
     for pairs in (PAIRS, PAIRS[:3], PAIRS[1:]):
         gaps = [mean_gap(p) - (p.ref_w / p.n_w - p.ref_l / p.n_l) for p in pairs]
         mean = sum(gaps) / len(gaps)
@@ -297,7 +306,8 @@ def test_dpo_gradient_is_its_weight():
 
 @pytest.mark.parametrize("name", ["dpo", "robust_dpo", "simpo", "alpha_dpo"])
 def test_chosen_is_always_pushed_up_and_rejected_down(name):
-    found_w, found_l = gradients(name, PAIRS, beta=0.5, margin=0.2)
+    margin = {"margin": 0.2} if name in ("simpo", "alpha_dpo") else {}
+    found_w, found_l = gradients(name, PAIRS, beta=0.5, **margin)
     assert max(found_w) < 0 < min(found_l)
 
 
@@ -388,8 +398,7 @@ def test_dpop_adds_pull_only_where_the_chosen_answer_fell():
 def test_extreme_log_probabilities_stay_finite(name, dtype):
     leaves = [torch.tensor([-1e5, -1.0], dtype=dtype, requires_grad=True) for _ in range(2)]
     ref = [torch.tensor([-1.0, -1e5], dtype=dtype), torch.tensor([-1e5, -1.0], dtype=dtype)]
-    lengths = {"chosen_lengths": NW, "rejected_lengths": NL, "mean_chosen_length": 3.5}
-    loss, _ = bind(name, beta=0.5, margin=0.1, **lengths)(*leaves, *ref)
+    loss, _ = bind(name, beta=0.5, margin=0.1)(PairLogps(*leaves, *ref, NW, NL, 3.5))
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaves))
 
@@ -416,11 +425,6 @@ def test_rewards_of_length_normalised_losses_are_beta_times_the_mean(name):
 
 def test_pairwise_knows_the_losses_that_need_the_whole_batch():
     assert {name for name, loss in LOSSES.items() if not pairwise(loss)} == {"alpha_dpo"}
-    assert pairwise(bind(bind("dpo", beta=0.5)))
-    assert not pairwise(bind(bind("alpha_dpo", beta=0.5)))
-    assert not pairwise(lambda *logps: logps[0].mean())
-
-
-def test_what_a_partial_has_fixed_stays():
-    fixed = bind(partial(simpo, margin=1.0), margin=0.0, beta=2.0, alpha=3.0)
-    assert fixed.keywords == {"margin": 1.0, "beta": 2.0}
+    assert pairwise(partial(bind("dpo", beta=0.5)))
+    assert not pairwise(partial(bind("alpha_dpo", beta=0.5)))
+    assert not pairwise(lambda pairs: pairs.chosen.mean())

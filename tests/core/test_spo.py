@@ -142,7 +142,7 @@ def test_state_comes_back_when_the_loss_fails():
     model, backbone, adapters = tiny_model()
     model.train()
 
-    def broken(chosen, rejected, ref_chosen, ref_rejected):
+    def broken(pairs):
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
@@ -153,12 +153,13 @@ def test_state_comes_back_when_the_loss_fails():
 def test_the_base_may_be_a_callable_of_log_probabilities():
     batch = tiny_batch()
     by_name, _, _ = run(batch, **DEFAULTS)
-    per_pair, _, _ = run(
-        batch,
-        **DEFAULTS | {"base": lambda a, b, c, d: -torch.nn.functional.logsigmoid(0.5 * ((a - c) - (b - d)))},
-    )
+
+    def losses(p):
+        return -torch.nn.functional.logsigmoid(0.5 * ((p.chosen - p.ref_chosen) - (p.rejected - p.ref_rejected)))
+
+    per_pair, _, _ = run(batch, **DEFAULTS | {"base": losses})
     assert relative_error(by_name, per_pair) < 1e-14
-    function, _, _ = run(batch, **DEFAULTS | {"base": dpo})
+    function, _, _ = run(batch, **DEFAULTS | {"base": partial(dpo, beta=0.5)})
     assert relative_error(by_name, function) == 0
 
 
@@ -227,7 +228,7 @@ def gradient_of(model, names, batch, **options):
 
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 0.02), (True, 0.02)])
 def test_hinge_in_single_precision_and_under_autocast(autocast, tolerance):
-    """What gamma adds, against float64: under bfloat16 autocast the hinge's passes must leave autocast."""
+    """Compare what gamma adds with float64: under bfloat16 autocast the hinge's passes must leave autocast."""
     double, *names = tiny_model()
     single = tiny_model()[0].float()
     added = {}
@@ -274,7 +275,7 @@ def value_term(model, names, **options):
     """Term (b) alone: a base loss without gradient leaves phi nothing else."""
     batch = tiny_batch()
     base = {"sft_reduction": "token_mean", "eta": 2e-5, "lambda_sft": 1.0, "inner_steps": 1}
-    base["base"] = lambda a, b, c, d: (a * 0).sum()
+    base["base"] = lambda pairs: (pairs.chosen * 0).sum()
     grads, metrics = gradient_of(model, names, batch, **DEFAULTS | base | options)
     return torch.cat([g.flatten() for g in grads[len(names[0]) :]]), metrics
 
@@ -295,7 +296,7 @@ def test_value_term_at_the_papers_step_size(precision, difference, steps):
 
 
 def test_literal_value_term_is_noise_in_bfloat16():
-    """Why it is not the default: theta moves by less than bfloat16 can tell."""
+    """The literal mode is not the default, because theta moves by less than the rounding of bfloat16."""
     double, *names = tiny_model()
     truth, _ = value_term(double, names, inner_mode="literal")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -410,7 +411,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing():
 
 
 def gradients_of(config, batch, checkpointed=False, **options):
-    """Of all parameters of a fresh model."""
+    """Return the gradients of all parameters of a new model, and the model."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     if checkpointed:

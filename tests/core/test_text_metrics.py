@@ -1,11 +1,26 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_ray.core.text_metrics import distinct, longest_run, repetition, words
+from spo_ray.core.text_metrics import distinct, longest_run, repetition, words_and_marks
 
 
 def test_words_are_words_numbers_and_marks():
-    assert words("It's 3.5, no?\n#### 7") == ["It", "'", "s", "3", ".", "5", ",", "no", "?", "#", "#", "#", "#", "7"]
+    assert words_and_marks("It's 3.5, no?\n#### 7") == [
+        "It",
+        "'",
+        "s",
+        "3",
+        ".",
+        "5",
+        ",",
+        "no",
+        "?",
+        "#",
+        "#",
+        "#",
+        "#",
+        "7",
+    ]
 
 
 def test_repetition_against_hand_counts():

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from spo_ray.core.gradients import KeepFloat64
-from spo_ray.core.losses import bind, sft_loss
+from spo_ray.core.losses import PairLogps, bind, sft_loss
 
 VOCABULARY = 50
 
@@ -49,7 +49,7 @@ def tiny_batch(pairs=3, seed=1):
 
 
 def swapped(batch):
-    """The same pairs with chosen and rejected exchanged."""
+    """Exchange chosen and rejected of all pairs."""
     other = {"chosen": "rejected", "rejected": "chosen"}
     return {next(k.replace(side, other[side]) for side in other if side in k): v for k, v in batch.items()}
 
@@ -74,15 +74,8 @@ def objective_gradient(model, batch, backbone, adapters, **o):
     with sdpa_kernel(SDPBackend.MATH), KeepFloat64():
         (u_w, n_w), (u_l, n_l) = logps("chosen"), logps("rejected")
         mean = n_w.double().mean().item()
-        base = bind(
-            o["base"],
-            beta=o["beta"],
-            margin=o["margin"],
-            chosen_lengths=n_w,
-            rejected_lengths=n_l,
-            mean_chosen_length=mean,
-        )
-        loss = base(u_w, u_l, batch["ref_chosen_logps"], batch["ref_rejected_logps"])[0]
+        base = bind(o["base"], beta=o["beta"], margin=o["margin"])
+        loss = base(PairLogps(u_w, u_l, batch["ref_chosen_logps"], batch["ref_rejected_logps"], n_w, n_l, mean))[0]
         v_w, v_l = (u_w / n_w, u_l / n_l) if o.get("norm_of") == "mean" else (u_w, u_l)
         if o["hinge"] == "batch":
             hinge = torch.relu(norm(v_w.mean()) - norm(v_l.mean()))

@@ -16,7 +16,7 @@ from spo_ray.config.data import EndpointConfig, SamplingConfig, TeacherModel
 from spo_ray.data.sample import SamplingJob, _Sampler, sample
 from spo_ray.data.sft_set import teacher_groups
 from spo_ray.errors import UserError
-from spo_ray.model.endpoint import _wish
+from spo_ray.model.completion import Skipped
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
 from spo_ray.runtime.run import Run
@@ -122,7 +122,7 @@ def served(url, **options):
 def test_an_endpoint_answers_after_refusals(teacher, endpoint):
     teacher.script = [429, 500, "close"]
     answers = answers_of(served(endpoint, concurrency=1), "secret")([("2 + 2?", 7), ("too long", 8)])
-    assert answers[1].startswith("the endpoint refused the request (400")
+    assert answers[1].reason.startswith("the endpoint refused the request (400")
     assert answers[0].prompt_ids == []
     assert [c.text for c in answers[0].completions] == ["2 + 2? 7 0", "2 + 2? 7 1"]
     assert [c.finished for c in answers[0].completions] == [False, True]
@@ -177,18 +177,22 @@ def test_a_bad_answer_costs_one_question(teacher, endpoint, trouble, reason):
     teacher.script = [trouble] * (2 if trouble in (500, 429) else 1)
     config = served(endpoint, concurrency=1, retries=1)
     bad, good = answers_of(config)([("2 + 2?", 7), ("3 + 3?", 8)])
-    assert bad.startswith(reason)
+    assert bad.reason.startswith(reason)
     assert [c.text for c in good.completions] == ["3 + 3? 8 0", "3 + 3? 8 1"]
 
 
 def test_a_server_is_left_alone_as_long_as_it_wishes(teacher, endpoint):
-    teacher.script, teacher.retry_after = [429], "1.5"
-    before = time.monotonic()
-    answers_of(served(endpoint))([("2 + 2?", 7)])
-    assert time.monotonic() - before >= 1.5
-    tomorrow = datetime.now(UTC) + timedelta(days=1)
-    assert _wish(format_datetime(tomorrow, usegmt=True)) == pytest.approx(86400, abs=5)
-    assert [_wish(header) for header in ("", "soon", "0")] == [0.0, 0.0, 0.0]
+    in_four_seconds = format_datetime(datetime.now(UTC) + timedelta(seconds=4), usegmt=True)
+    for wish, seconds in (("1.5", 1.5), (in_four_seconds, 1.0)):  # a date has no fractions, and time has passed
+        teacher.script, teacher.retry_after = [429], wish
+        before = time.monotonic()
+        (answer,) = answers_of(served(endpoint))([("2 + 2?", 7)])
+        assert answer.completions[0].text == "2 + 2? 7 0"
+        assert time.monotonic() - before >= seconds
+    teacher.script, teacher.retry_after, teacher.requests = [429], "3600", []
+    (answer,) = answers_of(served(endpoint))([("2 + 2?", 7)])  # longer than a run should wait
+    assert answer.reason.startswith("the endpoint refused the request (429: ")
+    assert len(teacher.requests) == 1
 
 
 def test_a_teacher_is_asked_where_responses_lack(local_ray, in_root, tmp_path, teacher, endpoint, monkeypatch):
@@ -245,7 +249,7 @@ def test_the_seed_of_a_question_depends_on_nothing_else():
 
     def answer(asked):
         seen.append(dict(asked))
-        return ["no"] * len(asked)
+        return [Skipped("no")] * len(asked)
 
     source = SamplingJob(Artifact("m", "m"), EndpointConfig(type="endpoint", url=""), SamplingConfig())
     batch = [{"id": str(i), "prompt": f"p{i}"} for i in range(3)]

@@ -5,17 +5,19 @@ import shutil
 import threading
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 import torch
+from ray.exceptions import RayTaskError
 
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.sources import load_data
+from spo_ray.errors import UserError
 from spo_ray.evaluate import accuracy, health
 from spo_ray.evaluate.accuracy import accuracies
-from spo_ray.evaluate.actors import Evaluator
+from spo_ray.evaluate.actors import Evaluator, EvaluatorHandle
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
 from spo_ray.evaluate.statistics import wilson
@@ -176,7 +178,7 @@ def test_text_figures_by_hand():
         {"response": "a a a a a a", "finished": False, "ids": [1] * 6},
         {"response": "one two", "finished": True, "ids": [1, 2, 3]},
     ]
-    found = {estimate.metric: estimate.value for estimate in _text("greedy", table)}
+    found = {metric.metric: metric.value for metric in _text("greedy", table)}
     assert found["greedy/length"] == 4.5
     assert found["greedy/unfinished"] == 0.5
     assert found["greedy/repetition_4"] == pytest.approx((2 / 3) / 2)
@@ -233,6 +235,30 @@ def test_checkpoints_by_themselves_from_the_command_line(
     assert "neither config.json nor adapter_config.json" in capsys.readouterr().err
 
 
+def test_an_evaluator_starts_at_its_first_call_and_its_user_errors_are_user_errors_here(local_ray):
+    started = []
+
+    class Broken:
+        def describe(self, path):
+            raise UserError(f"{path} is no checkpoint")
+
+        def score(self, path, texts):
+            raise ValueError("broken")
+
+    def start():
+        started.append(ray.remote(num_cpus=0)(Broken).remote())
+        return started[-1]
+
+    evaluator = EvaluatorHandle("transformers", start)
+    assert not started
+    with pytest.raises(UserError, match=r"^there is no checkpoint$"):
+        evaluator.describe("there")
+    with pytest.raises(RayTaskError, match="broken"):
+        evaluator.score("there", [])
+    assert len(started) == 1
+    ray.kill(started[0])
+
+
 def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(in_root, toy_base, tmp_path):
     """The reason has the right number in it, and must not count as the answer."""
     config = small_config(tmp_path, "engine.type=transformers", "eval.max_tokens=8")
@@ -243,28 +269,25 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     asked = {"0": "How many boxes?", "1": "How many?", "2": "pens " * 2000}
     table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
     write_rows(tmp_path / "in" / "part-0.parquet", table, schema.Prompt)
-    actors = SimpleNamespace(kind="transformers")
-    bench = SuiteContext(
-        Run(config), Artifact(tmp_path / "in", "in"), actors, lambda method, *more: getattr(evaluator, method)(*more)
-    )
+    context = SuiteContext(Run(config), Artifact(tmp_path / "in", "in"), evaluator)
     reasons = {
         "the chat template refuses the prompt: no 18 boxes": 2,
         "prompt longer than engine.max_model_len": 2,
     }
-    graded = accuracy.measure(bench, "base", external(toy_base))
+    graded = accuracy.measure(context, "base", external(toy_base))
     assert graded.manifest["facts"]["unanswered_counted_wrong"] == reasons
     assert [(r["response"][1:-1], r["correct"]) for r in graded.rows() if r["id"] != "1"] == [
         (reason, False) for reason in reasons for _ in range(2)
     ]
-    texts = health.measure(bench, "base", external(toy_base))
+    texts = health.measure(context, "base", external(toy_base))
     assert texts.manifest["rows"]["dropped"] == dict.fromkeys(reasons, 1)
     assert {row["id"] for row in texts.rows()} == {"1"}
 
 
 def test_texts_of_one_length_have_no_interval_of_their_length():
     table = [{"ids": [1], "response": "a", "finished": True}] * 20
-    found = {estimate.metric: estimate for estimate in _text("greedy", table)}
+    found = {metric.metric: metric for metric in _text("greedy", table)}
     assert found["greedy/length"][1:] == (1.0, 20, None, None, None, None, ())
     assert found["greedy/repetition_4"][3:6] == (*wilson(0, 20), "wilson")
-    mixed = {estimate.metric: estimate for estimate in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
+    mixed = {metric.metric: metric for metric in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
     assert mixed["greedy/length"].interval == "bootstrap over prompts"

@@ -14,7 +14,7 @@ import pytest
 from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig
 from spo_ray.errors import UserError
 from spo_ray.evaluate import alpaca
-from spo_ray.evaluate.judge import Reply, fill, read_reply, read_template
+from spo_ray.evaluate.judge import Reply, fill, read_template, read_verdict
 from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
@@ -27,10 +27,10 @@ COUNT = 24
 SURE = math.log(0.9), math.log(0.1)
 
 
-class NoActors:
+class NoEvaluator:
     """Judges at endpoints need none."""
 
-    def close(self):
+    def free_engines(self):
         pass
 
 
@@ -87,8 +87,8 @@ def judged(folder, settings, **alpaca_options):
     section = AlpacaConfig(annotators=[settings], **alpaca_options)
     config = small_config(folder / "runs")
     run = Run(config.model_copy(update={"eval": config.eval.model_copy(update={"alpaca": section})}))
-    bench = SuiteContext(run, Artifact(outputs, ""), NoActors(), None)
-    found = alpaca.conclude(bench, {}, {"spo": Artifact(outputs, "outputs")})
+    context = SuiteContext(run, Artifact(outputs, ""), NoEvaluator())
+    found = alpaca.second_pass(context, {}, {"spo": Artifact(outputs, "outputs")})
     return found["spo"][0]
 
 
@@ -272,16 +272,16 @@ def config(**options):
 
 def test_verdicts_are_read_strictly():
     ask = config()
-    assert read_reply(Reply("m", (-0.1, -2.4)), ask).second == pytest.approx(1 / (1 + math.exp(2.3)))
-    assert read_reply(Reply("x", (-math.inf, -5.0)), ask).second == 1.0
-    assert read_reply(Reply("x", (-math.inf, -math.inf)), ask).second is None
-    assert read_reply(Reply("M", (-math.inf, -math.inf)), ask).second == 1.0
+    assert read_verdict(Reply("m", (-0.1, -2.4)), ask) == pytest.approx(1 / (1 + math.exp(2.3)))
+    assert read_verdict(Reply("x", (-math.inf, -5.0)), ask) == 1.0
+    assert read_verdict(Reply("x", (-math.inf, -math.inf)), ask) is None
+    assert read_verdict(Reply("M", (-math.inf, -math.inf)), ask) == 1.0
     for text, second in [("m", 0.0), ("**M**", 1.0), ("m or M", None), ("", None), ("model", None), ("a\nM.\n", 1.0)]:
-        assert read_reply(Reply(text, None), ask).second == second
-    assert read_reply(Reply("M", (-0.1, -9.0)), config(verdict="discrete")).second == 1.0
-    assert read_reply(Reply("M", None), config(verdict="weighted")).second is None
+        assert read_verdict(Reply(text, None), ask) == second
+    assert read_verdict(Reply("M", (-0.1, -9.0)), config(verdict="discrete")) == 1.0
+    assert read_verdict(Reply("M", None), config(verdict="weighted")) is None
     named = config(identifiers=("A", "B"), max_tokens=64)
-    assert read_reply(Reply("A is short.\nB is right.\n\nBest: [[B]]", None), named).second == 1.0
+    assert read_verdict(Reply("A is short.\nB is right.\n\nBest: [[B]]", None), named) == 1.0
 
 
 def test_the_default_prompt_is_alpaca_evals_own():
@@ -376,8 +376,8 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     local.chat.tokenizer.chat_template = refuse + local.chat.tokenizer.chat_template
     first, second, third, fourth = local_replies(local, [*asked, unknown], settings)
-    assert third == "prompt longer than engine.max_model_len"
-    assert fourth == "the chat template refuses the prompt: System role not supported"
+    assert third.reason == "prompt longer than engine.max_model_len"
+    assert fourth.reason == "the chat template refuses the prompt: System role not supported"
     model, words = load_model(toy_base).eval(), [chat.tokenizer.convert_tokens_to_ids(i) for i in ("First", "2")]
     for reply, turns in zip((first, second), asked, strict=False):
         ids = torch.tensor([chat.prompt_ids(turns)])

@@ -16,7 +16,7 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import EvalConfig, LmEvalConfig
 from spo_ray.data.toy import problems, render
 from spo_ray.errors import UserError
-from spo_ray.evaluate.lm_eval import RESULTS, _estimate, known_task
+from spo_ray.evaluate.lm_eval import RESULTS, _metrics, known_task
 from spo_ray.evaluate.lm_eval_model import EngineLM, run_task
 from spo_ray.model.engines import LocalAnswers
 from spo_ray.runtime.artifact import Artifact
@@ -77,7 +77,7 @@ def test_results_are_the_harnesss_own(task, tasks, local, toy_base, tmp_path):
         k: pytest.approx(v) if isinstance(v, float) else v for k, v in metrics.items() if k != "alias"
     }
     (tmp_path / RESULTS).write_text(json.dumps(found))
-    (first, *_) = _estimate(EvalConfig(), Artifact(tmp_path, ""), [])
+    (first, *_) = _metrics(EvalConfig(), Artifact(tmp_path, ""), [])
     metric = "acc" if task == "toy_choice" else "exact_match"
     assert (first.metric, first.value, first.n) == (f"{task}/{metric}", metrics[f"{metric},none"], 24)
     assert 0 < first.value < 1

@@ -1,24 +1,59 @@
-"""Intervals by simulation, p-values by counting."""
+"""Intervals by simulation, p-values and pass@k by counting."""
 
 import random
-from itertools import product
-from math import comb
+from itertools import combinations, product
+from math import comb, sqrt
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spo_ray.data.grade import pass_at_k
 from spo_ray.evaluate.statistics import (
+    Z95,
     compare,
     holm,
     in_words,
     mcnemar,
     mean_interval,
+    mean_std,
     paired_bootstrap,
     sign_flip,
     wilson,
 )
+
+
+@given(st.integers(1, 8), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n, data):
+    correct, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    graded = [i < correct for i in range(n)]
+    subsets = [any(s) for s in combinations(graded, k)]
+    assert pass_at_k(n, correct, k) == pytest.approx(sum(subsets) / len(subsets))
+
+
+def test_pass_at_k_needs_k_samples():
+    with pytest.raises(ValueError, match="at least 4"):
+        pass_at_k(3, 1, 4)
+
+
+def test_mean_and_standard_deviation():
+    assert mean_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_std([4.0]) == (4.0, None)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (160, 320), (320, 320)])
+def test_wilson_bounds_are_the_proportions_that_a_score_test_just_accepts(successes, n):
+    """Wilson, JASA 22, 1927: where the observed share is 1.96 standard errors away."""
+    z = NormalDist().inv_cdf(0.975)
+    assert pytest.approx(z, abs=1e-12) == Z95
+    low, high = wilson(successes, n)
+    for bound, distance in ((low, successes / n - low), (high, high - successes / n)):
+        assert distance == pytest.approx(z * sqrt(bound * (1 - bound) / n), abs=1e-12)
+    assert 0 <= low < high <= 1
+    with pytest.raises(ValueError, match="n must be"):
+        wilson(0, 0)
 
 
 @pytest.mark.parametrize(("p", "n"), [(0.05, 320), (0.5, 60), (0.8, 320), (0.99, 320)])

@@ -4,18 +4,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from spo_ray.config.train import TrainConfig
 from spo_ray.model.load import load_model
-from spo_ray.train.callbacks import _Entropy, _generate
 from spo_ray.train.distributed import Distributed
+from spo_ray.train.generation import EntropyRecorder, generate_answers
+from spo_ray.train.logp_eval import Measure
 
 RANK = Distributed(0, 1, torch.device("cpu"))
 
 
 def answers(model, chat):
     prompts = [chat.prompt_ids("Ada owns 3 toys and finds 4 more."), chat.prompt_ids("How many?")]
+    measure = Measure(model, chat, TrainConfig(), RANK)
     torch.manual_seed(0)
-    with torch.no_grad():
-        return [_generate(model, chat, prompts, 48, RANK, entropy) for entropy in (None, _Entropy())]
+    return [generate_answers(measure, prompts, 48, entropy) for entropy in (None, EntropyRecorder())]
 
 
 @pytest.mark.parametrize("adapted", [False, True])

@@ -1,4 +1,4 @@
-"""The plan against real models: counts, saved tensors, optimizer states, and peaks of memory while a step runs."""
+"""The estimate against real models: counts, saved tensors, optimizer states, and peaks of memory while a step runs."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ from spo_ray.core.spo import spo_gradients
 from spo_ray.errors import UserError
 from spo_ray.model.fsdp import shard
 from spo_ray.model.load import build_policy, parameter_groups
-from spo_ray.model.memory import GIB, check_memory, memory_plan
+from spo_ray.model.memory import GIB, check_memory, estimate_memory
 from spo_ray.train.method_state import Method
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -87,10 +87,10 @@ def tiny(kind=LlamaConfig, *, tied=False, vocabulary=96, hidden=64, layers=3):
     )
 
 
-def plan_of(model_config, *overrides, method="dpo", device="cpu"):
+def estimate_of(model_config, *overrides, method="dpo", device="cpu"):
     config = load(QUICKSTART, [*BASE, *overrides])
     stage = method or "sft"
-    return memory_plan(config, model_config, stage, config.methods[method] if method else None, device)
+    return estimate_memory(config, model_config, stage, config.methods[method] if method else None, device)
 
 
 def real_policy(model_config, config, path, *, method="dpo"):
@@ -125,7 +125,7 @@ def batch_of(model_config, pairs, length):
     ids=["Qwen2.5-0.5B", "Llama-3.1-8B", "Qwen2.5-7B"],
 )
 def test_published_sizes(model_config, published):
-    assert plan_of(model_config, method=None).parameters == {
+    assert estimate_of(model_config, method=None).parameters == {
         "theta": published,
         "phi": 0,
         "frozen": 0,
@@ -148,7 +148,7 @@ def test_counts_are_those_of_a_real_model_with_real_adapters(kind, tied):
         return sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
 
     def counts(*overrides, method="dpo"):
-        found = plan_of(model_config, *overrides, method=method).parameters
+        found = estimate_of(model_config, *overrides, method=method).parameters
         assert found["total"] == found["theta"] + found["phi"] + found["frozen"]
         return found["theta"], found["phi"], found["frozen"]
 
@@ -162,7 +162,7 @@ def test_counts_are_those_of_a_real_model_with_real_adapters(kind, tied):
 
 
 def saved_bytes(model, batch, autocast):
-    """What two forward passes keep for their backward, parameters and their copies left out; each storage once."""
+    """Return the bytes that two forward passes keep for their backward, without parameters and their copies."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.ndim == 2}
     kept, sizes = [], {}
@@ -206,7 +206,7 @@ def test_activations_are_what_a_real_forward_saves(tmp_path, kind, theta, mode, 
     model.get_base_model().set_attn_implementation(attention)
     model = model.to(torch.bfloat16) if mode == "bfloat16" else model
     saved = saved_bytes(model, batch_of(model_config, 4, 64), mode == "autocast")
-    found = plan_of(model_config, *overrides).items["activations"]
+    found = estimate_of(model_config, *overrides).items["activations"]
     assert found / saved == pytest.approx(1.0, abs=0.08)
 
 
@@ -226,10 +226,10 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 )
 def test_other_blocks_are_near(tmp_path, model_config):
     model = real_policy(model_config, load(QUICKSTART, BASE), tmp_path).eval()
-    plan = plan_of(model_config)
-    assert plan.parameters["total"] == sum(p.numel() for p in model.parameters())
+    estimate = estimate_of(model_config)
+    assert estimate.parameters["total"] == sum(p.numel() for p in model.parameters())
     saved = saved_bytes(model, batch_of(model_config, 4, 64), False)
-    assert plan.items["activations"] / saved == pytest.approx(1.0, abs=0.15)
+    assert estimate.items["activations"] / saved == pytest.approx(1.0, abs=0.15)
 
 
 def test_adamw_states_are_those_of_the_real_optimizer():
@@ -240,7 +240,7 @@ def test_adamw_states_are_those_of_the_real_optimizer():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     states = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    assert plan_of(model_config, method=None).items["optimizer states"] == sum(value.nbytes for value in states)
+    assert estimate_of(model_config, method=None).items["optimizer states"] == sum(value.nbytes for value in states)
 
 
 def test_8bit_states_are_those_of_the_real_optimizer():
@@ -258,9 +258,9 @@ def test_8bit_states_are_those_of_the_real_optimizer():
         for value in state.values():
             parts = [getattr(value, name) for name in getattr(value, "tensor_attrs", [])] or [value]
             total += sum(part.nbytes for part in parts)
-    found = plan_of(model_config, "train.optimizer=adamw_8bit", method=None).items["optimizer states"]
+    found = estimate_of(model_config, "train.optimizer=adamw_8bit", method=None).items["optimizer states"]
     assert found == total
-    assert found < plan_of(model_config, method=None).items["optimizer states"] / 3
+    assert found < estimate_of(model_config, method=None).items["optimizer states"] / 3
 
 
 def peak_bytes(function):
@@ -340,15 +340,15 @@ IN_HALF = ("dpo-adapter", "spo-short", "hinge", "hinge-per-pair")
 @pytest.mark.parametrize(
     ("name", "precision"), [(name, "float32") for name in STEPS] + [(name, "bfloat16") for name in IN_HALF]
 )
-def test_a_real_step_stays_just_below_its_plan(tmp_path, name, precision):
+def test_a_real_step_stays_just_below_its_estimate(tmp_path, name, precision):
     method, overrides = STEPS[name]
     overrides = [*overrides, f"train.precision={precision}"]
     model_config = tiny(vocabulary=256, hidden=96)
     config = load(QUICKSTART, [*BASE, *overrides])
     model = real_policy(model_config, config, tmp_path)
-    plan = plan_of(model_config, *overrides, method=method)
+    estimate = estimate_of(model_config, *overrides, method=method)
     peak = peak_of_step(model, config, method, batch_of(model_config, 4, config.train.max_length))
-    assert 0.97 < plan.total / peak < 1.3
+    assert 0.97 < estimate.total / peak < 1.3
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def eight_ranks():
 @pytest.mark.parametrize(
     ("name", "precision"), [("dpo-short", "float32"), ("dpo-recomputed", "float32"), ("spo-short", "bfloat16")]
 )
-def test_a_real_sharded_step_stays_just_below_its_plan(tmp_path, eight_ranks, name, precision):
+def test_a_real_sharded_step_stays_just_below_its_estimate(tmp_path, eight_ranks, name, precision):
     method, overrides = STEPS[name]
     overrides = [*overrides, f"train.precision={precision}", "train.num_workers=8", "preference.batch_size=8"]
     overrides += ["train.pairs_per_backward=1"]  # of one pair a worker
@@ -372,26 +372,26 @@ def test_a_real_sharded_step_stays_just_below_its_plan(tmp_path, eight_ranks, na
     config = load(QUICKSTART, [*BASE, *overrides])
     model = real_policy(model_config, config, tmp_path)
     shard(model, eight_ranks, getattr(torch, precision))
-    plan = plan_of(model_config, *overrides, method=method)
+    estimate = estimate_of(model_config, *overrides, method=method)
     peak = peak_of_step(model, config, method, batch_of(model_config, 1, config.train.max_length))
-    assert 0.97 < plan.total / peak < 1.4
+    assert 0.97 < estimate.total / peak < 1.4
 
 
 def test_7b_with_adapters_alone_fits_80_gb_and_all_its_parameters_do_not():
     method = "spo"
-    small = plan_of(QWEN_7B, *ADAPTER_7B, "train.max_length=1024", method=method, device="cuda")
+    small = estimate_of(QWEN_7B, *ADAPTER_7B, "train.max_length=1024", method=method, device="cuda")
     check_memory(small, 80 * 10**9, "method_spo")
     assert small.total > 7_615_616_512 * 6  # bfloat16 weights, and their float32 copies in term (b)
-    whole = plan_of(QWEN_7B, "train.precision=bfloat16", method=method, device="cuda")
+    whole = estimate_of(QWEN_7B, "train.precision=bfloat16", method=method, device="cuda")
     assert whole.total > 7_615_616_512 * (4 + 4 + 8 + 4)  # with L_SFT's gradient
     with pytest.raises(UserError, match=r"method_spo needs 1\d\d\.\d GiB .* there are 74\.5 GiB"):
         check_memory(whole, 80 * 10**9, "method_spo")
 
 
-def advice(plan, available):
+def advice(estimate, available):
     """(overrides, printed GiB) of each line of a refusal's advice."""
     with pytest.raises(UserError) as refusal:
-        check_memory(plan, available, "sft")
+        check_memory(estimate, available, "sft")
     lines = re.findall(r"^  (.+): ([\d.]+) GiB$", str(refusal.value), re.MULTILINE)
     keys = r" (?=train\.|model\.|preference\.)"  # values have spaces too
     return [(re.split(keys, text), float(size)) for text, size in lines], str(refusal.value)
@@ -400,7 +400,7 @@ def advice(plan, available):
 @pytest.mark.parametrize(
     ("available", "kinds"),
     [
-        (475, {"gradient_checkpointing", "pairs_per_backward", "num_workers", "optimizer", "dynamics_every"}),
+        (545, {"gradient_checkpointing", "pairs_per_backward", "num_workers", "optimizer", "dynamics_every"}),
         (200, {"num_workers", "cpu_offload", "theta"}),
         (100, {"num_workers"}),
     ],
@@ -414,46 +414,46 @@ def test_each_advice_really_fits(available, kinds):
         "train.precision=bfloat16",
         HINGE,
     ]
-    plan = plan_of(QWEN_7B, *overrides, method="spo", device="cuda")
-    found, text = advice(plan, available * GIB)
-    assert plan.table() in text
+    estimate = estimate_of(QWEN_7B, *overrides, method="spo", device="cuda")
+    found, text = advice(estimate, available * GIB)
+    assert estimate.table() in text
     for changes, size in found:
-        again = plan_of(QWEN_7B, *overrides, *changes, method="spo", device="cuda")
+        again = estimate_of(QWEN_7B, *overrides, *changes, method="spo", device="cuda")
         assert again.total <= available * GIB
         assert round(again.total / GIB, 1) == size
     named = {change.partition("=")[0].rpartition(".")[2] for changes, _ in found for change in changes}
     assert kinds <= named
     workers = next(int(change.partition("=")[2]) for changes, _ in found for change in changes if "num_w" in change)
-    fewer = plan_of(QWEN_7B, *overrides, f"train.num_workers={workers - 1}", method="spo", device="cuda")
+    fewer = estimate_of(QWEN_7B, *overrides, f"train.num_workers={workers - 1}", method="spo", device="cuda")
     assert fewer.total > available * GIB
 
 
 def test_advice_combines_changes_where_no_single_one_is_enough():
     overrides = ["train.precision=bfloat16", "train.max_length=4096", "train.pairs_per_backward=null"]
-    plan = plan_of(QWEN_7B, *overrides, method="spo", device="cuda")
-    found, _ = advice(plan, 12 * GIB)
+    estimate = estimate_of(QWEN_7B, *overrides, method="spo", device="cuda")
+    found, _ = advice(estimate, 12 * GIB)
     ((changes, size),) = found
     assert len(changes) > 1
-    again = plan_of(QWEN_7B, *overrides, *changes, method="spo", device="cuda")
+    again = estimate_of(QWEN_7B, *overrides, *changes, method="spo", device="cuda")
     assert again.total / GIB == pytest.approx(size, abs=0.05)
     assert again.total <= 12 * GIB
 
 
 def test_shorter_rows_are_advised_where_they_help():
     overrides = ["train.max_length=16384", "train.pairs_per_backward=1"]
-    plan = plan_of(QWEN_HALF_B, *overrides, device="cuda")
-    found, _ = advice(plan, plan.total // 2)
+    estimate = estimate_of(QWEN_HALF_B, *overrides, device="cuda")
+    found, _ = advice(estimate, estimate.total // 2)
     lengths = {changes[0]: size for changes, size in found if "max_length" in changes[0]}
     assert len(lengths) == 1
     ((change, size),) = lengths.items()
     assert 128 <= int(change.partition("=")[2]) < 16384
-    again = plan_of(QWEN_HALF_B, *overrides, change, device="cuda")
+    again = estimate_of(QWEN_HALF_B, *overrides, change, device="cuda")
     assert again.total / GIB == pytest.approx(size, abs=0.05)
-    assert again.total <= plan.total // 2
+    assert again.total <= estimate.total // 2
 
 
 def test_advice_may_be_none():
-    found, text = advice(plan_of(QWEN_7B, method=None, device="cuda"), GIB)
+    found, text = advice(estimate_of(QWEN_7B, method=None, device="cuda"), GIB)
     assert not found
     assert "no setting that was tried makes it fit" in text
     assert "train.memory_check=false" in text
@@ -462,8 +462,8 @@ def test_advice_may_be_none():
 def test_advice_has_no_setting_that_the_method_refuses():
     pair = ["methods.spo.hinge=pair", HINGE]
     with pytest.raises(UserError, match="hinge=pair"):
-        plan_of(tiny(), *pair, "train.num_workers=2", method="spo")
-    found, _ = advice(plan_of(QWEN_HALF_B, *pair, method="spo", device="cuda"), 16 * GIB)
+        estimate_of(tiny(), *pair, "train.num_workers=2", method="spo")
+    found, _ = advice(estimate_of(QWEN_HALF_B, *pair, method="spo", device="cuda"), 16 * GIB)
     assert found
     assert not [change for changes, _ in found for change in changes if "num_workers" in change]
 
@@ -493,18 +493,18 @@ HALF = "train.precision=bfloat16"
         ("dpo", "learning dynamics", ["preference.dynamics_every=5"], 3 * 4 * TRAINED),
         ("dpo", "checkpoint under way", ["train.checkpoint.every=5"], 3 * 4 * TRAINED),
         ("dpo", "checkpoint under way", ["train.checkpoint={every: 5, asynchronous: false}"], 0),
-        ("spo", SUMS, [], 4 * TRAINED),
+        ("spo", SUMS, [], 4 * (TRAINED + 2 * LORA)),
         ("spo", SUMS, ["methods.spo.lambda_sft=0"], 0),
-        ("spo", SUMS, ["methods.spo.lambda_sft=0", "methods.spo.safe_region={}"], 4 * TRAINED),
+        ("spo", SUMS, ["methods.spo.lambda_sft=0", "methods.spo.safe_region={}"], 4 * (TRAINED + 2 * LORA)),
     ],
 )
 def test_items_by_arithmetic(method, item, settings, expected):
-    assert plan_of(tiny(), *settings, method=method).items.get(item, 0) == expected
+    assert estimate_of(tiny(), *settings, method=method).items.get(item, 0) == expected
 
 
 def test_activations_follow_the_settings_of_a_backward():
     def activations(*overrides, method="dpo"):
-        return plan_of(tiny(), *overrides, method=method).items["activations"]
+        return estimate_of(tiny(), *overrides, method=method).items["activations"]
 
     base, several = activations(), ["train.pairs_per_backward=null", "preference.batch_size=16"]
     assert activations("train.pairs_per_backward=2") == base / 2
@@ -529,7 +529,7 @@ def test_activations_follow_the_settings_of_a_backward():
 
 def test_a_gpu_takes_more_tokens_to_a_backward():
     base = ["train.pairs_per_backward=null", "preference.batch_size=128", "train.max_length=256"]
-    on_cpu, on_gpu = (plan_of(tiny(), *base, device=device).items for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (estimate_of(tiny(), *base, device=device).items for device in ("cpu", "cuda"))
     assert on_gpu["activations"] == 32 * on_cpu["activations"]
     assert "CUDA and its libraries" in on_gpu
     assert "CUDA and its libraries" not in on_cpu
@@ -537,9 +537,9 @@ def test_a_gpu_takes_more_tokens_to_a_backward():
 
 def test_spo_takes_what_its_terms_take():
     def sums(*overrides):
-        return plan_of(tiny(), *SHORT, *overrides, method="spo").items[SUMS] / (4 * TRAINED)
+        return estimate_of(tiny(), *SHORT, *overrides, method="spo").items[SUMS] / (4 * TRAINED)
 
-    assert sums() == 1  # L_SFT's gradient
+    assert sums() == pytest.approx(1 + 2 * LORA / TRAINED)  # L_SFT's gradient, and phi's here and at theta_hat
     assert sums(HINGE) == 7  # and both sides', the move, R's, and two at the moved parameters
     assert sums(HINGE, "methods.spo.difference=central") == 8
     assert sums(HINGE, HALF) == 9  # both sides' again in float32
@@ -555,25 +555,25 @@ def test_spo_takes_what_its_terms_take():
     [("{full_precision: true}", True), ("{full_precision: false}", False), ("{mode: literal}", False)],
 )
 def test_term_b_at_full_precision_takes_float32_copies_of_what_is_frozen(inner, precise):
-    plan = plan_of(tiny(layers=6), ADAPTER, HALF, *SHORT, f"methods.spo.inner={inner}", method="spo")
-    assert (plan.items["copies for computing"] == 4 * plan.parameters["frozen"]) is precise
+    estimate = estimate_of(tiny(layers=6), ADAPTER, HALF, *SHORT, f"methods.spo.inner={inner}", method="spo")
+    assert (estimate.items["copies for computing"] == 4 * estimate.parameters["frozen"]) is precise
 
 
 def test_sharding_gathers_the_root_and_two_layers():
     root = 64 * 96 * 2 + 64
     layer = (TRAINED - root) // 3
     for precision, size in (("float64", 8), ("float32", 4), ("bfloat16", 2)):
-        plan = plan_of(tiny(), *SHARDED, f"train.precision={precision}")
-        assert plan.items["gathered layers"] == size * (root + 2 * layer)
-        assert "copies for computing" not in plan.items
-    assert plan.workers == 2
-    assert "gathered layers" not in plan_of(tiny()).items
+        estimate = estimate_of(tiny(), *SHARDED, f"train.precision={precision}")
+        assert estimate.items["gathered layers"] == size * (root + 2 * layer)
+        assert "copies for computing" not in estimate.items
+    assert estimate.config.train.num_workers == 2
+    assert "gathered layers" not in estimate_of(tiny()).items
 
 
 def test_offloading_moves_shards_to_main_memory():
     base = ["preference.dynamics_every=1", "train.checkpoint.every=1"]
-    there = plan_of(tiny(), *base, *SHARDED, method="spo", device="cuda")
-    away = plan_of(tiny(), *base, *SHARDED, "train.cpu_offload=true", method="spo", device="cuda")
+    there = estimate_of(tiny(), *base, *SHARDED, method="spo", device="cuda")
+    away = estimate_of(tiny(), *base, *SHARDED, "train.cpu_offload=true", method="spo", device="cuda")
     shards = {"parameters", "gradients", "optimizer states", SUMS, "learning dynamics"}
     assert set(there.main_memory) == {"checkpoint under way"}
     assert set(away.main_memory) == {"checkpoint under way"} | shards
@@ -581,16 +581,16 @@ def test_offloading_moves_shards_to_main_memory():
     assert shards < set(there.items)
     assert away.total == there.total - sum(there.items[name] for name in shards)
     assert "gradients, in main memory" in away.table()
-    assert not plan_of(tiny(), *SHARDED, "train.cpu_offload=true").main_memory  # a CPU's is main memory already
-    alone = plan_of(tiny(), "train.cpu_offload=true", device="cuda")
+    assert not estimate_of(tiny(), *SHARDED, "train.cpu_offload=true").main_memory  # a CPU's is main memory already
+    alone = estimate_of(tiny(), "train.cpu_offload=true", device="cuda")
     assert "gathered layers" in alone.items  # a single worker is sharded to be offloaded
 
 
 def test_sft_trains_theta_on_one_side():
     def sft(*overrides):
-        return plan_of(tiny(), "sft.batch_size=4", *overrides, method=None)
+        return estimate_of(tiny(), "sft.batch_size=4", *overrides, method=None)
 
-    dpo = plan_of(tiny())
+    dpo = estimate_of(tiny())
     assert sft().parameters["phi"] == 0 < dpo.parameters["phi"]
     assert 2 < dpo.items["activations"] / sft().items["activations"] < 2.2
     assert sft("sft.batch_size=2").items["activations"] == sft().items["activations"] / 2
@@ -599,21 +599,21 @@ def test_sft_trains_theta_on_one_side():
 
 
 def test_tables_add_up():
-    plan = plan_of(QWEN_HALF_B, "train.max_length=1024", method="spo", device="cuda")
-    head, *lines = plan.table().splitlines()
+    estimate = estimate_of(QWEN_HALF_B, "train.max_length=1024", method="spo", device="cuda")
+    head, *lines = estimate.table().splitlines()
     assert "494,032,768 theta" in head
     units = {"GiB": 1.0, "MiB": 1 / 1024}
     sizes = [float(line.split()[-2]) * units[line.split()[-1]] for line in lines]
     assert lines[-1].startswith("total")
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05 * len(sizes))
     assert len({len(line) for line in lines}) == 1
-    check_memory(plan, plan.total, "method_spo")
+    check_memory(estimate, estimate.total, "method_spo")
 
 
 def test_the_stage_says_whether_there_is_a_method():
     config = load(QUICKSTART, BASE)
     for stage, method in (("sft", config.methods["dpo"]), ("method_dpo", None)):
         with pytest.raises(ValueError, match="SFT has none"):
-            memory_plan(config, tiny(), stage, method)
+            estimate_memory(config, tiny(), stage, method)
     with pytest.raises(UserError, match="3 layers"):
-        plan_of(tiny(), "model.theta={type: last_layers, count: 9}")
+        estimate_of(tiny(), "model.theta={type: last_layers, count: 9}")

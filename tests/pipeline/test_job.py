@@ -242,7 +242,7 @@ def test_an_interrupt_while_methods_train(finished):
     ("arguments", "message"),
     [
         (["data.typo=1"], "unknown key"),
-        (["ray.num_cpus=1"], "too few resources: sampling needs"),
+        (["ray.num_cpus=1"], "too few resources: base_samples needs"),
         (["ray.address=127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
     ],
 )
@@ -296,7 +296,7 @@ def test_a_model_without_chat_template_is_refused(in_root, tmp_path, toy_base):
         (["engine.gpus=1"], [{"CPU": 8.0}], "the cluster has 8 CPUs and 0 GPUs"),
         ([TEACHER], [{"CPU": 8.0}], "teacher1_samples needs 1 actors of 1 CPUs and 2 GPUs"),
         ([TEACHER, "train.use_gpu=false", "engine.gpus=0"], [{"CPU": 8.0, "GPU": 2.0}], None),
-        (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "sft needs 2 actors"),
+        (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 1.0}], "method_nll needs 2 actors"),
         (["train.use_gpu=true", "engine.gpus=1"], [{"CPU": 8.0, "GPU": 2.0}], None),
     ],
 )

@@ -1,18 +1,25 @@
 """Plans: what a run then does, why it would be refused, estimates, and upper bounds against real runs."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoModelForCausalLM
 
+from spo_ray.config.load import load
+from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
+from spo_ray.pipeline import sweep_job
 from spo_ray.pipeline.cli import show_plan
 from spo_ray.pipeline.job import plan_job
 from spo_ray.pipeline.plan import Estimator, plan_text, products_per_second
+from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import write_rows
+from spo_ray.runtime.artifact import Artifact, write_json, write_rows
 from spo_ray.runtime.console import installed
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
+from spo_ray.sweep.results import ROW
+from spo_ray.sweep.space import listed_points
 
 from ..helpers import small_config
 
@@ -107,3 +114,95 @@ def test_a_plan_for_a_hub_model_without_a_network_has_what_can_be_known(in_root,
     assert "sft   " in plan_text(plan)
     with pytest.raises(UserError):
         show_plan(plan)
+
+
+def test_the_bound_of_a_stage_that_was_cut_off_on_its_way_is_that_of_its_own_rows(config):
+    run = Run(config)
+    run.execute(Stage("first", build, {"old": True}))
+    (run.root / "first").rename(run.root / "old")
+    run.execute(Stage("first", lambda out, counts: None))
+    (run.root / "first").rename(run.root / ".unfinished" / "first")
+    (run.root / "old").rename(run.root / "first")
+    found = PlannedRun(config).execute(Stage("first", build))
+    assert (found.digest, found.max_rows) == (Run(config).execute(Stage("first", build)).digest, 0)
+
+
+@pytest.mark.parametrize(("each", "held_out"), [(3, 4), (5, 3), (1, 7)])
+def test_pairs_are_held_out_by_whole_prompts(in_root, tmp_path, each, held_out):
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": f"yes {j}", "rejected": "no"} for i in range(10) for j in range(each)
+    ]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"{{type: preference, path: {tmp_path}/data, held_out: from_train, test_pairs: {held_out}}}"
+    config = load("configs/preferences.yaml", [f"output={tmp_path}", f"data={data}"])
+    for split in ("train", "test"):
+        assert load_data(PlannedRun(config), split).max_rows == load_data(Run(config), split).count
+
+
+class Captured(PlannedRun):
+    """A plan that keeps the stages."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.stages = {}
+
+    def open(self, stage):
+        self.stages[stage.name] = stage
+        return super().open(stage)
+
+
+SHARED = (
+    "sweep.space={sft.lr: {type: grid, values: [1e-4, 3e-4, 1e-4]}, methods.spo.base.beta: {type: grid, values: [0.1]}}"
+)
+OWN = "sweep.space={sft.lr: {type: loguniform, low: 1e-4, high: 3e-4}}"
+
+
+def sweep_config(output, space):
+    searcher = "grid" if space == SHARED else "random"
+    overrides = [space, f"sweep.searcher={searcher}", "sweep.samples=2", f"output={output}"]
+    return load("configs/sweeps/toy.yaml", overrides)
+
+
+def test_a_sweeps_plan_has_each_shared_start_once_in_its_folder(in_root, tmp_path):
+    plan = Captured(sweep_config(tmp_path, SHARED))
+    run_sweep(plan)
+    names = [stage.name for stage in plan.planned]
+    assert len(names) == len(set(names))
+    assert sum(bool(re.fullmatch(r"shared/[0-9a-f]{8}/sft", name)) for name in names) == 2
+    assert names[-2:] == ["trials", "report"]
+    inputs = {f"{start}{name}" for start in (0, 1) for name in ("sft", "pairs", "held_out", "validation")}
+    assert set(plan.stages["trials"].inputs) == inputs
+
+
+class Made(Run):
+    """A run that makes every stage at once, empty, but for one finished trial."""
+
+    def open(self, stage):
+        opened = super().open(stage)
+        if isinstance(opened, Artifact):
+            return opened
+        if stage.name == "trials":
+            point = listed_points(self.config)[0]
+            (opened.scratch / "00000").mkdir()
+            scores = {"accuracy_greedy": {"value": 1.0}, "delta_logp_chosen": {"value": 0.0}}
+            row = {"trial": "00000", "values": point["values"], "seed": 0, "status": "finished", "reason": ""}
+            row |= {"steps": 1, "share": 1.0, "seconds": 0.0, "restarts": 0, "bytes": 0, "checkpoint": True}
+            row["scores"] = scores
+            write_json(opened.scratch / "00000" / ROW, row)
+        return self.close(opened)
+
+
+@pytest.mark.parametrize("space", [SHARED, OWN])
+def test_a_sweep_joins_its_cluster_once_and_the_plan_of_a_finished_one_reuses_all(
+    in_root, tmp_path, monkeypatch, space
+):
+    joined = []
+    monkeypatch.setattr(sweep_job, "connect", lambda config, planned: joined.append(len(planned)))
+    config = sweep_config(tmp_path, space)
+    run_sweep(Made(config))
+    assert len(joined) == 1
+    plan = plan_sweep(config)
+    assert plan.problem is None
+    assert {stage.state for stage in plan.planned} == {"reused"}
+    assert {"report", "scores", "eval_sft", "eval_trial_00000"} <= {stage.name for stage in plan.planned}

@@ -61,6 +61,25 @@ def test_a_run_that_is_at_work_can_be_sent_to_other_processes(run):
     assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
 
 
+def test_a_run_in_another_folder_shares_names_and_what_is_under_way(run):
+    other = run.at(run.root / "shared" / "tag")
+    first = other.execute(Stage("first", counting([])))
+    assert (first.path, run.names[first.digest]) == (run.root / "shared" / "tag" / "first", "first")
+    other.open(Stage("second", never_built))
+    assert run.under_way == ["second"]
+
+
+def test_a_stage_that_is_tried_again_after_a_failure_is_under_way_once(run):
+    def broken(out, counts):
+        raise OSError
+
+    with pytest.raises(OSError):
+        run.execute(Stage("s", broken))
+    assert run.under_way == ["s"]
+    run.execute(Stage("s", counting([])))
+    assert run.under_way == []
+
+
 def test_a_failed_stage_leaves_the_finished_one_alone(run):
     calls = []
     first = run.execute(Stage("s", counting(calls), config={"k": 1}, inputs={}))

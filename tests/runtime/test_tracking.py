@@ -13,7 +13,7 @@ from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.log_follower import Follower, JobView
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 from ..helpers import SMALL, small_config
 from ..train.conftest import pairs, referenced  # noqa: F401
@@ -32,7 +32,8 @@ def trained(referenced, tmp_path_factory):  # noqa: F811
 
 def followed(trained, tmp_path, *overrides):
     run = Run(small_config(tmp_path, *overrides))
-    job = Job(run.config, "model", Artifact(trained, "rows"), str(trained), "method_dpo_123456", "dpo")
+    rows, key = Artifact(trained, "rows"), "method_dpo_123456"
+    job = TrainJob(config=run.config, model="model", rows=rows, out=str(trained), key=key, method="dpo")
     with Follower([job], ["method_dpo"], Trackers(run)):
         pass
     return run, job
@@ -137,7 +138,8 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
     out.mkdir()
     lines = (trained / "log.jsonl").read_text().splitlines(keepends=True)
     lines[3] = json.dumps(json.loads(lines[3]) | {"alarm/chosen": 1.5}) + "\n"
-    job = Job(run.config, "model", Artifact(trained, "rows"), str(out), "key", "dpo")
+    rows = Artifact(trained, "rows")
+    job = TrainJob(config=run.config, model="model", rows=rows, out=str(out), key="key", method="dpo")
     view, told = JobView(job, "method_dpo", Trackers(run)), []
     for end in (4, 2, 6):
         (out / "log.jsonl").write_text("".join(lines[:end]) + '{"step": 9')  # a line that is being written

@@ -21,7 +21,7 @@ from spo_ray.report.sweep_figures import (
     sensitivity_figure,
 )
 from spo_ray.runtime.run import Run, Stage, never_built
-from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, winner, write_best, write_csv
+from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, rows_of, write_best, write_csv
 from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
 from .test_space import LAMBDA, TOY, space
@@ -268,7 +268,7 @@ def test_figures_of_a_score_with_slashes_are_files_in_the_report(tmp_path):
         (folder / SCORES).write_text(json.dumps(record | {objective: {"value": 0.1 * i}}) + "\n")
     close_trials(run, stage, Ended(results, 2))
     trials = run.close(stage)
-    write_sweep_report(run, trials, winner(run, trials), None)
+    write_sweep_report(run, trials, rank(rows_of(trials), run.config.sweep)[0], None)
     names = {path.name for path in (run.root / "report").glob("*.svg")}
     assert names == {
         "health_greedy_repetition_4_against_lambda_sft.svg",

@@ -3,50 +3,55 @@
 import json
 import multiprocessing
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from spo_ray.config.load import load
+from spo_ray.config.train import CheckpointConfig
+from spo_ray.model.fsdp import whole_state
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.train import worker
-from spo_ray.train.checkpointer import STATE, NoSnapshots, collect, load_tensors, write_tensors
+from spo_ray.train.checkpointer import STATE, Checkpointer, Progress, collect, load_tensors
 from spo_ray.train.data_loader import RowTable
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import Job
+from spo_ray.train.spec import TrainJob
 
 from ..conftest import ROOT
 
 
-class FolderSnapshots(NoSnapshots):
-    """Checkpoints in a folder: one is read, or one is written behind a step, and training ends there."""
+class FolderCheckpoints(Checkpointer):
+    """Checkpoints in folders: restore from one, write one after a step."""
 
     def __init__(self, rank, read=None, write=None, at=None):
-        super().__init__(rank)
+        super().__init__("job", CheckpointConfig(every=None), rank)
         self.read, self.write, self.at = read, write, at
 
     def restore(self, model, optimizer):
         if self.read is None:
-            return {}
+            return None
         load_tensors(str(self.read), model, optimizer, self.rank)
-        return json.loads((Path(self.read) / STATE).read_text())
+        return Progress(**json.loads((Path(self.read) / STATE).read_text()))
 
     def due(self, step, total):
         return step == self.at
 
-    def save(self, model, optimizer, extra, record):
-        write_tensors(str(self.write), collect(model, optimizer, self.rank))
+    def save(self, model, optimizer, progress, record):
+        dcp.save(collect(model, optimizer, self.rank), storage_writer=FileSystemWriter(str(self.write)))
         if self.rank.index == 0:
-            (Path(self.write) / STATE).write_text(json.dumps(extra))
+            (Path(self.write) / STATE).write_text(json.dumps(asdict(progress)))
 
 
-def train(workers, rows, out, overrides, method=None, model="assets/toy_base", **snapshots):
+def train(workers, rows, out, overrides, method=None, model="assets/toy_base", **checkpoints):
     """Train in some processes. Leaves the export, the log, and ``whole.pt``: the parameters as they were trained."""
     out.mkdir(parents=True, exist_ok=True)
     start = tempfile.mktemp(dir=out)
-    arguments = (workers, start, rows, str(out), overrides, method, str(model), snapshots)
+    arguments = (workers, start, rows, str(out), overrides, method, str(model), checkpoints)
     # Forks of a server that has made the imports: seconds each otherwise. (Forks of this process, which other tests may
     # have left with threads, could wait for a lock for ever.)
     multiprocessing.set_forkserver_preload([__name__])
@@ -58,7 +63,7 @@ def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def _process(index, size, start, rows, out, overrides, method, model, snapshots):
+def _process(index, size, start, rows, out, overrides, method, model, checkpoints):
     import os
 
     os.chdir(ROOT)
@@ -66,15 +71,15 @@ def _process(index, size, start, rows, out, overrides, method, model, snapshots)
     dist.init_process_group("gloo", init_method=f"file://{start}", rank=index, world_size=size)
     rank = Distributed(index, size, torch.device("cpu"))
     config = load("configs/quickstart.yaml", overrides)
-    save = worker.save
+    export = worker.export_policy
 
-    def save_whole(model, *arguments):
-        state = worker.whole_state(model)
+    def export_whole(job, measure, text):
+        state = whole_state(measure.model)
         if index == 0:
             torch.save(state, Path(out) / "whole.pt")
-        save(model, *arguments)
+        export(job, measure, text)
 
-    worker.save = save_whole
-    job = Job(config, model, Artifact(Path(rows), "rows"), out, "job", method)
-    worker.run_job(job, rank, FolderSnapshots(rank, **snapshots), RowTable.of)
+    worker.export_policy = export_whole
+    job = TrainJob(config=config, model=model, rows=Artifact(Path(rows), "rows"), out=out, key="job", method=method)
+    worker.run_job(job, rank, FolderCheckpoints(rank, **checkpoints), RowTable.of)
     dist.destroy_process_group()

@@ -1,18 +1,16 @@
 """The alarm on made-up records, and on real trainings that deserve it; text health against the model's own logits."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from spo_ray.config.load import load
-from spo_ray.config.train import AlarmConfig
+from spo_ray.config.train import AlarmConfig, TrainConfig
 from spo_ray.core.text_metrics import distinct, repetition
-from spo_ray.errors import UserError
 from spo_ray.train.alarm import Alarm, describe
-from spo_ray.train.callbacks import AlarmCallback, text_health
 from spo_ray.train.distributed import Distributed
+from spo_ray.train.generation import text_health
+from spo_ray.train.logp_eval import Measure
 
 from ..helpers import SMALL
 from .processes import log_of, train
@@ -92,34 +90,6 @@ def test_a_harmful_training_is_stopped(referenced, tmp_path):
     assert warned[1]["logps/both_fell"] == 0.0
 
 
-def test_lambda_is_raised_at_every_measurement_beyond_a_limit(referenced, tmp_path):
-    overrides = [*FAST, "preference.alarm={max_fall: 0.000001, on_alarm: increase_lambda, lambda_factor: 3}"]
-    overrides += ["preference.alarm.max_both_fell=null", "preference.alarm.max_lambda=20", "preference.theta.lr=1e-3"]
-    overrides += ["methods.spo={type: spo, lambda_sft: 1.0e-6, inner: {steps: 0}}", "preference.phi.lr=1e-3"]
-    overrides += ["methods.dpo.beta=0.1"]
-    train(1, referenced.path, tmp_path / "spo", overrides, "spo")
-    log = log_of(tmp_path / "spo")
-    raised = [(r["step"], r["alarm/lambda"]) for r in log if "alarm/lambda" in r]
-    beyond = [r["step"] for r in log if r.get("probe/delta_logp_chosen", 0.0) < -1e-6]
-    assert beyond
-    assert [step for step, _ in raised if step in beyond] == beyond
-    for i, (_, value) in enumerate(raised, 1):
-        assert value == pytest.approx(min(20.0, 1e-6 * 3**i))
-    state = json.loads((tmp_path / "spo" / "result.json").read_text())["method_state"]
-    assert state["raised"]["lambda_sft"] == raised[-1][1]
-    train(1, referenced.path, tmp_path / "dpo", overrides, "dpo")
-    assert not any("alarm/lambda" in r for r in log_of(tmp_path / "dpo"))
-
-
-def test_lambda_is_raised_where_what_is_beyond_its_limit_was_measured():
-    alarm, raised = Alarm(AlarmConfig(max_repetition=0.5, on_alarm="increase_lambda")), []
-    method = SimpleNamespace(raise_lambda=lambda factor, most: raised.append(factor) or 2.0)
-    bell = AlarmCallback(alarm, method)
-    records = [{"health/repetition": 0.9}, {"probe/delta_logp_chosen": 0.0}, {"health/repetition": 0.8}, {}]
-    found = [bell.on_step_end({"step": step} | record, []) for step, record in enumerate(records)]
-    assert ["alarm/lambda" in metrics for metrics in found] == [True, False, True, False]
-
-
 def test_a_checkpoint_keeps_the_alarm_as_it_was():
     alarm = Alarm(AlarmConfig(max_fall=1.0))
     state = alarm.state_dict()
@@ -138,20 +108,14 @@ def test_answers_are_sampled_in_the_compute_type(referenced, tmp_path):
     assert "probe/logps/top" in log[0]
 
 
-def test_raising_lambda_needs_one(in_root):
-    alarm = "preference.alarm={on_alarm: increase_lambda}"
-    load("configs/quickstart.yaml", [alarm])
-    with pytest.raises(UserError, match="needs a method of type spo"):
-        load("configs/quickstart.yaml", [alarm, "methods.spo.lambda_sft=0", "methods.spo_simpo.lambda_sft=0"])
-
-
 def test_text_health_is_that_of_the_models_own_samples(toy_base, referenced, chat):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(toy_base, dtype=torch.float32).eval()
-    rank, table = Distributed(0, 1, torch.device("cpu")), referenced.rows()[:6]
+    measure = Measure(model, chat, TrainConfig(), Distributed(0, 1, torch.device("cpu")))
+    table = referenced.rows()[:6]
     before = torch.get_rng_state()
-    one = text_health(model, chat, table, 1, rank, seed=0)
+    one = text_health(measure, table, 1, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     entropies = []
     for row in table:
@@ -160,12 +124,12 @@ def test_text_health_is_that_of_the_models_own_samples(toy_base, referenced, cha
         entropies.append(-(logps.exp() * logps).sum().item())
     assert one["health/entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
     assert one["health/length"] == 1.0
-    long = text_health(model, chat, table, 48, rank, seed=0)
-    assert long == text_health(model, chat, table, 48, rank, seed=0)
-    assert long != text_health(model, chat, table, 48, rank, seed=1)
+    long = text_health(measure, table, 48, seed=0)
+    assert long == text_health(measure, table, 48, seed=0)
+    assert long != text_health(measure, table, 48, seed=1)
     with torch.no_grad():  # a policy that knows one token alone
         model.lm_head.weight.zero_()
-    flat = text_health(model, chat, table, 48, rank, seed=0)
+    flat = text_health(measure, table, 48, seed=0)
     assert flat["health/entropy"] == pytest.approx(
         torch.log(torch.tensor(float(model.config.vocab_size))).item(), rel=1e-4
     )

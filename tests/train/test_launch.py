@@ -1,6 +1,7 @@
 """What a training stage is made anew for, and what a worker finds in memory for the next job."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.run import Run
 from spo_ray.train.launch import train_methods, train_sft
-from spo_ray.train.spec import Job, Start
-from spo_ray.train.worker import RetainedMemory
+from spo_ray.train.memory_check import RetainedMemory
+from spo_ray.train.spec import Start, TrainJob
 
 from ..helpers import small_config
 
@@ -21,9 +22,9 @@ def stages(in_root, toy_base, referenced, tmp_path, monkeypatch):
     def depend(*overrides):
         found = {}
 
-        def note(self, name, *, config, inputs, resumable=False):
-            found[name] = json.dumps(config, sort_keys=True, default=str)
-            return Artifact(tmp_path, name)
+        def note(self, stage):
+            found[stage.name] = json.dumps(stage.config, sort_keys=True, default=str)
+            return Artifact(tmp_path, stage.name)
 
         monkeypatch.setattr(Run, "open", note)
         run, base = Run(small_config(tmp_path, *overrides)), external(toy_base)
@@ -50,14 +51,14 @@ def test_which_checkpoints_there_are_matters_where_the_best_is_taken(stages):
 
 def test_sft_has_no_best_checkpoint(in_root, referenced, tmp_path):
     config = small_config(tmp_path, "train.checkpoint={every: 4, best: {}}")
-    arguments = (config, "model", referenced, "out", "key")
-    assert Job(*arguments).checkpoint == config.train.checkpoint.model_copy(update={"best": None})
-    assert Job(*arguments, method="dpo").checkpoint == config.train.checkpoint
+    job = TrainJob(config=config, model="model", rows=referenced, out="out", key="key")
+    assert job.checkpoint == config.train.checkpoint.model_copy(update={"best": None})
+    assert replace(job, method="dpo").checkpoint == config.train.checkpoint
 
 
 def test_what_an_earlier_job_took_is_there_for_the_next():
-    held, size = RetainedMemory(), 2**29
+    retained, size = RetainedMemory(), 2**29
     taken = torch.ones(size // 4)
-    assert held.now() >= 0.9 * size
+    assert retained.now() >= 0.9 * size
     del taken
-    assert held.now() < 0.1 * size
+    assert retained.now() < 0.1 * size

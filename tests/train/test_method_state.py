@@ -6,7 +6,7 @@ import torch
 from pydantic import TypeAdapter
 
 from spo_ray.config.methods import Base, MethodConfig
-from spo_ray.core.running_statistics import ReferenceStatistics, RunningStatistics
+from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.spo import spo_gradients
 from spo_ray.train.method_state import Method
 
@@ -19,7 +19,7 @@ PLAIN = {
     "robust_dpo": {"beta": 0.9, "label_smoothing": 0.3},
     "ipo": {"beta": 0.9, "ipo_reduction": "sum"},
     "simpo": {"beta": 0.9, "margin": 0.2},
-    "alpha_dpo": {"beta": 0.9, "margin": 0.2, "alpha": 0.1, "statistics": "reference_exact"},
+    "alpha_dpo": {"beta": 0.9, "margin": 0.2, "alpha": 0.1},
     "dpop": {"beta": 0.9, "penalty": 1.0},
     "dpo_nll": {"beta": 0.9, "mu": 0.3, "sft_reduction": "token_mean"},
 }
@@ -91,10 +91,7 @@ def test_alpha_dpo_remembers_between_steps():
     first, _ = gradient(made)
     again, _ = gradient(made)
     assert relative_error(again, first) > 1e-4
-    assert (
-        type(method(type="spo", base={"type": "alpha_dpo", "statistics": "reference_exact"}).statistics)
-        is ReferenceStatistics
-    )
+    assert type(method(type="spo", base={"type": "alpha_dpo"}).statistics) is RunningStatistics
     assert method(type="dpo").statistics is None
 
 
