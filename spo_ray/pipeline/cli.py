@@ -19,7 +19,7 @@ from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
 from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity, warn
-from spo_ray.runtime.failure import AGAIN, card_on, recorded
+from spo_ray.runtime.failure import AGAIN, card_of, recorded
 from spo_ray.runtime.run import PlannedRun, Run
 
 quieten()  # before the importing program loads the libraries
@@ -101,7 +101,7 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
             LOGGER.error(f"stopped; {AGAIN}")
             return 130
         except Exception as error:
-            card = card_on(error)
+            card = getattr(error, "card", None) or card_of(error)  # recorded() attaches one
             LOGGER.error(card.text() if card.details else f"{traceback.format_exc()}\n{card.text()}")
             return 1
     return 0

@@ -97,11 +97,6 @@ def card_of(error: BaseException, stages: list[str] | None = None, details: str 
     )
 
 
-def card_on(error: BaseException) -> Card:
-    """Return the card that :func:`recorded` attached to an exception, or a new one."""
-    return getattr(error, "card", None) or card_of(error)
-
-
 def command_line() -> str:
     """Return this process's command line as it can be typed again, without secrets."""
     program = Path(sys.argv[0])

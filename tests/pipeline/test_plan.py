@@ -152,9 +152,8 @@ class Captured(PlannedRun):
         return super().open(stage)
 
 
-SHARED = (
-    "sweep.space={sft.lr: {type: grid, values: [1e-4, 3e-4, 1e-4]}, methods.spo.base.beta: {type: grid, values: [0.1]}}"
-)
+BETA = "methods.spo.base.beta: {type: grid, values: [0.1]}"
+SHARED = f"sweep.space={{sft.lr: {{type: grid, values: [1e-4, 3e-4, 1e-4]}}, {BETA}}}"
 OWN = "sweep.space={sft.lr: {type: loguniform, low: 1e-4, high: 3e-4}}"
 
 
