@@ -1,1 +1,1 @@
-"""Questions, samples and pairs, on Ray Data."""
+"""Stages that make the training data: questions, samples, SFT set, pairs, and token ids."""

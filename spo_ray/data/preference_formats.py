@@ -26,10 +26,7 @@ class Preference(NamedTuple):
 def preference(row: Mapping[str, Any], *, rejected: Literal["worst", "random"] = "worst", seed: str = "") -> Preference:
     """Convert a row of any of the formats.
 
-    Args:
-        row: the row as it was read.
-        rejected: which of several scored completions is taken against the best one.
-        seed: seed for ``random``.
+    ``rejected`` says which of several scored completions is paired with the best one; ``random`` depends on ``seed``.
 
     Raises:
         RowRejectedError: the row has none of the formats; the message says what is wrong.
@@ -54,16 +51,16 @@ def _scored(row: Mapping[str, Any], which: str, seed: str) -> Preference:
     found: list[tuple[float, str]] = []
     for completion in completions if isinstance(completions, Sequence) else []:
         keys = completion if isinstance(completion, Mapping) else {}
-        scores = (keys[key] for key in ("overall_score", "score", "rating") if keys.get(key) is not None)
-        score = next(scores, None)
+        scores = (keys.get(key) for key in ("overall_score", "score", "rating"))
+        score = next((score for score in scores if score is not None), None)
         if not isinstance(score, int | float) or not isinstance(keys.get("response"), str) or score != score:
             raise RowRejectedError("a completion has no 'response' or no 'overall_score'")
         found.append((float(score), keys["response"]))
-    if not found or min(found)[0] == max(found)[0]:
+    best, chosen = max(found, key=lambda pair: pair[0], default=(0.0, ""))  # the first of equals
+    lower = [pair for pair in found if pair[0] < best]
+    if not lower:
         raise RowRejectedError("no completion is scored lower than the best")
-    best, chosen = max(found, key=lambda pair: pair[0])  # the first of equals
-    lower = [response for score, response in found if score < best]
-    lost = random.Random(seed).choice(lower) if which == "random" else min(found, key=lambda pair: pair[0])[1]
+    _, lost = random.Random(seed).choice(lower) if which == "random" else min(lower, key=lambda pair: pair[0])
     return Preference(prompt, _text(chosen, "chosen"), _text(lost, "rejected"))
 
 

@@ -109,27 +109,23 @@ def row_seed(*parts: object) -> int:
 def _answering(source: SamplingJob, seed: str) -> tuple[Any, Pool]:
     engine = source.engine
     if isinstance(engine, EndpointConfig):
-        return partial(_connect, os.environ.get(engine.api_key_env), source, seed), Pool(1, 0.1)
+        return partial(_sampler, source, seed, key=os.environ.get(engine.api_key_env)), Pool(1, 0.1)
     pool = Pool(engine.replicas, engine.cpus, engine_gpus(engine), engine.max_replicas)
-    return partial(_open, choose_engine(engine)[0], source, seed), pool
+    return partial(_sampler, source, seed, kind=choose_engine(engine)[0]), pool
 
 
-def _open(kind: str, source: SamplingJob, seed: str) -> Mapper:
+def _sampler(source: SamplingJob, seed: str, kind: str = "", key: str | None = None) -> Mapper:
+    """Connect to an endpoint with ``key``, or load the model into an engine of ``kind``."""
+    engine, model, settings = source.engine, str(source.model.path), source.sampling
+    if isinstance(engine, EndpointConfig):
+        from spo_ray.model.endpoint import EndpointAnswers
+
+        return _Sampler(EndpointAnswers(key, model, engine, settings), source, seed)
     from spo_ray.model.engines import LocalAnswers
 
-    engine: Any = source.engine
-    answers = LocalAnswers(kind, str(source.model.path), engine, source.chat_template)
-    settings = source.sampling
+    answers = LocalAnswers(kind, model, engine, source.chat_template)
     ask = partial(answers, n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_tokens)
     return _Sampler(ask, source, seed)
-
-
-def _connect(key: str | None, source: SamplingJob, seed: str) -> Mapper:
-    from spo_ray.model.endpoint import EndpointAnswers
-
-    config: Any = source.engine
-    answers = EndpointAnswers(key, str(source.model.path), config, source.sampling)
-    return _Sampler(answers, source, seed)
 
 
 class _Sampler:

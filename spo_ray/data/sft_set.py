@@ -53,13 +53,8 @@ def collect_responses(
 ) -> Artifact:
     """Add correct responses of further teachers to questions (:class:`schema.SftQuestion`).
 
-    Args:
-        run: the run.
-        name: the stage.
-        scored: the questions, with graded samples for the teacher ``samples``.
-        teachers: ``samples`` and ``gold``, in the order of preference.
-        choose: keep only questions with a low pass@k.
-        last: drop questions that have no correct response.
+    ``teachers`` are ``samples`` (the graded ones) and ``gold``, in the order of preference. ``choose`` keeps only
+    questions with a low pass@k; ``last`` drops questions that have no correct response.
     """
     config, fields = run.config.sft_data, {"responses_per_question", "strip"}
     what, note = "questions with a correct response (sft_data.teachers)", "correct responses added"

@@ -200,6 +200,6 @@ def _bounds(data: Any, split: Split, seed: int) -> tuple[int | None, int | None]
     if on_hub(data.path):
         return None, limit
     there = sum(1 for _ in raw_rows(data, _file_split(data, split)))
-    if _held_out_of_train(data):  # whole prompts are held out: only reading the pairs tells how many these have
-        return there, len(_preference(data, split, seed, RowCounts()))
+    if _held_out_of_train(data):  # whole prompts are held out: only reading the pairs tells how many they have
+        return there, len(_draw(data, split, seed, _preference(data, split, seed, RowCounts())))
     return there, there if limit is None else min(limit, there)

@@ -35,16 +35,10 @@ def tokenise_pairs(run: Run, name: str, pairs: Artifact) -> Artifact:
 
 
 def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limit: int) -> Row:
-    """Return a prompt and its completions as token ids.
+    """Return a prompt and its completions as token ids; ``sides`` maps columns of text to columns of token ids.
 
-    Rows are dropped and never cut: a cut completion has no end-of-turn token, and a model trained on it learns not to
-    stop.
-
-    Args:
-        chat: the tokenizer.
-        row: ``id``, ``prompt``, and completions.
-        sides: the columns of the completions, and the columns of their token ids.
-        limit: highest number of tokens of the prompt with one completion.
+    A prompt with one completion has at most ``limit`` tokens. Longer rows are dropped, not cut: a cut completion has no
+    end-of-turn token, and a model trained on it learns not to stop.
 
     Raises:
         RowRejectedError: a completion is empty, too long or like the other one, or a text contains special tokens.
