@@ -85,7 +85,7 @@ class Evaluations:
         first = {name: checkpoints[name] for name in (health.SFT,) if name in checkpoints}
         for part in (first, {name: c for name, c in checkpoints.items() if name not in first}):
             calls: dict[str, Callable[[], None]] = {n: partial(self._measure, data, n, c) for n, c in part.items()}
-            run_parallel(calls, self.actors.replicas)
+            run_parallel(calls, self.actors.replicas if self.run.mode == "execute" else 1)
         concluded: dict[tuple[str, str], list[Artifact]] = {}
         for name, suite in self.suites.items():
             if suite.second_pass:
