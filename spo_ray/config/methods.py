@@ -29,10 +29,10 @@ class Scaled(Trained):
 
 
 class Smoothed(Scaled):
-    """Fields of the losses that take some labels for wrong."""
+    """Fields of the losses that assume some labels are wrong."""
 
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
-    """Share of pairs believed to be the wrong way round."""
+    """Assumed share of pairs whose chosen and rejected responses are swapped."""
 
 
 class Nll(Trained, WithSftLoss):

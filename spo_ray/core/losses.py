@@ -171,7 +171,8 @@ def reward_metrics(rewards_chosen: Tensor, rewards_rejected: Tensor) -> Metrics:
 LOSSES: dict[str, Loss] = {
     loss.__name__: loss for loss in (dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, nll, dpo_nll)
 }
-"""Losses by name. A new loss is a new function and its name here."""
+"""Losses by name. For a new one write the function, list it here, look at ``PARAMETERS`` and ``BATCHWISE``, and add its
+class to ``MethodConfig`` (and ``Base``) in ``config/methods.py``."""
 PARAMETERS = {"simpo": ("beta", "margin"), "alpha_dpo": ("beta", "margin"), "nll": ()}
 """Which of beta and margin a loss of :data:`LOSSES` takes; all others take beta."""
 BATCHWISE = frozenset({alpha_dpo})

@@ -129,7 +129,11 @@ def _objective(
     regularizer: "_Hinge",
     side_gradients: dict[str, Gradients] | None,
 ) -> tuple[Gradients, Metrics]:
-    """Return the gradient of F: (a), (c) and all that the pairs' passes give besides, then (e), (d), (b)."""
+    """Return the gradient of F.
+
+    The passes over the pairs give terms (a) and (c) and the sums that the other terms need; then R's gradient with (e),
+    (d) and (b) are added.
+    """
     whole, n = regularizer.gamma > 0 and regularizer.hinge == "batch", lower.n_backbone
     plain = passes.mean_weights()
     norms = regularizer.weights() if whole else plain if side_gradients is not None else None
@@ -150,7 +154,7 @@ def _objective(
     if lower.weights is not None:
         add(total[:n], sums.sft[:n], lower.lambda_sft)
         if lower.steps:
-            metrics |= lower.add_value_term(total, sums.sft)
+            metrics |= lower.add_term_b(total, sums.sft)
     return total, metrics
 
 
@@ -169,8 +173,8 @@ class _LowerLevel:
     central: bool
     precise: bool
 
-    def add_value_term(self, total: Gradients, sft: Gradients) -> Metrics:
-        """Add (b) to phi's part of ``total``; overwrite theta's part of ``sft``, the gradient of L_SFT."""
+    def add_term_b(self, total: Gradients, sft: Gradients) -> Metrics:
+        """Add term (b) to phi's part of ``total``; theta's part of ``sft``, the gradient of L_SFT, is overwritten."""
         assert self.weights is not None
         theta, phi = self.passes.params[: self.n_backbone], self.passes.params[self.n_backbone :]
         here, gap = sft[self.n_backbone :], self.eta * norm(sft[: self.n_backbone]) ** 2

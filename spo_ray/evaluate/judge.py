@@ -144,7 +144,7 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
     """Read a response, which the openai client does not validate.
 
     Raises:
-        InvalidResponseError: it has another form.
+        InvalidResponseError: the response lacks a field, or one has a wrong type.
     """
     try:
         choice, usage = response.choices[0], response.usage

@@ -234,7 +234,7 @@ def hub(config: Config, plan: PlannedRun) -> Checks:
 
 
 def job(config: Config, plan: PlannedRun) -> Checks:
-    """What a run would be refused for before it starts."""
+    """Check that the run would not be refused before it starts."""
     problem = plan.problem
     yield Check("plan", "failed" if problem else "ok", problem or f"{config.name}: model, template and data are usable")
 

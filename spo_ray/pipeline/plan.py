@@ -72,9 +72,9 @@ class Estimator:
     def of(self, stage: PlannedStage) -> Estimate:
         """Return the estimate of a stage."""
         work = stage.work
-        plan, seconds, tokens = self.plan(work.trains or "sft"), self.before(stage), work.tokens or 0
+        plan, seconds, tokens = self.memory_of(work.trains or "sft"), self.earlier_seconds(stage), work.tokens or 0
         if not plan or not tokens:
-            return Estimate(None, seconds, True)
+            return Estimate(None, seconds, seconds is not None)
         count, measured = plan.parameters["total"], seconds is not None
         if seconds is None:
             seconds = _operations(self.config, work) / products_per_second() * count
@@ -87,7 +87,7 @@ class Estimator:
         memory = size * count + (int(self.config.engine.memory_gib * 2**30) if self.device == "cpu" else 0)
         return Estimate(memory, seconds, measured, BYTES_PER_TOKEN * tokens)
 
-    def plan(self, stage: str) -> MemoryEstimate | None:
+    def memory_of(self, stage: str) -> MemoryEstimate | None:
         """Return the memory estimate of ``sft`` or a method; None if the model or the settings are unusable."""
         if self.model is None:
             return None
@@ -97,7 +97,7 @@ class Estimator:
         except UserError:  # the run itself raises it
             return None
 
-    def before(self, stage: PlannedStage) -> float | None:
+    def earlier_seconds(self, stage: PlannedStage) -> float | None:
         """Return the seconds of a stage by the newest run in the output folder, scaled by rows, or None."""
         files = self.config.output.absolute().glob(f"*/{stage.name}/{MANIFEST}")
         for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):

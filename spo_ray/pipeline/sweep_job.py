@@ -82,7 +82,7 @@ def plan_sweep(config: Config) -> PlannedRun:
 
 
 def prepare_start(run: Run) -> Prepared:
-    """Execute the job up to the reference log-probabilities, without the validation rows."""
+    """Execute the job up to the reference log-probabilities; validation rows are kept out of the training data."""
     start = Prepared(run.config)
     for _ in prepare(run, start, sweep_of(run.config).validation):
         pass

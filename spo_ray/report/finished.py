@@ -12,7 +12,7 @@ from spo_ray.sweep.results import Ranked, Row
 
 
 class Trials(NamedTuple):
-    """What a sweep has besides a run's results."""
+    """The trials of a sweep, which a run does not have."""
 
     artifact: Artifact
     rows: list[Row]

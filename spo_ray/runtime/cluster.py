@@ -135,7 +135,10 @@ def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str,
 
 
 def worker_work(config: Config, note: str, groups: int = 1, trains: str | None = None, **bounds: Any) -> Work:
-    """Return the work of a stage on groups of training workers; ``bounds`` are ``rows`` and ``tokens``."""
+    """Return the work of a stage on groups of training workers; ``bounds`` are ``rows`` and ``tokens``.
+
+    This is for plans and the resource check; ``train/launch.py`` starts the workers.
+    """
     train = config.train
     held: dict[str, Any] = {"actors": train.num_workers * groups, "cpus": train.cpus_per_worker}
     held["gpus"] = None if train.use_gpu is None else float(train.use_gpu)

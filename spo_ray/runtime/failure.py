@@ -51,7 +51,7 @@ EXIT_CODES = {"finished": 0, "failed": 1, "refused": 2, "stopped": 130}
 
 @dataclass(frozen=True)
 class Card:
-    """What a user needs to know about a failure; without secrets."""
+    """Facts about a failure that a user needs; without secrets."""
 
     error: str
     """Class and message of the error."""

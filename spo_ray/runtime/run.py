@@ -1,8 +1,9 @@
 """Runs and their stages.
 
-A stage writes one folder under ``runs/NAME`` and closes it with ``manifest.json``. Its identity is the digest of its
-settings and of the identities of its inputs. A finished stage with the same identity is reused, any other is built
-again. A stage is written under a temporary name, synced and renamed, so a folder with a manifest is complete.
+A stage writes one folder under ``runs/NAME`` and closes it with ``manifest.json``. Its identity is its name,
+the version of spo_ray, the seed, its settings and the digests of its inputs; its digest is the SHA-256 of that. A
+finished stage with the same digest is reused, any other is built again. A stage is written under a temporary name,
+synced and renamed, so a folder with a manifest is complete.
 
 The functions of a job pass their stages to a :class:`Run`, which builds them. The same functions plan the job with a
 :class:`PlannedRun` and read its results with a :class:`FinishedRun`.
@@ -191,7 +192,7 @@ class Run:
         state, why = self.state(name, identity, digest)
         scratch = self.root / ".unfinished" / name
         if state == "reused":
-            if _identity(scratch) == digest:  # the process ended before it was renamed
+            if _digest_in(scratch) == digest:  # the process ended before it was renamed
                 self._put(name)
             log(name, state)
             return Artifact(self.root / name, digest)
@@ -224,9 +225,9 @@ class Run:
     def state(self, name: str, identity: Mapping[str, Any], digest: str) -> tuple[State, str]:
         """Return the state of a stage, and the reason if a finished stage is built again, else an empty text."""
         scratch = self.root / ".unfinished" / name
-        if digest in (_identity(self.root / name), _identity(scratch)):
+        if digest in (_digest_in(self.root / name), _digest_in(scratch)):
             return "reused", ""
-        if _identity(scratch, STARTED) == digest:
+        if _digest_in(scratch, STARTED) == digest:
             return "resume", ""
         finished = self.root / name / MANIFEST
         return "build", why_again(json.loads(finished.read_text()), identity, self.names) if finished.exists() else ""
@@ -290,7 +291,7 @@ class PlannedRun(Run):
         name = (self.root / stage.name).relative_to(self.top).as_posix()
         self.planned.append(PlannedStage(name, state, why, stage.work))
         for folder in (self.root / stage.name, self.root / ".unfinished" / stage.name):
-            if _identity(folder) == digest:
+            if _digest_in(folder) == digest:
                 return Artifact(folder, digest)
         work = stage.work
         return PlannedArtifact(self.root / stage.name, digest, work.rows if work.out is None else work.out)
@@ -337,7 +338,7 @@ def _nothing() -> None:
     """Default listener: does nothing."""
 
 
-def _identity(directory: Path, file: str = MANIFEST) -> str | None:
+def _digest_in(directory: Path, file: str = MANIFEST) -> str | None:
     try:
         return json.loads((directory / file).read_text())["digest"]
     except FileNotFoundError:

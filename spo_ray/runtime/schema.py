@@ -151,7 +151,7 @@ class Judgement(TypedDict):
 
 
 class Provenance(TypedDict):
-    """How a metric was measured."""
+    """Origin of a metric: checkpoint, tokenizer, engine and sampling settings."""
 
     model: str  # digest of the checkpoint
     tokenizer: str

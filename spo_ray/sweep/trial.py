@@ -43,11 +43,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What all trials of a sweep have in common."""
+    """Data that all trials of a sweep have in common."""
 
     run: Run
     prepare: Callable[[Run], Prepared]
-    """Makes the start of a trial if it is not in ``known``."""
+    """Builds what a trial starts from, its SFT checkpoint and pairs, if ``known`` does not have it yet."""
     folder: Path
     """Folder with one folder for each trial."""
     digest: str

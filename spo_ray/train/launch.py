@@ -91,7 +91,7 @@ def train_methods(
     calls = {}
     for group in groups:
         pending = [stage for stage in group if isinstance(stage, OpenStage)]
-        if pending:  # named after all: the same group goes on when some are done
+        if pending:  # the name is made from all stages, finished ones too, so that a restart finds the same group
             calls[_name(group)] = partial(_train, run, pending, _name(group), by_stage, held_out)
     trained: dict[str, Artifact] = {}
     for closed in run_parallel(calls, config.train.parallel_methods).values():
@@ -143,7 +143,7 @@ def _train(
         )
     closed = {}
     try:
-        if all(job.finished for job in jobs):  # an earlier driver ended before it could
+        if all(job.finished for job in jobs):  # an earlier driver ended before it closed these stages
             _forget(run, group)
         else:
             fit(run, jobs, [stage.name for stage in stages], group)

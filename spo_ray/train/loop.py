@@ -80,13 +80,13 @@ def optimise(
     Returns the seconds of training over all starts. Collective: call on all ranks.
 
     Raises:
-        TrainingError: more steps in a row than configured had no finite gradient, or a checkpoint can't be written.
+        TrainingError: more than ``MAX_SKIPPED`` steps in a row had no finite gradient, or a checkpoint failed.
         StoppedError: a callback ended the training.
     """
     started, log = time.time(), StepLog(Path(job.out) / STEP_LOG, checkpointer.rank)
     optimizer = make_optimizer(groups, job.config.train.optimizer)
 
-    def write_log(record: Metrics, indices: Sequence[int]) -> None:
+    def measure_and_log(record: Metrics, indices: Sequence[int]) -> None:
         for callback in callbacks:
             record |= callback.on_step_end(record, indices)
         log.write(record)
@@ -100,7 +100,7 @@ def optimise(
             callback.on_step_logged(progress.step)
     else:
         progress = Progress()
-        write_log({"step": 0, "total_steps": total}, [])
+        measure_and_log({"step": 0, "total_steps": total}, [])
     before = progress.wall_s
     for step, indices in enumerate([] if progress.ended else batches[progress.step :], start=progress.step + 1):
         rates = learning_rates(optimizer, groups, step - 1, total)
@@ -115,7 +115,7 @@ def optimise(
         record: Metrics = {"step": step, "total_steps": total, "grad_norm": grad_norm}
         record |= _by_group("grad_norm", norms) | {"learning_rate": next(iter(rates.values()))}
         record |= _by_group("learning_rate", rates) | {"skipped_steps": progress.skipped, **metrics}
-        write_log(record, indices)
+        measure_and_log(record, indices)
         progress.wall_s, progress.ended = before + time.time() - started, bool(record.get(STOP))
         progress.remembered = [callback.state_dict() for callback in callbacks]
         if checkpointer.due(step, total):

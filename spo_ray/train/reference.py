@@ -18,7 +18,8 @@ from spo_ray.runtime.run import Run, Stage, times
 def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Artifact:
     """Add the reference model's log-probabilities to tokenised pairs (:class:`schema.ReferencedPair`).
 
-    They stay valid for this model, tokenizer, template, data and length limit: all are in the stage's identity.
+    They are computed again if the model, tokenizer, template, data, length limit or precision changes: these are in the
+    settings, or in the digests of ``model`` (the SFT checkpoint) and ``pairs``.
     """
     config = run.config
 
