@@ -1,6 +1,7 @@
 """Example of your own verifier, for multiple-choice questions that are answered with a letter.
 
-The data is JSONL with rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "answer": "B"}``. Configuration:
+The data is JSONL, with rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "answer": "B"}``.
+The configuration is:
 
     data:
       type: questions
