@@ -1,8 +1,8 @@
-"""SPO in Hugging Face's Trainer, on a data set with TRL's columns: prompt, chosen, rejected.
+"""SPO in Hugging Face's Trainer, on a dataset with TRL's columns: prompt, chosen, rejected.
 
 python examples/hf_trainer.py --model NAME_OR_FOLDER --steps 20
 
-The pairs, their tokens and the model with its adapters are those of plain_pytorch.py.
+The pairs, their tokenisation and the model with its adapters come from plain_pytorch.py.
 """
 
 from collections import defaultdict

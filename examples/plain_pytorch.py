@@ -1,4 +1,4 @@
-"""SPO in a plain PyTorch loop: of spo_ray only the mathematics, beside it transformers and PEFT.
+"""SPO in a plain PyTorch loop, with ``spo_ray.core``, transformers and PEFT.
 
 python examples/plain_pytorch.py --model NAME_OR_FOLDER --steps 20
 """

@@ -1,6 +1,7 @@
-"""A verifier for a task of your own: multiple-choice questions that are answered with a letter.
+"""Example of your own verifier, for multiple-choice questions that are answered with a letter.
 
-The data are JSONL rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "answer": "B"}``. Configuration:
+The data is JSONL, with rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C) 6", "answer": "B"}``.
+The configuration is:
 
     data:
       type: questions
@@ -8,7 +9,7 @@ The data are JSONL rows such as ``{"question": "Which is a prime? (A) 4 (B) 5 (C
       verifier: examples.verifier:MultipleChoice
       prompt: "{question}\\nAnswer with 'Answer: ' and the letter."
 
-Every node imports the module: start the run from the repository's root, or add the module's folder to PYTHONPATH.
+All nodes import this module: start the run in the repository's root, or add that folder to PYTHONPATH.
 """
 
 import re
@@ -20,7 +21,7 @@ ALONE = re.compile(r"\b([A-E])\b")
 
 
 class MultipleChoice:
-    """Takes the letter behind the last "answer:" or "answer is", or else the last capital letter that stands alone."""
+    """Reads the letter after the last "answer:" or "answer is", or else the last capital letter that stands alone."""
 
     def accepts(self, answer: str) -> bool:
         """Return True if a row's answer is a letter; rows without one are refused or quarantined."""
