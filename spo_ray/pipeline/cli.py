@@ -132,7 +132,7 @@ def run(
         from spo_ray.pipeline.job import plan_job, run_job
 
         if dry_run:
-            show_plan(plan_job(loaded))
+            show_plan(plan_job(loaded, until))
         else:
             execute(partial(run_job, until=until), loaded, until)
 

@@ -45,7 +45,7 @@ def run_job(run: Run, until: Part = "report") -> Job:
         UserError: the job can't run as configured, or the cluster is too small for it.
     """
     if run.mode == "execute":
-        plan = plan_job(run.config)
+        plan = plan_job(run.config, until)
         if plan.problem:
             raise UserError(plan.problem)
         run.planned = plan.planned
@@ -56,13 +56,13 @@ def run_job(run: Run, until: Part = "report") -> Job:
     return job
 
 
-def plan_job(config: Config) -> PlannedRun:
+def plan_job(config: Config, until: Part = "report") -> PlannedRun:
     """Return the plan of a job; if the job would be refused, ``problem`` of the plan has the reason."""
     plan = PlannedRun(config)
     with plan.noting_problems():
         preflight(config)
     with plan.noting_problems():
-        run_job(plan)
+        run_job(plan, until)
     return plan
 
 

@@ -22,8 +22,6 @@ PROJECT = "spo-ray"
 """Weights & Biases' project and MLflow's experiment where the environment names none."""
 INSTALL = "pip install 'spo-ray[tracking]'"
 Metrics = Mapping[str, float]
-PROJECT = "spo-ray"
-"""Project of Weights & Biases and experiment of MLflow where the environment names none."""
 
 
 class Tracker(NamedTuple):

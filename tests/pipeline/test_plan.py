@@ -108,6 +108,11 @@ def test_estimates_against_what_they_are_made_of(config, toy_base):
     assert own.of(stages["sft"]).measured
 
 
+def test_a_plan_ends_with_the_part_that_the_run_stops_after(config):
+    assert plan_job(config, "sft").planned[-1].name == "sft"
+    assert plan_job(config).planned[-1].name == "report"
+
+
 def test_a_plan_for_a_hub_model_without_a_network_has_what_can_be_known(in_root, tmp_path):
     plan = plan_job(small_config(tmp_path, "model.path=some/model"))
     assert plan.problem
