@@ -37,10 +37,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    joined = bool(address) or ray.is_initialized()
-    if ray.is_initialized():
-        pass
-    elif address:
+    if address:
         _check_reachable(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": passed_env(config)}, **quiet)
@@ -55,7 +52,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_resources(planned, nodes)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    log("ray", f"{'joined' if joined else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
 
 def _start(**options: Any) -> None:
