@@ -47,7 +47,7 @@ def test_ungraded_answers_come_from_text_health(run):
         "sft": "<i>sft</i> says 5",
         "dpo": "<i>dpo</i> says 5",
     }
-    shown = _answers(greedy, held_out)
+    shown = _answers(greedy, held_out, "sft")
     assert (shown["checkpoints"], shown["graded"]) == (["sft", "dpo"], False)
     (line,) = shown["lines"]
     assert line["prompt"] == "user: How <many>?"
@@ -60,7 +60,7 @@ def test_results_have_the_adjusted_p_value_against_sft():
     row = {"metric": "accuracy_greedy", "first": "sft", "second": "dpo", "p_adjusted": 0.0312}
     compared = [row, row | {"metric": "accuracy_sampled", "p_adjusted": 0.9}, row | {"first": "spo", "p_adjusted": 0.8}]
     nothing = dict.fromkeys(entry)  # of ready pairs the base model has no figures
-    assert results({"base": nothing, "sft": entry, "dpo": entry}, compared) == [
+    assert results({"base": nothing, "sft": entry, "dpo": entry}, compared, "sft") == [
         {"method": "sft", "Δ log π chosen": "-1.00"},
         {"method": "dpo", "Δ log π chosen": "-1.00", "p against sft": "0.031"},
     ]
@@ -102,7 +102,7 @@ def test_versions_are_those_of_the_stages(run):
 def test_figures_without_an_interval_are_shown_by_themselves():
     greedy, sampled = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.5, "std": 0.0}
     changes = dict.fromkeys(("delta_logp_chosen", "delta_logp_rejected"))
-    (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [])
+    (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [], "sft")
     assert line == {"method": "dpo", "greedy, 95%": "50.0% (40.0 – 60.0)", "sampled ± sd, 95%": "50.0% ± 0.0%"}
     row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
     row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
