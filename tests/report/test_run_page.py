@@ -6,12 +6,15 @@ import shutil
 import pytest
 
 from spo_ray.pipeline.finished import read_finished
+from spo_ray.report.finished import rewrite
 from spo_ray.report.run_page import _alarms, _answers, _greedy
 from spo_ray.report.scores import comparison_tables, other_suites, results
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
 from spo_ray.runtime.run import Stage
+
+from .made_up import made_up_run
 
 
 @pytest.fixture
@@ -66,6 +69,25 @@ def test_results_have_the_adjusted_p_value_against_sft():
     ]
 
 
+def test_without_sft_the_page_and_the_summary_call_it_reference(in_root, tmp_path):
+    folder = made_up_run(tmp_path, "a", {"reference": 6, "dpo": 0, "spo": 12}, "sft=null")
+    rewrite(read_finished(folder))
+    page = (folder / "report" / "index.html").read_text().partition('<script type="module">')[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["methods"]) == ["reference", "dpo", "spo"]
+    (p_value,) = [
+        row["p_adjusted"]
+        for row in summary["comparisons"]
+        if row["metric"] == "accuracy_greedy" and {row["first"], row["second"]} == {"reference", "spo"}
+    ]
+    (line,) = [x for x in results(summary["methods"], summary["comparisons"], "reference") if x["method"] == "spo"]
+    assert line["p against reference"] == f"{p_value:.2g}"
+    assert "<th>p against reference</th>" in page
+    assert "those of reference" in page
+    assert "the same reference checkpoint" in " ".join(page.split())
+    assert "SFT" not in page.partition("<h2>Training pairs")[0]
+
+
 def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
     stages = ("health_dpo/part-0.parquet", "shift_dpo/part-0.parquet", "judged_dpo@j/part-0.parquet")
     for file in (*stages, "lm_eval_arc@dpo/results.json"):
@@ -73,7 +95,9 @@ def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
         (tmp_path / file).touch()
     keys = (
         "health/entropy",
+        "health/logp_of_reference_samples",
         "health/kl_checkpoint_to_sft",
+        "health/logp_reference_of_samples",
         "alpaca_eval/j/win_rate",
         "lm_eval:arc/arc/acc",
         "accuracy/x",
@@ -86,7 +110,9 @@ def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
     assert {cell.text for cell in cells.values()} == {"0.25"}
     assert places == {
         "entropy": "health_dpo/part-0.parquet",
+        "logp_of_reference_samples": "health_dpo/part-0.parquet",
         "kl_checkpoint_to_sft": "shift_dpo/part-0.parquet",
+        "logp_reference_of_samples": "shift_dpo/part-0.parquet",
         "j/win_rate": "judged_dpo@j/part-0.parquet",
         "arc/acc": "lm_eval_arc@dpo/results.json",
     }
