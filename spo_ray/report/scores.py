@@ -13,11 +13,11 @@ from spo_ray.report.page import Cell, Link, Table
 from spo_ray.train.spec import RESULT
 
 AGAINST = "p against "
-"""Beginning of the column of p-values; the name of the reference follows."""
+"""Beginning of the name of the column with p-values."""
 COLUMNS = {
     "greedy, 95%": "eval",
     "sampled ± sd, 95%": "eval",
-    AGAINST: "comparisons",
+    AGAINST: "comparisons",  # the name of the reference follows
     "Δ log π chosen": "method",
     "Δ log π rejected": "method",
     "held-out reward accuracy, 95%": "method",
@@ -41,15 +41,11 @@ def results(methods: Methods, compared: Rows, reference: str) -> list[dict[str, 
         pair = {row["first"], row["second"]}
         if row["metric"] == "accuracy_greedy" and reference in pair:
             p_values[(pair - {reference}).pop()] = f"{row['p_adjusted']:.2g}"
-    lines = []
-    for name, entry in methods.items():
-        cells = _cells(entry, p_values.get(name))
-        shown = {f"{AGAINST}{reference}" if column == AGAINST else column: cell for column, cell in cells.items()}
-        lines.append({"method": name} | shown)
+    lines = [{"method": name} | _cells(entry, p_values.get(name), reference) for name, entry in methods.items()]
     return [line for line in lines if len(line) > 1]
 
 
-def _cells(entry: Mapping[str, Any], p_value: str | None) -> dict[str, str]:
+def _cells(entry: Mapping[str, Any], p_value: str | None, reference: str) -> dict[str, str]:
     greedy, sampled = entry["accuracy_greedy"], entry["accuracy_sampled"]
     changes = (entry["delta_logp_chosen"], entry["delta_logp_rejected"])
     reward = entry.get("held_out", {}).get("reward_accuracy")
@@ -61,7 +57,8 @@ def _cells(entry: Mapping[str, Any], p_value: str | None) -> dict[str, str]:
         *(None if change is None else f"{change:+.2f}" for change in changes),
         reward and f"{reward['value']:.1%}{_percent_interval(reward)}",
     )
-    return {name: cell for name, cell in zip(COLUMNS, cells, strict=True) if cell}
+    names = (f"{AGAINST}{reference}" if column == AGAINST else column for column in COLUMNS)
+    return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
 
 
 def _percent_interval(entry: Mapping[str, float]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.finished import rewrite
 from spo_ray.report.run_page import _alarms, _answers, _greedy
-from spo_ray.report.scores import comparison_tables, other_suites, results
+from spo_ray.report.scores import comparison_tables, other_suites, results, results_table
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
@@ -86,6 +86,14 @@ def test_without_sft_the_page_and_the_summary_call_it_reference(in_root, tmp_pat
     assert "those of reference" in page
     assert "the same reference checkpoint" in " ".join(page.split())
     assert "SFT" not in page.partition("<h2>Training pairs")[0]
+
+
+def test_runs_with_different_references_have_a_column_of_p_values_each():
+    lines = [{"method": "a", "p against sft": "1", "Δ log π chosen": "x"}]
+    lines += [{"method": "b", "greedy, 95%": "y", "p against reference": "2"}]
+    table = results_table(lines)
+    assert table.header == ["method", "greedy, 95%", "p against sft", "p against reference", "Δ log π chosen"]
+    assert table.rows == [["a", "", "1", "", "x"], ["b", "y", "", "2", ""]]
 
 
 def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
