@@ -76,7 +76,7 @@ def dynamics(run: Run, job: Job) -> dict[str, Any]:
 
     ``job`` must be finished up to the reference log-probabilities, with a configuration from :func:`probe_config`.
     """
-    start = Start(job.sft, job.reference)
+    start = Start(job.policy, job.reference)
     trained = train_methods(run, dict.fromkeys(run.config.methods, start), suffix="_probe")
     series = {name: _series(artifact, CURVES) for name, artifact in trained.items()}
     for curves in series.values():
@@ -101,10 +101,10 @@ def mass_shift(run: Run, job: Job, samples: int) -> dict[str, Any]:
     scored = Artifact(run.root / "sft_scores", "")
     asked = _questions(run, Artifact(scored.path, scored.manifest["digest"]))
     sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
-    source = SamplingJob(job.sft, run.config.engine, sampling, run.config.model.chat_template)
+    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model.chat_template)
     graded = grade_samples(run, "probe_mass_scores", sample(run, "probe_mass_samples", source, asked))
-    pairs = referenced(run, job.sft, _groups(run, graded), "probe_mass_tokens", "probe_mass_reference")
-    trained = train_methods(run, dict.fromkeys(run.config.methods, Start(job.sft, pairs)), suffix="_probe_mass")
+    pairs = referenced(run, job.policy, _groups(run, graded), "probe_mass_tokens", "probe_mass_reference")
+    trained = train_methods(run, dict.fromkeys(run.config.methods, Start(job.policy, pairs)), suffix="_probe_mass")
     series = {name: _series(artifact, GROUPS) for name, artifact in trained.items()}
     if not all(curves["y*"] for curves in series.values()):
         raise UserError(

@@ -99,7 +99,8 @@ class EvalConfig(GenerationConfig):
     """Suites: ``accuracy`` (data with questions only), ``health``, ``alpaca_eval``, ``lm_eval:TASK``; None: health, and
     accuracy where there are questions."""
     while_training: bool = True
-    """Evaluate the base and the SFT model while later stages train, where the cluster has room for one more engine."""
+    """Evaluate the checkpoints before preference training while later stages run, where the cluster has room for one
+    more engine."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of the sampled answers: each question is answered once with each."""
     health_prompts: PositiveInt = 128

@@ -141,9 +141,9 @@ def _fields(key: Sequence[int | str], tree: Any) -> list[str]:
 
 def _section(annotation: Any, node: Any) -> Any:
     """Return the section's class that an annotation has for this node of the file."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
     candidates = _leaf_sections(annotation)
+    if len(candidates) == 1:  # also of a section that may be null
+        return candidates[0]
     tagged = [c for c in candidates if node.get("type") in getattr(c.model_fields["type"].annotation, "__args__", ())]
     return (tagged or candidates)[0]
 

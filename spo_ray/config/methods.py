@@ -132,7 +132,7 @@ class SafeRegion(ConfigModel):
     """Lambda by dual ascent on ``gap <= epsilon`` instead of a fixed lambda."""
 
     gap: Literal["reference", "inner"] = "reference"
-    """Gap: the batch's mean fall of log pi(y_w) since the SFT model, or the paper's L_SFT - L_SFT*, in nats."""
+    """Gap: the batch's mean fall of log pi(y_w) since the reference model, or the paper's L_SFT - L_SFT*, in nats."""
     epsilon: NonNegativeFloat = 0.0
     """Gap that is allowed, in nats."""
     lr: PositiveFloat = 0.1

@@ -67,7 +67,8 @@ class Config(ConfigModel):
     sft_data: SftDataConfig = SftDataConfig()
     pairs: PairsConfig = PairsConfig()
     train: TrainConfig = TrainConfig()
-    sft: SftConfig = SftConfig()
+    sft: SftConfig | None = SftConfig()
+    """Supervised fine-tuning of theta; None: no such stage, every method starts from ``model.path`` itself."""
     preference: PreferenceConfig = PreferenceConfig()
     rounds: PositiveInt = 1
     """Rounds of sampling, pairing and training; from the second on each method starts from its own last checkpoint."""
@@ -81,8 +82,15 @@ class Config(ConfigModel):
     sweep: SweepConfig | None = None
     """Search over settings, for ``spo-ray sweep`` alone."""
 
+    @property
+    def reference(self) -> str:
+        """Name of the checkpoint that every method starts from and is compared with."""
+        return "sft" if self.sft else "reference"
+
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
+        if self.reference in self.methods:
+            raise ValueError(f"{self.reference!r} is the name of a checkpoint that a run without SFT has")
         if self.sft_data.pass_k > self.sampling.samples:
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
         if self.rounds > 1 and isinstance(self.data, PreferenceData):

@@ -131,7 +131,7 @@ FIXED = ("name", "output", "ray", "rounds", "engine", "eval", "sweep")
 def space_problems(config: Any) -> Iterator[tuple[str, str]]:
     """Return (key, problem) for every wrong key or value of a configuration's search space."""
     for key, dimension in config.sweep.space.items():
-        problem = _unknown(config, key) or _without_effect(config, key)
+        problem = _without_stage(config, key) or _unknown(config, key) or _without_effect(config, key)
         if problem:
             yield key, problem
             continue
@@ -141,6 +141,12 @@ def space_problems(config: Any) -> Iterator[tuple[str, str]]:
             except ValidationError as error:
                 yield key, f"{value!r} can't be its value: {error.errors()[0]['msg']}"
                 break
+
+
+def _without_stage(config: Any, key: str) -> str | None:
+    if config.sft is None and key.partition(".")[0] == "sft":
+        return "there is no SFT stage whose settings could vary: remove the key, or sft: null"
+    return None
 
 
 def _unknown(config: Any, key: str) -> str | None:

@@ -66,7 +66,7 @@ class PreferenceConfig(ConfigModel):
     probe_pairs: PositiveInt = 16
     """Number of probe pairs: fixed pairs that are watched in training."""
     probe_top_tokens: NonNegativeInt = 0
-    """Length in tokens of the SFT model's own answers y* to the probe prompts, which are watched too; 0: none."""
+    """Length in tokens of the reference model's own answers y* to the probe prompts, which are watched too; 0: none."""
     dynamics_every: PositiveInt | None = 200
     """Steps between measurements of the learning dynamics (Theorem 1's gradient terms and forecasts); None: never."""
     health_every: PositiveInt | None = 500

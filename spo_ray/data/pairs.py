@@ -21,7 +21,7 @@ from spo_ray.runtime.run import Run, Stage, Work, times
 
 def preference_pairs(run: Run, policy: Artifact, questions: Artifact, suffix: str = "") -> Artifact:
     """Sample a policy, and pair SFT responses with its wrong samples (:class:`schema.Pair`), without duplicates."""
-    name = suffix.removeprefix("_") or "sft"
+    name = suffix.removeprefix("_") or run.config.reference
     samples = sample(run, f"{name}_samples", SamplingJob.policy(run.config, policy), questions)
     scored = grade_samples(run, f"{name}_scores", samples)
     return clean_pairs(run, f"pairs{suffix}", pair_samples(run, f"pair_candidates{suffix}", scored))

@@ -82,7 +82,7 @@ class Evaluations:
         """
         while self.background is not None and self.background.is_alive():
             self.background.join(timeout=1.0)  # lets Ctrl-C through
-        first = {name: checkpoints[name] for name in (health.SFT,) if name in checkpoints}
+        first = {name: c for name, c in checkpoints.items() if name == self.run.config.reference}
         for part in (first, {name: c for name, c in checkpoints.items() if name not in first}):
             calls: dict[str, Callable[[], None]] = {n: partial(self._measure, data, n, c) for n, c in part.items()}
             run_parallel(calls, self.actors.replicas if self.run.mode == "execute" else 1)
@@ -101,8 +101,9 @@ class Evaluations:
         with self.actors.lease(node) as evaluator:
             for suite in self.names:
                 if (suite, name) not in self.measured:
-                    sft = None if name in health.UNCOMPARED else self.measured.get((suite, health.SFT))
-                    context = SuiteContext(self.run, data, evaluator, sft)
+                    compared = health.is_compared(self.run.config, name)
+                    reference = self.measured.get((suite, self.run.config.reference)) if compared else None
+                    context = SuiteContext(self.run, data, evaluator, reference)
                     self.measured[suite, name] = self.suites[suite].measure(context, name, checkpoint)
 
     def _collect(self, names: list[str], concluded: Mapping[tuple[str, str], list[Artifact]]) -> Evaluation:

@@ -1,4 +1,4 @@
-"""Suite ``health``: signs of degenerate text, and the probability moved between the SFT model and a checkpoint."""
+"""Suite ``health``: signs of degenerate text, and the probability moved between the reference and a checkpoint."""
 
 import random
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from spo_ray.config.evaluate import EvalConfig
+from spo_ray.config.schema import Config
 from spo_ray.core.text_metrics import distinct, longest_run, repetition, words_and_marks
 from spo_ray.evaluate.actors import Pass
 from spo_ray.evaluate.statistics import mean_interval, wilson
@@ -18,13 +19,15 @@ from spo_ray.runtime.run import Stage
 
 SAMPLED = 0
 """Seed of the samples at temperature 1."""
-SFT = "sft"
-UNCOMPARED = ("base", SFT)
-"""Checkpoints whose probabilities are not compared with the SFT model's."""
+
+
+def is_compared(config: Config, name: str) -> bool:
+    """Return True if a checkpoint's probabilities are compared with the reference model's."""
+    return name not in ("base", config.reference)
 
 
 def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
-    """Answer prompts greedily and at temperature 1, and score the SFT model's samples (:class:`schema.HealthRow`)."""
+    """Answer prompts greedily and at temperature 1, and score the reference's samples (:class:`schema.HealthRow`)."""
     config = context.run.config
     settings = config.eval.model_dump(include={"max_tokens", "batch_size"}) | {"prompts": config.eval.health_prompts}
 
@@ -46,15 +49,16 @@ def measure(context: SuiteContext, name: str, checkpoint: Artifact) -> Artifact:
             kept.append(key | text | logps | {"prompt_ids": answers.prompt_ids, "ids": list(answer.ids)})
         counts.read, counts.kept = len(drawn), len(drawn) - len(counts.rejected)
         require_rows(counts.kept, f"prompts for health_{name} that the engine can take", counts)
-        if context.sft:
-            samples = [row for row in context.sft.rows() if row["seed"] == SAMPLED]
+        if context.reference:
+            samples = [row for row in context.reference.rows() if row["seed"] == SAMPLED]
             logps = _logps(context, checkpoint, samples)
             kept += [row | {"checkpoint": name, "logp": logp} for row, logp in zip(samples, logps, strict=True)]
         write_rows(out / "part-0.parquet", kept, schema.HealthRow)
 
-    inputs = {"model": checkpoint, "questions": context.data} | ({"sft": context.sft} if context.sft else {})
+    inputs = {"model": checkpoint, "questions": context.data}
+    inputs |= {config.reference: context.reference} if context.reference else {}
     prompts = min(config.eval.health_prompts, context.data.max_rows or config.eval.health_prompts)
-    texts = prompts * (3 if context.sft else 2)
+    texts = prompts * (3 if context.reference else 2)
     note = f"texts of up to {config.eval.max_tokens} tokens, and their log-probabilities"
     work = context.work(note, rows=prompts, out=texts, tokens=texts * config.eval.max_tokens)
     return context.run.execute(Stage(f"health_{name}", build, {**context.identity, **settings}, inputs, work))
@@ -67,32 +71,33 @@ def _logps(context: SuiteContext, checkpoint: Artifact, samples: list[Row]) -> l
 
 
 def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) -> dict[str, list[Artifact]]:
-    """Score the other checkpoints' samples with the SFT model (:class:`schema.ShiftRow`)."""
-    sft = checkpoints.get(SFT)
+    """Score the other checkpoints' samples with the reference model (:class:`schema.ShiftRow`)."""
+    config = context.run.config
+    reference = checkpoints.get(config.reference)
     found: dict[str, list[Artifact]] = {}
     for name in checkpoints:
-        if name in UNCOMPARED or sft is None:
+        if reference is None or not is_compared(config, name):
             continue
 
-        def build(out: Path, counts: RowCounts, name: str = name, sft: Artifact = sft) -> None:
+        def build(out: Path, counts: RowCounts, name: str = name, reference: Artifact = reference) -> None:
             own = [r for r in measured[name].rows() if r["seed"] == SAMPLED and r["written_by"] == name]
             table = [
                 {"id": row["id"], "checkpoint": name, "logp": row["logp"], "logp_sft": logp}
-                for row, logp in zip(own, _logps(context, sft, own), strict=True)
+                for row, logp in zip(own, _logps(context, reference, own), strict=True)
             ]
             counts.read = counts.kept = len(table)
             write_rows(out / "part-0.parquet", table, schema.ShiftRow)
 
-        inputs = {"health": measured[name], "sft": sft}
-        prompts = context.run.config.eval.health_prompts
-        tokens = prompts * context.run.config.eval.max_tokens
-        work = context.work("log-probabilities of its texts under the SFT model", rows=prompts, tokens=tokens)
+        inputs = {"health": measured[name], config.reference: reference}
+        prompts = config.eval.health_prompts
+        tokens = prompts * config.eval.max_tokens
+        work = context.work("log-probabilities of its texts under the reference model", rows=prompts, tokens=tokens)
         found[name] = [context.run.execute(Stage(f"shift_{name}", build, context.identity, inputs, work))]
     return found
 
 
 def metrics(config: EvalConfig, measured: Artifact, shifted: Sequence[Artifact]) -> list[Metric]:
-    """Return text figures of greedy answers and of samples, the entropy, and the shift against the SFT model.
+    """Return text figures of greedy answers and of samples, the entropy, and the shift against the reference model.
 
     Entropy and divergences (nats per response) are Monte-Carlo estimates over samples at temperature 1: the mean of
     ``-log pi(y)``, and of ``log pi_a(y) - log pi_b(y)`` over a's samples for KL(a || b).
@@ -107,12 +112,13 @@ def metrics(config: EvalConfig, measured: Artifact, shifted: Sequence[Artifact])
         _mean("entropy_per_token", [-row["logp"] / len(row["ids"]) for row in samples]),
     ]
     for shift in shifted:
-        others, back = [row for row in table if row["written_by"] == SFT], shift.rows()
+        others, back = [row for row in table if row["written_by"] != row["checkpoint"]], shift.rows()
+        reference = others[0]["written_by"]
         found += [
-            _mean("logp_of_sft_samples", [row["logp"] for row in others]),
-            _mean("kl_sft_to_checkpoint", [row["logp_author"] - row["logp"] for row in others]),
-            _mean("logp_sft_of_samples", [row["logp_sft"] for row in back]),
-            _mean("kl_checkpoint_to_sft", [row["logp"] - row["logp_sft"] for row in back]),
+            _mean(f"logp_of_{reference}_samples", [row["logp"] for row in others]),
+            _mean(f"kl_{reference}_to_checkpoint", [row["logp_author"] - row["logp"] for row in others]),
+            _mean(f"logp_{reference}_of_samples", [row["logp_sft"] for row in back]),
+            _mean(f"kl_checkpoint_to_{reference}", [row["logp"] - row["logp_sft"] for row in back]),
         ]
     return found
 

@@ -34,8 +34,8 @@ class SuiteContext:
     data: Artifact
     """Held-out questions (:class:`spo_ray.runtime.schema.Prompt`) or pairs (:class:`spo_ray.runtime.schema.Pair`)."""
     evaluator: EvaluatorHandle
-    sft: Artifact | None = None
-    """The suite's result for the SFT model; None while that is measured, and for the base model."""
+    reference: Artifact | None = None
+    """The suite's result for the reference model; None while that is measured, and for the base model."""
 
     @property
     def identity(self) -> dict[str, Any]:

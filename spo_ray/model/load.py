@@ -70,7 +70,7 @@ def build_policy(
     on the kind of theta. Their dropout is 0, because gradients of two passes are subtracted.
 
     Args:
-        path: the checkpoint; it may differ from the configuration's, since methods start from SFT's.
+        path: the checkpoint; it may differ from the configuration's, since methods may start from SFT's.
         config: theta, adapters and attention.
         seed: seed of the adapters' initial values.
         with_phi: add phi; SFT trains theta alone.

@@ -33,6 +33,7 @@ from spo_ray.config.keys import with_values
 from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.model import ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.config.schema import Config
+from spo_ray.config.train import SftConfig
 from spo_ray.core.batch_gradients import tokens_per_backward
 from spo_ray.core.logps import LOGITS_PER_CHUNK
 from spo_ray.errors import UserError
@@ -118,7 +119,7 @@ def estimate_memory(
         {name: size for name, size in items.items() if size and name in away},
         {"theta": shape.theta, "phi": shape.phi, "frozen": shape.frozen, "total": sum(shape[:3])},
         config,
-        (config.preference if method else config.sft).batch_size,
+        _batch_size(config, method),
         lambda other: estimate_memory(other, model_config, stage, method, device),
     )
 
@@ -177,7 +178,7 @@ def _items(config: Config, text: Any, shape: _Shape, method: MethodConfig | None
         items["copies for computing"] = copies if c < w else 0
         tied = 2 if getattr(text, "tie_word_embeddings", False) else 1  # its two gradients, before they are added up
         items["gradients on their way"] = largest * max(tied * w, w + c % w)
-    rows = -(-(config.preference if method else config.sft).batch_size // train.num_workers)
+    rows = -(-_batch_size(config, method) // train.num_workers)
     tokens = min(rows, train.pairs_per_backward or rows) * train.max_length
     if not train.pairs_per_backward:
         tokens = min(tokens, max(tokens_per_backward(device, sharded), train.max_length))
@@ -188,6 +189,11 @@ def _items(config: Config, text: Any, shape: _Shape, method: MethodConfig | None
     items["activations"] = max(both, one)
     items["logits"] = 3 * min(max(1, LOGITS_PER_CHUNK // text.vocab_size), tokens) * text.vocab_size * w
     return items | {"CUDA and its libraries": CUDA_BYTES if device == "cuda" else 0}
+
+
+def _batch_size(config: Config, method: MethodConfig | None) -> int:
+    """Return the rows or pairs per step; without an SFT stage the plan still asks for the size of its model."""
+    return (config.preference if method else config.sft or SftConfig()).batch_size
 
 
 def _sharded(config: Config) -> bool:

@@ -209,7 +209,7 @@ def evaluate(
         The file with the data, the engine and the suites.
     checkpoint
         NAME=PATH, once for each checkpoint: a folder (a model or a PEFT adapter) or a hub id. The probabilities of the
-        others are compared with those of the checkpoint named sft.
+        others are compared with those of the checkpoint named sft (reference where sft is null).
     """
 
     def work() -> None:

@@ -23,7 +23,8 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
     Args:
         config: names the data, the engine and the suites.
         checkpoints: folders or hub ids by name; a folder may contain a PEFT adapter. The log-probabilities of the
-            others are compared with those of the checkpoint named ``sft``.
+            others are compared with those of the checkpoint named ``sft`` (``reference`` where the section ``sft`` is
+            null).
 
     Raises:
         UserError: a folder contains neither a model nor an adapter, or the data or the cluster can't be used.

@@ -75,15 +75,15 @@ def parts(run: Run, job: Job) -> Iterator[Part]:
             if part == "data" and run.mode == "execute":
                 connect(config, run.planned)
             if part == "sft":
-                evaluations.start(job.test, {"base": job.base, "sft": job.sft})
+                evaluations.start(job.test, job.untrained)
 
-        first = Start(job.sft, job.reference)
+        first = Start(job.policy, job.reference)
         job.methods = train_methods(run, dict.fromkeys(config.methods, first), job.held_out)
         for number in range(2, config.rounds + 1):
             job.methods = next_round(run, job.methods, job.chosen, number)
         yield "train"
 
-        job.evaluation = evaluations.finish(job.test, {"base": job.base, "sft": job.sft} | job.methods)
+        job.evaluation = evaluations.finish(job.test, job.untrained | job.methods)
         yield "evaluate"
 
         write_report(run, job.methods, job.evaluation, job.pairs, job.test)
@@ -110,17 +110,17 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
         job.validation = held_out
     yield "sample"
 
-    job.sft = train_sft(run, job.base, tokenise_sft(run, job.chosen))
+    job.policy = train_sft(run, job.base, tokenise_sft(run, job.chosen)) if config.sft else job.base
     yield "sft"
 
-    job.pairs = job.chosen if has_pairs else preference_pairs(run, job.sft, job.chosen)
+    job.pairs = job.chosen if has_pairs else preference_pairs(run, job.policy, job.chosen)
     if validation and validation.pairs and not has_pairs:
         job.pairs, held_out = hold_out(run, job.pairs, "pairs", validation.pairs, schema.Pair)
     yield "pairs"
 
     if held_out is not None:
-        job.held_out = referenced(run, job.sft, held_out, "held_out_tokens", "held_out_pairs")
-    job.reference = referenced(run, job.sft, job.pairs, "pair_tokens", "reference")
+        job.held_out = referenced(run, job.policy, held_out, "held_out_tokens", "held_out_pairs")
+    job.reference = referenced(run, job.policy, job.pairs, "pair_tokens", "reference")
     yield "reference"
 
 

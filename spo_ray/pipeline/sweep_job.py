@@ -90,7 +90,7 @@ def prepare_start(run: Run) -> Prepared:
 
 
 def evaluate_best(run: Run, sweep: Sweep) -> None:
-    """Evaluate the best point's trials and their SFT model on the test split."""
+    """Evaluate the best point's trials and the checkpoint that they start from on the test split."""
     best, trials = sweep.best, sweep.trials
     if not best.finished:  # they have no checkpoints
         log("best", "no trial finished: the test split stays untouched")
@@ -100,4 +100,5 @@ def evaluate_best(run: Run, sweep: Sweep) -> None:
         for row in best.rows
     }
     with Evaluations(run) as evaluations:
-        sweep.evaluation = evaluations.finish(sweep.start.test, {"sft": sweep.start.sft} | sweep.checkpoints)
+        reference = {run.config.reference: sweep.start.policy}
+        sweep.evaluation = evaluations.finish(sweep.start.test, reference | sweep.checkpoints)

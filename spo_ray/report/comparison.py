@@ -107,7 +107,7 @@ def _sweeps(runs: Runs) -> list[dict[str, Any]]:
 def _lines(found: Finished) -> list[dict[str, str]]:
     if found.evaluation:
         summary = summarise(found.run, found.methods, found.evaluation)
-        return scores.results(summary["methods"], summary["comparisons"])
+        return scores.results(summary["methods"], summary["comparisons"], found.run.config.reference)
     return [{"method": "best point"}]
 
 

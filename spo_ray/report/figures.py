@@ -31,11 +31,12 @@ CONFIG = {
 """Colours of the page, also in dark mode."""
 
 
-def log_probability_figure(trainings: Paths) -> Spec:
-    """Plot the mean log pi of the probe pairs' and of the SFT model's own responses, one panel for each method."""
-    records = _series(trainings, PROBE | {"SFT's own (y*)": "probe/logps/top"})
+def log_probability_figure(trainings: Paths, reference: str) -> Spec:
+    """Plot the mean log pi of the probe pairs' and of the reference's own responses, one panel for each method."""
+    own = f"{reference}'s own (y*)"
+    records = _series(trainings, PROBE | {own: "probe/logps/top"})
     shown = {record["series"] for record in records}
-    colors = {name: color for name, color in (SIDES | {"SFT's own (y*)": OWN}).items() if name in shown}
+    colors = {name: color for name, color in (SIDES | {own: OWN}).items() if name in shown}
     return _lines(records, trainings, "mean log π(y|x), nats", colors, start=True)
 
 

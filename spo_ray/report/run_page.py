@@ -51,7 +51,7 @@ def write_report(
     if run.mode == "plan":
         return
     write_json(run.root / "summary.json", summary())
-    for line in scores.text_table(summary()["methods"], summary()["comparisons"]):
+    for line in scores.text_table(summary()["methods"], summary()["comparisons"], run.config.reference):
         print(line)
     log("report", place(report.path / "index.html"))
 
@@ -65,9 +65,9 @@ def _content(
     held_out: Artifact,
 ) -> dict[str, Any]:
     """Return the data of ``run.html.j2``."""
-    table, compared = summary["methods"], summary["comparisons"]
+    table, compared, reference = summary["methods"], summary["comparisons"], run.config.reference
     paths = {name: artifact.path for name, artifact in methods.items()}
-    lines = scores.results(table, compared)
+    lines = scores.results(table, compared, reference)
     cells = [scores.linked(line, run.root, "..", paths.get(line["method"])) for line in lines]
     return {
         "config": run.config,
@@ -79,15 +79,15 @@ def _content(
         "smoothing": figures.EMA,
         "figures": {
             "accuracy": figures.accuracy_figure(table) if evaluation.answers else None,
-            "logps": figures.log_probability_figure(paths),
+            "logps": figures.log_probability_figure(paths, reference),
             "batch": figures.batch_figure(paths),
             "ratio": figures.ratio_figure(paths),
             "dynamics": figures.dynamics_figure(paths),
             "health": figures.health_figure(paths),
         },
         "suites": scores.other_suites(table, run.root),
-        "answers": _answers(_greedy(run, table, evaluation.answers), held_out),
-        "reference": scores.REFERENCE,
+        "answers": _answers(_greedy(run, table, evaluation.answers), held_out, reference),
+        "reference": reference,
         "pairs": _pairs(run, pairs, held_out),
         "stages": _stages(run),
         "dropped": _dropped(run),
@@ -115,8 +115,11 @@ def _greedy(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dic
     return found
 
 
-def _answers(greedy: dict[str, dict[str, Any]], held_out: Artifact) -> dict[str, Any] | None:
-    """Return the first prompts on which checkpoints disagree, with all answers to them; None without answers."""
+def _answers(greedy: dict[str, dict[str, Any]], held_out: Artifact, reference: str) -> dict[str, Any] | None:
+    """Return the first prompts on which checkpoints disagree, with all answers to them; None without answers.
+
+    Words that differ from those of the checkpoint ``reference`` are marked.
+    """
     if not greedy:
         return None
     first = next(iter(greedy.values()))
@@ -124,9 +127,9 @@ def _answers(greedy: dict[str, dict[str, Any]], held_out: Artifact) -> dict[str,
     prompts = {row["id"]: row["prompt"] for row in held_out.rows()}
     lines = []
     for row_id in (disputed or list(first))[:SHOWN_PROMPTS]:
-        reference = greedy.get(scores.REFERENCE, first)[row_id]["response"]
+        usual = greedy.get(reference, first)[row_id]["response"]
         answers = [
-            {"pieces": differing(rows[row_id]["response"], reference), "correct": rows[row_id].get("correct")}
+            {"pieces": differing(rows[row_id]["response"], usual), "correct": rows[row_id].get("correct")}
             for rows in greedy.values()
         ]
         lines.append({"prompt": _prompt(prompts[row_id]), "answers": answers})

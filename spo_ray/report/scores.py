@@ -1,5 +1,6 @@
 """Tables of measured numbers; each number links to the rows it was computed from."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,37 +12,40 @@ from spo_ray.evaluate.statistics import LEVEL, in_words
 from spo_ray.report.page import Cell, Link, Table
 from spo_ray.train.spec import RESULT
 
-REFERENCE = "sft"
-"""Checkpoint that methods are compared with in the table of results."""
+AGAINST = "p against "
+"""Beginning of the name of the column with p-values."""
 COLUMNS = {
     "greedy, 95%": "eval",
     "sampled ± sd, 95%": "eval",
-    "p against sft": "comparisons",
+    AGAINST: "comparisons",  # the name of the reference follows
     "Δ log π chosen": "method",
     "Δ log π rejected": "method",
     "held-out reward accuracy, 95%": "method",
 }
 """Kind of stage with the rows of each column of the results."""
-SHIFTED = ("logp_sft_of_samples", "kl_checkpoint_to_sft")
-"""Text health metrics that the stage ``shift`` computes."""
+SHIFTED = re.compile(r"logp_.+_of_samples|kl_checkpoint_to_.+")
+"""Pattern of the text health metrics that the stage ``shift`` computes."""
 PART = "part-0.parquet"
 Methods = Mapping[str, Any]
 """Results by checkpoint; ``methods`` of ``summary.json``."""
 Rows = Sequence[Mapping[str, Any]]
 
 
-def results(methods: Methods, compared: Rows) -> list[dict[str, str]]:
-    """Return one line for each checkpoint with results; a line has no entry for a column without a value."""
+def results(methods: Methods, compared: Rows, reference: str) -> list[dict[str, str]]:
+    """Return one line for each checkpoint with results; a line has no entry for a column without a value.
+
+    ``reference`` is the name of the checkpoint that the others are compared with.
+    """
     p_values = {}
     for row in compared:
         pair = {row["first"], row["second"]}
-        if row["metric"] == "accuracy_greedy" and REFERENCE in pair:
-            p_values[(pair - {REFERENCE}).pop()] = f"{row['p_adjusted']:.2g}"
-    lines = [{"method": name} | _cells(entry, p_values.get(name)) for name, entry in methods.items()]
+        if row["metric"] == "accuracy_greedy" and reference in pair:
+            p_values[(pair - {reference}).pop()] = f"{row['p_adjusted']:.2g}"
+    lines = [{"method": name} | _cells(entry, p_values.get(name), reference) for name, entry in methods.items()]
     return [line for line in lines if len(line) > 1]
 
 
-def _cells(entry: Mapping[str, Any], p_value: str | None) -> dict[str, str]:
+def _cells(entry: Mapping[str, Any], p_value: str | None, reference: str) -> dict[str, str]:
     greedy, sampled = entry["accuracy_greedy"], entry["accuracy_sampled"]
     changes = (entry["delta_logp_chosen"], entry["delta_logp_rejected"])
     reward = entry.get("held_out", {}).get("reward_accuracy")
@@ -53,7 +57,8 @@ def _cells(entry: Mapping[str, Any], p_value: str | None) -> dict[str, str]:
         *(None if change is None else f"{change:+.2f}" for change in changes),
         reward and f"{reward['value']:.1%}{_percent_interval(reward)}",
     )
-    return {name: cell for name, cell in zip(COLUMNS, cells, strict=True) if cell}
+    names = (f"{AGAINST}{reference}" if column == AGAINST else column for column in COLUMNS)
+    return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
 
 
 def _percent_interval(entry: Mapping[str, float]) -> str:
@@ -70,8 +75,14 @@ def with_interval(entry: Mapping[str, Any] | None, form: str) -> str:
 
 def results_table(lines: Sequence[Mapping[str, Cell]], first: Sequence[str] = ("method",)) -> Table:
     """Return a table with the columns ``first`` and those of ``COLUMNS`` that at least one line has."""
-    header = [*first, *(name for name in COLUMNS if any(name in line for line in lines))]
+    order, shown = list(COLUMNS), dict.fromkeys(name for line in lines for name in line if _column(name) in COLUMNS)
+    header = [*first, *sorted(shown, key=lambda name: order.index(_column(name)))]
     return Table(header, [[line.get(name, "") for name in header] for line in lines])
+
+
+def _column(name: str) -> str:
+    """Return the key in ``COLUMNS`` of a column."""
+    return AGAINST if name.startswith(AGAINST) else name
 
 
 def linked(line: Mapping[str, str], root: Path, prefix: str, trained: Path | None) -> dict[str, Cell]:
@@ -83,8 +94,8 @@ def linked(line: Mapping[str, str], root: Path, prefix: str, trained: Path | Non
     targets = {"eval": f"eval_{name}/{PART}", "comparisons": f"comparisons/{PART}", "method": ""}
     if trained:
         targets["method"] = f"{trained.relative_to(root)}/{RESULT}"
-    places = {"method": targets["eval"]} | {column: targets[stage] for column, stage in COLUMNS.items()}
-    return {column: _link(value, root, prefix, places[column]) for column, value in line.items()}
+    stages = {"method": "eval"} | COLUMNS
+    return {name: _link(value, root, prefix, targets[stages[_column(name)]]) for name, value in line.items()}
 
 
 def _link(value: str, root: Path, prefix: str, target: str) -> Cell:
@@ -92,9 +103,9 @@ def _link(value: str, root: Path, prefix: str, target: str) -> Cell:
     return Link(value, f"{prefix}/{quote(target, safe='/@')}") if exists else value
 
 
-def text_table(methods: Methods, compared: Rows) -> list[str]:
+def text_table(methods: Methods, compared: Rows, reference: str) -> list[str]:
     """Return the lines of the results table for a terminal."""
-    table = results_table(results(methods, compared))
+    table = results_table(results(methods, compared, reference))
     rows = [list(map(str, row)) for row in (table.header, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -151,4 +162,4 @@ def _rows(suite: str, metric: str, name: str) -> str:
         return f"judged_{name}@{metric.partition('/')[0]}/{PART}"
     if suite.startswith(LM_EVAL):
         return f"lm_eval_{suite.removeprefix(LM_EVAL)}@{name}/{RESULTS}"
-    return f"{'shift' if metric in SHIFTED else 'health'}_{name}/{PART}"
+    return f"{'shift' if SHIFTED.fullmatch(metric) else 'health'}_{name}/{PART}"

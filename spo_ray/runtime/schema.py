@@ -106,7 +106,7 @@ class HealthRow(TypedDict):
 
     id: str
     checkpoint: str
-    written_by: str  # the checkpoint, or the SFT model
+    written_by: str  # the checkpoint, or the reference model
     seed: int | None  # None: greedy; else sampled at temperature 1
     response: str
     finished: bool
@@ -117,12 +117,12 @@ class HealthRow(TypedDict):
 
 
 class ShiftRow(TypedDict):
-    """Log-probabilities of a text that a checkpoint wrote at temperature 1, under it and under the SFT model."""
+    """Log-probabilities of a text that a checkpoint wrote at temperature 1, under it and the reference model."""
 
     id: str
     checkpoint: str
     logp: float
-    logp_sft: float
+    logp_sft: float  # under the reference model, with and without an SFT stage
 
 
 class Output(TypedDict):

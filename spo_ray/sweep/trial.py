@@ -47,7 +47,7 @@ class Context:
 
     run: Run
     prepare: Callable[[Run], Prepared]
-    """Builds what a trial starts from, its SFT checkpoint and pairs, if ``known`` does not have it yet."""
+    """Builds what a trial starts from, its checkpoint and pairs, if ``known`` does not have it yet."""
     folder: Path
     """Folder with one folder for each trial."""
     digest: str
@@ -112,7 +112,7 @@ class Trial:
         self.before = earlier[-1]["seconds"] if earlier else 0.0
         job = TrainJob(
             config=config,
-            model=str(start.sft.path),
+            model=str(start.policy.path),
             rows=start.reference,
             out=str(self.out),
             key=f"trial_{self.name}_{self.context.digest[:12]}",

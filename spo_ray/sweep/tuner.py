@@ -32,8 +32,8 @@ TUNE = "tune"
 """Folder with Ray Tune's own records while the sweep is running."""
 ROOM = "room.json"
 """File with the number of trials at a time while the sweep is running."""
-STARTS = {"sft": "sft", "pairs": "reference", "held_out": "held_out", "validation": "validation"}
-"""Fields of :class:`Prepared` by the names of the trials' inputs."""
+STARTS = {"pairs": "reference", "held_out": "held_out", "validation": "validation"}
+"""Fields of :class:`Prepared` by the names of the trials' inputs, besides the checkpoint."""
 NOT_RESULTS = {"keep", "max_concurrent"}
 """Fields of the section ``sweep`` that no score depends on."""
 DRIVER = {"memory": 2.0**26}
@@ -65,7 +65,7 @@ def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run],
     inputs = {
         f"{number}{name}": artifact
         for number, start in enumerate(known.values())
-        for name, key in STARTS.items()
+        for name, key in ({config.reference: "policy"} | STARTS).items()
         if (artifact := getattr(start, key))
     }
     settings = {

@@ -43,11 +43,12 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"
 
 def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     """Supervised fine-tuning of the base model; a merged checkpoint."""
-    theta, matter = run.config.model.theta, run.config.train.model_dump(include=MATTER)
-    settings = {"sft": run.config.sft.model_dump(), "train": matter, "theta": theta.model_dump()}
+    sft, theta, matter = run.config.sft, run.config.model.theta, run.config.train.model_dump(include=MATTER)
+    assert sft is not None  # else the job has no such stage
+    settings = {"sft": sft.model_dump(), "train": matter, "theta": theta.model_dump()}
     if theta.type == "adapter":
         settings["lora_targets"] = run.config.model.lora_targets
-    work = _work(run.config, rows, "sft", run.config.sft.batch_size, run.config.sft.epochs)
+    work = _work(run.config, rows, "sft", sft.batch_size, sft.epochs)
     inputs = {"model": model, "rows": rows}
     stage = run.open(Stage("sft", never_built, settings, inputs, work, resumable=True))
     if isinstance(stage, Artifact):

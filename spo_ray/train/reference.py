@@ -1,4 +1,4 @@
-"""Reference logps: computed once with the SFT model and stored with the pairs."""
+"""Reference logps: computed once with the reference model and stored with the pairs."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
     """Add the reference model's log-probabilities to tokenised pairs (:class:`schema.ReferencedPair`).
 
     They are computed again if the model, tokenizer, template, data, length limit or precision changes: these are in the
-    settings, or in the digests of ``model`` (the SFT checkpoint) and ``pairs``.
+    settings, or in the digests of ``model`` and ``pairs``.
     """
     config = run.config
 
@@ -36,6 +36,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             model=str(model.path),
             precision=config.train.precision,
             max_length=config.train.max_length,
+            chat_template=config.model.chat_template,
         )
 
     settings = {"precision": config.train.precision}
@@ -47,9 +48,9 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
 class ReferenceLogps:
     """Mapper that adds the reference model's logps (nats) to rows of tokenised pairs."""
 
-    def __init__(self, model: str, precision: str, max_length: int) -> None:
+    def __init__(self, model: str, precision: str, max_length: int, chat_template: str | None = None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pad_id = ChatTokenizer.load(model).pad_id
+        self.pad_id = ChatTokenizer.load(model, chat_template).pad_id
         self.precision, self.size = precision, rows_at_once(max_length)
         self.model = load_model(model).to(self.device).eval()
 

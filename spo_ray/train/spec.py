@@ -62,9 +62,9 @@ class Prepared:
     base: Artifact = field(init=False)
     """Base model."""
     chosen: Artifact = field(init=False)
-    """Questions with responses, or pairs, that SFT is trained on."""
-    sft: Artifact = field(init=False)
-    """SFT checkpoint."""
+    """Questions with responses, or pairs; SFT is trained on them."""
+    policy: Artifact = field(init=False)
+    """Reference model, from which every method starts: the SFT checkpoint, or the base model without SFT."""
     pairs: Artifact = field(init=False)
     """Training pairs as text."""
     reference: Artifact = field(init=False)
@@ -73,6 +73,11 @@ class Prepared:
     """Held-out pairs as token ids, with reference logps; None: no held-out pairs."""
     validation: Artifact | None = None
     """Rows that a sweep scores its trials on: questions, or pairs for preference data; None outside of sweeps."""
+
+    @property
+    def untrained(self) -> dict[str, Artifact]:
+        """Checkpoints before preference training, by their names in the evaluation."""
+        return ({"base": self.base} if self.config.sft else {}) | {self.config.reference: self.policy}
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def run_job(job: TrainJob, rank: Distributed, checkpointer: Checkpointer, table_
 def run_sft(job: TrainJob, measure: Measure, checkpointer: Checkpointer, table_of: TableOf) -> dict[str, Any]:
     """Train theta with the token-mean SFT loss over the global batch; return the result."""
     settings, table = job.config.sft, table_of(job.rows)
+    assert settings is not None  # else the job has no such stage
     theta, _ = trainable(measure.model)
     gradients = partial(sft_gradients, measure, theta, table)
     batches = list(epoch_batches(len(table), settings.batch_size, settings.epochs, job.config.seed))
@@ -61,7 +62,7 @@ def run_sft(job: TrainJob, measure: Measure, checkpointer: Checkpointer, table_o
 
 
 def run_preference(job: TrainJob, measure: Measure, checkpointer: Checkpointer, table_of: TableOf) -> dict[str, Any]:
-    """Train theta and phi with one preference method, from the SFT checkpoint; return the result."""
+    """Train theta and phi with one preference method, from the reference model; return the result."""
     settings, method, table = job.config.preference, Method(job.config.methods[str(job.method)]), table_of(job.rows)
     held_out = table_of(job.held_out) if job.held_out is not None else None
     (theta, phi), text = trainable(measure.model), first_text(table, "chosen_ids")

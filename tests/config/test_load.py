@@ -114,7 +114,9 @@ def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
         (["seed"], "must look like key.sub=value"),
         (["name.x=1"], "holds a value, not a section"),
         (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),
+        (["sft=null", "methods.reference={type: dpo}"], "'reference' is the name of a checkpoint"),
         (["methods.new={type: ppo}"], "methods.new"),
+        (["train.checkpoint.best={metrik: 1}"], "best.metrik: unknown key; did you mean 'metric'?"),
         (["sampling.smaples=3"], "did you mean 'samples'"),
         (["train={}", "trian.num_workers=2"], "did you mean 'train'"),
         (["name=../elsewhere"], "name"),
@@ -199,6 +201,14 @@ def test_values_at_dotted_keys_replace_what_was_there():
     assert (
         with_values(changed, {"methods.spo.base.type": "dpo", "sft.lr": 1e-4, "train.checkpoint.every": 100}) == config
     )
+
+
+def test_the_checkpoint_that_methods_start_from_has_a_name():
+    assert load(QUICKSTART).reference == "sft"
+    without = load(QUICKSTART, ["sft=null"])
+    assert (without.sft, without.reference) == (None, "reference")
+    assert with_values(without, {"seed": 3}).sft is None
+    assert load(QUICKSTART, ["methods.reference={type: dpo}"]).methods["reference"].type == "dpo"
 
 
 def test_rounds_need_questions():

@@ -1,6 +1,7 @@
 """The whole job, for real: Ray, vLLM, training, evaluation and the report, on a small configuration."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from spo_ray.pipeline.finished import read_finished
 from spo_ray.pipeline.job import plan_job
 from spo_ray.report.comparison import write_reports
 from spo_ray.report.run_page import SHOWN_DROPPED
-from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines
 from spo_ray.runtime.cluster import check_resources
 
 from ..cluster import head, submit
@@ -308,6 +309,39 @@ def test_plans_are_compared_with_the_cluster(in_root, tmp_path, overrides, nodes
         with pytest.raises(UserError) as caught:
             check_resources(planned, nodes)
         assert message in str(caught.value)
+
+
+def test_pairs_without_sft_train_the_model_itself(in_root, tmp_path, toy_base):
+    """The model has no chat template of its own: the configuration's is used wherever the model is loaded."""
+    bare = shutil.copytree(toy_base, tmp_path / "bare")
+    model = {"path": str(bare), "chat_template": (bare / "chat_template.jinja").read_text()}
+    (bare / "chat_template.jinja").unlink()
+    rows = [{"prompt": f"How many are {i} x 7?", "chosen": f"#### {7 * i}", "rejected": f"{i}"} for i in range(2, 26)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "sft=null",
+        f"model={json.dumps(model)}",
+        f"output={tmp_path}",
+        f"data.path={tmp_path}/pairs.jsonl",
+        "data.test_pairs=8",
+        "methods={dpo: {type: dpo}}",
+        "engine.type=transformers",
+        "eval.health_prompts=8",
+        "eval.max_tokens=16",
+    ]
+    run([*FULL[:-1], "configs/preferences.yaml", *arguments])
+    root = tmp_path / "preferences"
+    check_against_plan(load("configs/preferences.yaml", arguments), root, tmp_path)
+    assert not list(root.glob("sft*"))
+    first = read_lines(root / "method_dpo" / STEP_LOG)[1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the reference is what training starts from
+    summary = json.loads((root / "summary.json").read_text())["methods"]
+    assert list(summary) == ["reference", "dpo"]
+    assert "health/kl_reference_to_checkpoint" not in summary["reference"]["scores"]
+    moved = summary["dpo"]["scores"]["health/kl_reference_to_checkpoint"]
+    assert moved["n"] == 8
+    assert moved["value"] != 0
+    assert list(read_finished(root).methods) == ["dpo"]
 
 
 def test_usage_errors_exit_with_2():

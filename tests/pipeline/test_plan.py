@@ -11,11 +11,11 @@ from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
 from spo_ray.pipeline import sweep_job
 from spo_ray.pipeline.cli import show_plan
-from spo_ray.pipeline.job import plan_job
+from spo_ray.pipeline.job import plan_job, run_job
 from spo_ray.pipeline.plan import Estimator, plan_text, products_per_second
 from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, write_json, write_rows
+from spo_ray.runtime.artifact import Artifact, external, write_json, write_rows
 from spo_ray.runtime.console import installed
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
 from spo_ray.sweep.results import ROW
@@ -145,6 +145,38 @@ def test_pairs_are_held_out_by_whole_prompts(in_root, tmp_path, each, held_out):
         assert load_data(PlannedRun(config), split).max_rows == load_data(Run(config), split).count
 
 
+QUESTIONS = """data_test data_train base_samples base_scores sft_questions reference_samples reference_scores
+pair_candidates pairs pair_tokens reference method_dpo method_spo eval_reference health_reference eval_dpo health_dpo
+eval_spo health_spo shift_dpo shift_spo scores comparisons report"""
+PAIRS = """data_test data_train pairs held_out_tokens held_out_pairs pair_tokens reference method_dpo method_spo
+health_reference health_dpo health_spo shift_dpo shift_spo scores comparisons report"""
+
+
+@pytest.mark.parametrize("kind", ["questions", "pairs"])
+def test_without_sft_methods_start_from_the_model_itself(in_root, tmp_path, kind):
+    overrides = ["sft=null", "eval.suites=[health]"] if kind == "pairs" else ["sft=null"]
+    if kind == "pairs":
+        rows = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no"} for i in range(10)]
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        overrides.append(f"data={{type: preference, path: {tmp_path}, held_out: from_train, test_pairs: 4}}")
+    config = small_config(tmp_path, *overrides)
+    plan = Captured(config)
+    job = run_job(plan)
+    assert list(plan.stages) == (QUESTIONS if kind == "questions" else PAIRS).split()
+    model = external(config.model.path).digest
+    for name in ("reference", "method_dpo", "health_reference"):
+        assert plan.stages[name].inputs["model"].digest == model
+    assert plan.stages["shift_dpo"].inputs["reference"].digest == model
+    assert list(job.untrained) == ["reference"]
+    assert "method_spo" in plan_text(plan)
+
+
+def test_rounds_without_sft_go_on_from_each_methods_checkpoint(in_root, tmp_path):
+    stages = [stage.name for stage in plan_job(small_config(tmp_path, "sft=null", "rounds=2")).planned]
+    assert {"reference_samples", "dpo_round2_samples", "method_dpo_round2"} <= set(stages)
+    assert not {"sft", "sft_tokens", "sft_samples", "eval_base"} & set(stages)
+
+
 class Captured(PlannedRun):
     """A plan that keeps the stages."""
 
@@ -166,6 +198,16 @@ def sweep_config(output, space):
     searcher = "grid" if space == SHARED else "random"
     overrides = [space, f"sweep.searcher={searcher}", "sweep.samples=2", f"output={output}"]
     return load("configs/sweeps/toy.yaml", overrides)
+
+
+def test_a_sweep_without_sft_starts_its_trials_from_the_model(in_root, tmp_path):
+    config = load("configs/sweeps/toy.yaml", ["sft=null", f"output={tmp_path}"])
+    plan = Captured(config)
+    run_sweep(plan)
+    assert "sft" not in plan.stages
+    inputs = plan.stages["trials"].inputs
+    assert set(inputs) == {f"0{name}" for name in ("reference", "pairs", "held_out", "validation")}
+    assert inputs["0reference"].digest == external(config.model.path).digest
 
 
 def test_a_sweeps_plan_has_each_shared_start_once_in_its_folder(in_root, tmp_path):

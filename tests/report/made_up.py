@@ -22,7 +22,7 @@ def made_up_run(root, name, rights, *overrides, questions=12, seed=0):
     run = Run(config.model_copy(update={"methods": methods}))
     test, sft = start(run, questions)
     write_pairs(run)
-    models = {"base": sft, "sft": sft}
+    models = {key: sft for key in rights if key not in methods}
     for key in methods:
         models[key] = run.execute(Stage(f"method_{key}", trained(key), config={}, inputs={"model": sft}))
     measure(run, test, models, rights)

@@ -58,7 +58,8 @@ def test_signs_have_colours_where_asked():
 
 
 def test_explained_columns_are_columns_of_the_results():
-    explained = environment().get_template("explanations.j2").make_module().columns
+    context = {"config": {"sft": None}, "reference": ""}
+    explained = environment().get_template("explanations.j2").make_module(context).columns
     assert explained.keys() == COLUMNS.keys() - {"Δ log π rejected"}  # explained with that of the chosen answers
 
 

@@ -6,12 +6,15 @@ import shutil
 import pytest
 
 from spo_ray.pipeline.finished import read_finished
+from spo_ray.report.finished import rewrite
 from spo_ray.report.run_page import _alarms, _answers, _greedy
-from spo_ray.report.scores import comparison_tables, other_suites, results
+from spo_ray.report.scores import comparison_tables, other_suites, results, results_table
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
 from spo_ray.runtime.run import Stage
+
+from .made_up import made_up_run
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_ungraded_answers_come_from_text_health(run):
         "sft": "<i>sft</i> says 5",
         "dpo": "<i>dpo</i> says 5",
     }
-    shown = _answers(greedy, held_out)
+    shown = _answers(greedy, held_out, "sft")
     assert (shown["checkpoints"], shown["graded"]) == (["sft", "dpo"], False)
     (line,) = shown["lines"]
     assert line["prompt"] == "user: How <many>?"
@@ -60,10 +63,37 @@ def test_results_have_the_adjusted_p_value_against_sft():
     row = {"metric": "accuracy_greedy", "first": "sft", "second": "dpo", "p_adjusted": 0.0312}
     compared = [row, row | {"metric": "accuracy_sampled", "p_adjusted": 0.9}, row | {"first": "spo", "p_adjusted": 0.8}]
     nothing = dict.fromkeys(entry)  # of ready pairs the base model has no figures
-    assert results({"base": nothing, "sft": entry, "dpo": entry}, compared) == [
+    assert results({"base": nothing, "sft": entry, "dpo": entry}, compared, "sft") == [
         {"method": "sft", "Δ log π chosen": "-1.00"},
         {"method": "dpo", "Δ log π chosen": "-1.00", "p against sft": "0.031"},
     ]
+
+
+def test_without_sft_the_page_and_the_summary_call_it_reference(in_root, tmp_path):
+    folder = made_up_run(tmp_path, "a", {"reference": 6, "dpo": 0, "spo": 12}, "sft=null")
+    rewrite(read_finished(folder))
+    page = (folder / "report" / "index.html").read_text().partition('<script type="module">')[0]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["methods"]) == ["reference", "dpo", "spo"]
+    (p_value,) = [
+        row["p_adjusted"]
+        for row in summary["comparisons"]
+        if row["metric"] == "accuracy_greedy" and {row["first"], row["second"]} == {"reference", "spo"}
+    ]
+    (line,) = [x for x in results(summary["methods"], summary["comparisons"], "reference") if x["method"] == "spo"]
+    assert line["p against reference"] == f"{p_value:.2g}"
+    assert "<th>p against reference</th>" in page
+    assert "those of reference" in page
+    assert "the same reference checkpoint" in " ".join(page.split())
+    assert "SFT" not in page.partition("<h2>Training pairs")[0]
+
+
+def test_runs_with_different_references_have_a_column_of_p_values_each():
+    lines = [{"method": "a", "p against sft": "1", "Δ log π chosen": "x"}]
+    lines += [{"method": "b", "greedy, 95%": "y", "p against reference": "2"}]
+    table = results_table(lines)
+    assert table.header == ["method", "greedy, 95%", "p against sft", "p against reference", "Δ log π chosen"]
+    assert table.rows == [["a", "", "1", "", "x"], ["b", "y", "", "2", ""]]
 
 
 def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
@@ -73,7 +103,9 @@ def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
         (tmp_path / file).touch()
     keys = (
         "health/entropy",
+        "health/logp_of_reference_samples",
         "health/kl_checkpoint_to_sft",
+        "health/logp_reference_of_samples",
         "alpaca_eval/j/win_rate",
         "lm_eval:arc/arc/acc",
         "accuracy/x",
@@ -86,7 +118,9 @@ def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
     assert {cell.text for cell in cells.values()} == {"0.25"}
     assert places == {
         "entropy": "health_dpo/part-0.parquet",
+        "logp_of_reference_samples": "health_dpo/part-0.parquet",
         "kl_checkpoint_to_sft": "shift_dpo/part-0.parquet",
+        "logp_reference_of_samples": "shift_dpo/part-0.parquet",
         "j/win_rate": "judged_dpo@j/part-0.parquet",
         "arc/acc": "lm_eval_arc@dpo/results.json",
     }
@@ -102,7 +136,7 @@ def test_versions_are_those_of_the_stages(run):
 def test_figures_without_an_interval_are_shown_by_themselves():
     greedy, sampled = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.5, "std": 0.0}
     changes = dict.fromkeys(("delta_logp_chosen", "delta_logp_rejected"))
-    (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [])
+    (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [], "sft")
     assert line == {"method": "dpo", "greedy, 95%": "50.0% (40.0 – 60.0)", "sampled ± sd, 95%": "50.0% ± 0.0%"}
     row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
     row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}

@@ -64,7 +64,7 @@ def sweep(output, referenced, *overrides):
 
 def prepared(run, pairs, questions):
     found = Prepared(run.config, held_out=pairs, validation=questions)
-    found.sft, found.reference, found.test = external("assets/toy_base"), pairs, questions
+    found.policy, found.reference, found.test = external("assets/toy_base"), pairs, questions
     return found
 
 

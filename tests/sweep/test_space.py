@@ -143,6 +143,10 @@ def test_a_wrong_key_is_named_with_its_line(tmp_path):
             [space(methods__spo__lambda_sft="{type: choice, values: [1, 2]}")],
             "searcher grid takes grids alone",
         ),
+        (
+            ["sft=null", "sweep.space={sft.lr: {type: grid, values: [1e-4]}}"],
+            "sweep.space.sft.lr: there is no SFT stage",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(overrides, message):
