@@ -1,29 +1,33 @@
-"""What the benchmarks share: a model, real text, clocks."""
+"""What the benchmarks share: a model, real text, clocks, results that are written as they come."""
 
+import gc
 import json
+import math
 import os
 import random
 import re
 import shutil
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spo_ray.model.collate import collate_pairs
-from spo_ray.runtime import schema as schemas
-from spo_ray.runtime.artifact import write_rows
 
 DATA = Path(os.environ.get("SPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PROMPT = "Question: {question}\nAnswer:\n"
 THREADS = 2
+SIDES = ("chosen", "rejected")
 
 
 def gsm8k() -> list[dict[str, str]]:
@@ -112,6 +116,8 @@ def random_inputs(folder: Path, count: int) -> None:
 
     Chosen completions are the longer ones, so that their gradient is, and the hinge is active.
     """
+    from spo_ray.runtime import schema as schemas  # needs packages that benchmarks.gpu does without
+    from spo_ray.runtime.artifact import write_rows
     from spo_ray.train.reference import ReferenceLogps
 
     torch.manual_seed(0)
@@ -144,6 +150,62 @@ def random_inputs(folder: Path, count: int) -> None:
     for name, kind, table in (("pairs", schemas.ReferencedPair, pairs), ("sides", schemas.SftRow, sides)):
         (folder / name).mkdir()
         write_rows(folder / name / "part-0.parquet", table, kind)
+
+
+def with_adapters(base: nn.Module, spread: float = 0.0) -> nn.Module:
+    """Wrap a model by LoRA adapters and train all parameters."""
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).requires_grad_(True).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name and spread:
+            nn.init.normal_(p, std=spread)
+    return model
+
+
+def groups(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of theta's and of phi's parameters, as arguments of ``spo_gradients``."""
+    names = [name for name, _ in model.named_parameters()]
+    return {
+        "backbone": [name for name in names if ".lora_" not in name],
+        "adapters": [name for name in names if ".lora_" in name],
+    }
+
+
+def random_batch(vocabulary: int, lengths: Sequence[tuple[int, int, int]], device: str) -> dict[str, Tensor]:
+    """Return pairs of random tokens from (prompt, chosen, rejected) lengths, with made-up reference logps."""
+    rng = torch.Generator().manual_seed(1)
+    rows = []
+    for sizes in lengths:
+        ids = [torch.randint(2, vocabulary, (size,), generator=rng).tolist() for size in sizes]
+        row = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), ids, strict=True))
+        rows.append(row | {f"ref_{s}_logps": -math.log(vocabulary) * len(row[f"{s}_ids"]) for s in SIDES})
+    return {key: value.to(device) for key, value in collate_pairs(rows, 0).items()}
+
+
+def swapped(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Exchange the chosen and the rejected side."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+    return {key.replace(side, other[side]): batch[key] for side in SIDES for key in batch if side in key}
+
+
+@contextmanager
+def precision(device: str, name: str) -> Iterator[None]:
+    """Compute in ``fp32``, in ``bf16`` (autocast), or in ``tf32``: autocast, with TensorFloat-32 where it is left."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=name != "fp32"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def full_logps(model: nn.Module, batch: dict[str, Tensor], side: str) -> Tensor:
+    """Return logps [B] from logits of all positions: a plain Hugging Face loop, and the reference of the checks."""
+    ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"][:, 1:]
+    logits = model(input_ids=ids, attention_mask=batch[f"{side}_attention_mask"], use_cache=False).logits[:, :-1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    every = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (every * (labels != -100)).sum(1)
 
 
 SHAPES = ((170, 384, 1024), (170, 1024, 384), (170, 384, 384), (95, 384, 32_000), (95, 32_000, 384))
@@ -195,3 +257,65 @@ def elapsed(function: Callable[[], Any]) -> tuple[float, float]:
     wall, cpu = clocks()
     function()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+class Report:
+    """Rows of all parts, printed and written as they come."""
+
+    def __init__(self, out: Path | None, machine: dict[str, Any]) -> None:
+        self.out, self.rows, self.machine = out, [], machine
+        print(json.dumps(machine), flush=True)
+
+    def run(self, part: str, cases: Iterator[tuple[str, Callable[[], Any]]], end: float) -> None:
+        """Run the cases of a part until its time is over; then print its table."""
+        name, first = "preparation", len(self.rows)
+        try:
+            for name, case in cases:
+                late = time.monotonic() > end
+                self.add(part, [{"case": name, "note": "no time left"}] if late else guarded(name, case))
+        except Exception as error:
+            self.add(part, [failure(f"after {name}", error)])
+        print(f"\n{table(self.rows[first:])}\n", flush=True)
+
+    def add(self, part: str, rows: list[dict[str, Any]]) -> None:
+        """Add rows, and write all."""
+        self.rows += [{"part": part} | row for row in rows]
+        print(f"{part}: {rows[0]['case']}", file=sys.stderr, flush=True)
+        if self.out:
+            self.out.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1))
+
+
+def guarded(name: str, case: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the rows of a case, or a row with its error."""
+    try:
+        return case()
+    except Exception as error:
+        return [failure(name, error)]
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def failure(name: str, error: Exception) -> dict[str, Any]:
+    """Return a row with an error; it is a note if the case needs more memory, or a kernel that is not there."""
+    text = f"{type(error).__name__}: {error}"[:300]
+    expected = isinstance(error, (torch.OutOfMemoryError, ImportError)) or "No available kernel" in text
+    return {"case": name, "note" if expected else "failed": text}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return rows as a Markdown table."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "part"]
+    lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = (
+        f"{value:.4g}"
+        if isinstance(value, float) and abs(value) < 1e4
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+    return "" if value is None else " ".join(text.split()).replace("|", "/")

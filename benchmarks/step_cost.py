@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import common
 from spo_ray.core.spo import spo_gradients
-from spo_ray.model.load import parameter_groups
 
 BETA, LAMBDA, GAMMA, ETA, PAIRS = 0.1, 1.0, 0.1, 2e-5, 4
 Batch = dict[str, Tensor]
@@ -60,14 +58,8 @@ EXACT["MALLOC_MMAP_THRESHOLD_"] = "65536"
 
 def make_policy() -> tuple[nn.Module, list[str], list[str]]:
     """The model with adapters away from their start at zero, and the names of theta's and phi's parameters."""
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(common.make_model(), lora)
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        p.requires_grad_(True)
-        if "lora_B" in name:
-            p.data = torch.randn(p.shape, generator=generator) * 0.02
-    return model, *parameter_groups(model)
+    model = common.with_adapters(common.make_model(), 0.02)
+    return model, *common.groups(model).values()
 
 
 def step(policy: tuple[nn.Module, list[str], list[str]], batch: Batch, options: dict[str, Any]) -> dict[str, float]:
