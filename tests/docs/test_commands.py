@@ -217,7 +217,7 @@ def test_commands_that_train(in_root, files, output, tmp_path, command):
     if "evaluate" not in words:
         config = load(words[words.index("--config") + 1], [word for word in words if re.match(r"[\w.]+=", word)])
         if "--until" not in words:
-            check_against_plan(config, output / "docs", tmp_path)
+            check_against_plan(config, output / "docs", tmp_path, shared=True)
         assert json.loads((output / "docs" / "status.json").read_text())["state"] == "finished"
 
 

@@ -311,6 +311,7 @@ def test_plans_are_compared_with_the_cluster(in_root, tmp_path, overrides, nodes
         assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_pairs_without_sft_train_the_model_itself(in_root, tmp_path, toy_base):
     """The model has no chat template of its own: the configuration's is used wherever the model is loaded."""
     bare = shutil.copytree(toy_base, tmp_path / "bare")
