@@ -282,7 +282,9 @@ class Report:
         self.rows += [{"part": part} | row for row in rows]
         print(f"{part}: {rows[0]['case']}", file=sys.stderr, flush=True)
         if self.out:
-            self.out.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1))
+            unfinished = self.out.with_name(f".{self.out.name}")
+            unfinished.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1))
+            unfinished.replace(self.out)  # at once, so that a kill leaves a whole file
 
 
 def guarded(name: str, case: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -311,11 +313,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    text = (
-        f"{value:.4g}"
-        if isinstance(value, float) and abs(value) < 1e4
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
-    return "" if value is None else " ".join(text.split()).replace("|", "/")
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return "" if value is None else " ".join(str(value).split()).replace("|", "/")

@@ -137,16 +137,14 @@ class Checks:
             store = dist.FileStore(f"{folder}/store", 1)
             dist.init_process_group("nccl" if self.device == "cuda" else "gloo", store=store, rank=0, world_size=1)
             try:
-                mesh = dist.device_mesh.init_device_mesh(self.device, (1,))
+                mesh = dist.init_device_mesh(self.device, (1,))
                 plain, sharded = (copy.deepcopy(self.origin).to(self.device) for _ in range(2))
                 shard(sharded, mesh, torch.float32 if name == "fp32" else torch.bfloat16)
                 rows, options = [], {"pairs_per_backward": 2, "share_prompt": False}
                 for terms in TERMS:
-                    found = self.gradients(sharded, terms, **options)
-                    whole = {key: grad.full_tensor() for key, grad in found.items()}
-                    same = name == "fp32"
-                    truth = self.gradients(plain, terms, **options) if same else self.truth[terms]
-                    rows += self.rows(f"FSDP2, {name}", terms, whole, truth, BOUNDS[name])
+                    found = {n: g.full_tensor() for n, g in self.gradients(sharded, terms, **options).items()}
+                    truth = self.truth[terms] if name == "bf16" else self.gradients(plain, terms, **options)
+                    rows += self.rows(f"FSDP2, {name}", terms, found, truth, BOUNDS[name])
                 return rows
             finally:
                 dist.destroy_process_group()
@@ -298,12 +296,13 @@ def speed(device: str, tiny: bool) -> Iterator[Case]:
 def matmul_rate(device: str, name: str, size: int) -> float:
     """Return floating-point operations per second of large square products."""
     a, times = torch.randn(size, size, device=device), []
-    with common.precision(device, name if name == "tf32" else "fp32"):
-        a = a.bfloat16() if name == "bf16" else a
-        for _ in range(4):
-            started = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - started)
+    a = a.bfloat16() if name == "bf16" else a
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    torch.set_float32_matmul_precision("highest")
     return 2.0 * size**3 / min(times[1:])
 
 
@@ -316,6 +315,8 @@ def real(args: argparse.Namespace, device: str, end: float) -> Iterator[Case]:
         row = {"prompt_ids": chat.prompt_ids(pair["prompt"])} | ids
         if len(row["prompt_ids"]) + max(map(len, ids.values())) <= 1024 and all(ids.values()):
             rows.append(row)
+    if len(rows) < 20:
+        raise ValueError(f"--pairs has {len(rows)} pairs of at most 1,024 tokens, and 20 are needed: add pairs")
     for index, (method, options) in enumerate({"DPO": DPO, "SPO": SPO}.items()):
         half = time.monotonic() + (end - time.monotonic()) / (2 - index)
         yield method, partial(train, args, method, options, rows, chat, device, half)
