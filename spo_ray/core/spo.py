@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from spo_ray.core.batch_gradients import BatchGradients, Side, Sums, Tally
 from spo_ray.core.dynamics import GradientTerms
 from spo_ray.core.gradients import Gradients, add, deterministic, full_precision, norm, perturbed
+from spo_ray.core.joint_pass import JointPass, lora_linears
 from spo_ray.core.losses import Metrics, SftReduction, bind
 from spo_ray.core.running_statistics import AllReduce, single_rank
 
@@ -141,7 +142,10 @@ def _objective(
     visit = regularizer.of_pair if regularizer.gamma > 0 and not whole else None
     if visit and passes.sharded:
         raise ValueError("sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters")
-    sums = passes.accumulate(base, lower.weights, norms, visit, proportional=not per_token)
+    joint = None
+    if norms is None and visit is None and (lower.weights is None or not lower.steps):
+        joint = JointPass(lower.lambda_sft, n, lora_linears(passes.model, passes.params[n:]))
+    sums = passes.accumulate(base, lower.weights, norms, visit, proportional=not per_token, joint=joint)
     total, metrics = sums.total, passes.means(sums.tally)
     if whole:
         metrics |= regularizer.add_to(total, sums)
@@ -151,7 +155,7 @@ def _objective(
         chosen, rejected = (passes.gradient(s, w) for s, w in zip(sides, plain, strict=True)) if per_token else own
         side_gradients |= {"chosen": chosen, "rejected": rejected}
         metrics |= GradientTerms.of(chosen, rejected).metrics()
-    if lower.weights is not None:
+    if lower.weights is not None and not joint:
         add(total[:n], sums.sft[:n], lower.lambda_sft)
         if lower.steps:
             metrics |= lower.add_term_b(total, sums.sft)
