@@ -22,8 +22,8 @@ TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
 SHARDED_TOKENS_PER_BACKWARD = 2048
 """Minimum of the same for sharded parameters, because every backward gathers all parameters again."""
 
-JOINT_PADDING = 1.25
-"""Largest share of a joint pass's tokens in those of two passes, which pad their sides apart."""
+JOINT_PADDING = 1.05
+"""Largest ratio of tokens in one pass over both sides to tokens in a pass for each side, which needs less padding."""
 
 
 def tokens_per_backward(device: str, sharded: bool = False) -> int:
@@ -273,24 +273,28 @@ class BatchGradients:
         sft_sum: GradientAccumulator,
         sft: Tensor | None,
     ) -> bool:
-        """Add the gradients of some pairs from one pass over both sides; return False if two passes are better.
+        """Add the gradients of some pairs with one backward of each sequence; return False if that is impossible.
 
-        With sharded parameters one pass gathers them once and sums its gradients over ranks layer by layer. (In one
-        backward through two passes the whole gradient of one would wait for that of the other.)
+        Both sides go through one pass, or through one each if they need much less padding then. Sharded parameters
+        always take one pass, which gathers them once and sums its gradients over ranks layer by layer. (In one backward
+        through two passes the whole gradient of one would wait for that of the other.)
         """
         logps = self.shared_prompt_logps(sides) if sft is None else None
         if logps is not None:
             accumulate(logps, [(total, torch.cat(weigh(*logps.chunk(2))))])
             return True
-        widths = [side.labels.shape[1] for side in sides]
-        padded = 2 * max(widths) > JOINT_PADDING * sum(widths)
-        if (padded and not self.sharded) or (sft is not None and joint.adapters is None):
+        if sft is not None and joint.adapters is None:
             return False
-        both = sides[0].joined(sides[1])
+        widths = [side.labels.shape[1] for side in sides]
+        apart = not self.sharded and 2 * max(widths) > JOINT_PADDING * sum(widths)
+        first = sides[0] if apart else sides[0].joined(sides[1])
+        # Outside of the context: no row of this side is scaled, also when checkpointed layers are recomputed.
+        logps_l = self.logps(sides[1]) if apart else None
         adapters = joint.adapters if sft is not None and joint.adapters else []
-        with scaled_rows(adapters, tuple(both.labels.shape)) as rows:
-            logps = self.logps(both)
-            base = torch.cat(weigh(*logps.chunk(2))).to(logps)
+        with scaled_rows(adapters, tuple(first.labels.shape)) as rows:
+            logps = self.logps(first)
+            both = logps if logps_l is None else torch.cat([logps, logps_l])
+            base, of_rejected = torch.cat(weigh(*both.chunk(2))).to(logps).tensor_split([len(logps)])
             lower = torch.zeros_like(base)
             if sft is not None:
                 lower[: len(sft)] = sft
@@ -300,6 +304,8 @@ class BatchGradients:
             else:
                 joint.adapters = None  # this model needs two sums
                 accumulate(logps, [(total, base), (sft_sum, lower)])
+        if logps_l is not None:
+            accumulate(logps_l, [(total, of_rejected)])
         return True
 
     @staticmethod

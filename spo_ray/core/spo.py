@@ -12,8 +12,9 @@ preference method is trained by this function.
 
 Cost in units of a forward of one sequence, with a backward as two: a pair's base loss takes 6. The backward of y_w also
 gives (d), the move to theta_hat for K = 1 and the norms in R. (b) takes 2 more (no gradients of theta), every further
-inner step 3, and the gradient of R 6, only if the hinge is active. Gradients are means over the pairs of the batch,
-summed over data-parallel ranks by ``all_reduce``.
+inner step 3, and the gradient of R 6, only if the hinge is active. With K = gamma = 0, (d) is free however many pairs
+share a backward (:mod:`spo_ray.core.joint_pass`). Gradients are means over the pairs of the batch, summed over
+data-parallel ranks by ``all_reduce``.
 """
 
 from collections.abc import Callable, Mapping, Sequence

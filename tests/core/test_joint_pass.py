@@ -18,6 +18,12 @@ OPTIONS = {"beta": 0.5, "gamma": 0.0, "inner_steps": 0, "eta": 1e-3, "lambda_sft
 ORACLE = {"norm_scope": "all", "hinge": "batch", "margin": 0.0, "sft_reduction": "sum"}
 
 
+@pytest.fixture(autouse=True)
+def padded(monkeypatch):
+    """Both sides in one pass, whatever their lengths."""
+    monkeypatch.setattr(batch_gradients, "JOINT_PADDING", 2.0)
+
+
 def found(model, names, batch, **options):
     """Return the gradients and the number of sequences in each forward of the decoder."""
     sizes = []
@@ -146,16 +152,20 @@ def test_kinds_of_adapters(kind):
 
 
 def test_pairs_of_unequal_lengths_are_not_padded_to_one(monkeypatch):
+    """10 and 12 tokens: two forwards, and a backward of each."""
+    monkeypatch.setattr(batch_gradients, "JOINT_PADDING", 1.0)
     batch = tiny_batch(3)
-    model, *names = tiny_model()
-    monkeypatch.setattr(batch_gradients, "JOINT_PADDING", 1.0)  # of 10 and 12 tokens
-    grads, sizes = found(model, names, batch)
-    assert sizes == [2, 2, 1, 1]
-    assert relative_error(grads, two_backwards(model, names, batch)) < 1e-12
+    for kind, expected in (("plain", [2, 2, 1, 1]), ("head", [2, 2, 1, 1])):
+        model, *names = lora_model(**KINDS[kind][0])
+        grads, sizes = found(model, names, batch)
+        assert sizes == expected
+        assert relative_error(grads, two_backwards(model, names, batch)) < 1e-12
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_scale_their_rows_when_they_are_recomputed(reentrant):
+@pytest.mark.parametrize(("padding", "expected"), [(2.0, [4, 2]), (1.0, [2, 2, 1, 1])])
+def test_checkpointed_layers_scale_their_rows_when_they_are_recomputed(reentrant, padding, expected, monkeypatch):
+    monkeypatch.setattr(batch_gradients, "JOINT_PADDING", padding)
     batch, calls = tiny_batch(3), []
     double, *names = tiny_model()
     truth, n = two_backwards(double, names, batch), len(names[0])
@@ -164,7 +174,7 @@ def test_checkpointed_layers_scale_their_rows_when_they_are_recomputed(reentrant
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     base.model.layers[0].mlp.gate_proj.lora_A["default"].register_forward_pre_hook(lambda *args: calls.append(1))
     grads, sizes = found(model.train(), names, batch)
-    assert sizes == [4, 2]
+    assert sizes == expected
     assert len(calls) == 2 + 2 * len(sizes)  # two to look for the head
     grads = [g.double() for g in grads]
     assert relative_error(grads[:n], truth[:n]) < 1e-5
