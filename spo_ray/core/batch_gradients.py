@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for
+from spo_ray.core.joint_pass import JointPass, scaled_rows, seeds
 from spo_ray.core.lm_head import find_head
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.core.losses import Metrics, PairLogps, SftReduction, pairwise
@@ -20,6 +21,9 @@ TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
 """Tokens of one side that share a backward, by device: with fewer the hardware is partly idle."""
 SHARDED_TOKENS_PER_BACKWARD = 2048
 """Minimum of the same for sharded parameters, because every backward gathers all parameters again."""
+
+JOINT_PADDING = 1.05
+"""Largest ratio of tokens in one pass over both sides to tokens in a pass for each side, which needs less padding."""
 
 
 def tokens_per_backward(device: str, sharded: bool = False) -> int:
@@ -89,9 +93,9 @@ class Sums:
     """Gradients of all parameters summed over a batch, and metrics."""
 
     total: Gradients
-    """Gradient of the base loss, and of what a visitor adds for every pair."""
+    """Gradient of the base loss, of what a visitor adds for every pair, and a joint pass's penalty."""
     sft: Gradients
-    """Gradient of the chosen log-probabilities with the weights ``sft``; empty without weights."""
+    """Gradient of the chosen log-probabilities with the weights ``sft``; empty without weights or in a joint pass."""
     chosen: Gradients
     """Gradient of the chosen log-probabilities with the weights ``norms[0]``; empty without weights."""
     rejected: Gradients
@@ -196,6 +200,7 @@ class BatchGradients:
         visit: Visitor | None = None,
         *,
         proportional: bool = False,
+        joint: JointPass | None = None,
     ) -> Sums:
         """Run one forward and backward of every pair and sum the gradients.
 
@@ -205,6 +210,9 @@ class BatchGradients:
             norms: weights [B] of the chosen and of the rejected sequences for ``Sums.chosen`` and ``Sums.rejected``.
             visit: called with every pair and its gradients; pairs then are processed one by one.
             proportional: ``sft`` and ``norms[0]`` differ by a factor only, so that one sum serves both.
+            joint: adds its ``penalty`` times the gradient with the weights ``sft`` to theta's part of ``Sums.total``,
+                with both sides in one backward where that is possible; ``Sums.sft`` then is empty. Not with ``norms``
+                or ``visit``.
         """
         total, sft_sum, chosen, rejected = (GradientAccumulator(self.params) for _ in range(4))
         tally = Tally(self.local)
@@ -213,16 +221,21 @@ class BatchGradients:
         factor = 0.0 if sft is None or norms is None or not proportional else (norms[0][0] / sft[0]).item()
         sft = None if sft is None else sft * self.valid  # padding rows have no weight
         norms = None if norms is None else (norms[0] * self.valid, norms[1] * self.valid)
-        alone = sft is None and norms is None and visit is None
         for rows in parts:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
-            both = self.joint_logps(sides) if alone else None
-            logps_w, logps_l = (self.logps(side) for side in sides) if both is None else both.chunk(2)
-            self.add_logp_metrics(rows, logps_w, logps_l, tally)
-            weights = self.loss_weights(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
-            if both is not None:
-                accumulate(both, [(total, torch.cat([*weights]))])
+
+            def weigh(logps_w: Tensor, logps_l: Tensor, rows: Sequence[int] = rows) -> tuple[Tensor, Tensor]:
+                self.add_logp_metrics(rows, logps_w, logps_l, tally)
+                if ahead is not None:
+                    return ahead[0, rows], ahead[1, rows]
+                return self.loss_weights(base, rows, logps_w, logps_l, tally)
+
+            if joint and self.accumulate_jointly(
+                joint, sides, weigh, total, sft_sum, None if sft is None else sft[rows]
+            ):
                 continue
+            logps_w, logps_l = (self.logps(side) for side in sides)
+            weights = weigh(logps_w, logps_l)
             to_w, to_l = [(total, weights[0])], [(total, weights[1])]
             if sft is not None:
                 to_w.append((sft_sum, sft[rows]))
@@ -237,15 +250,63 @@ class BatchGradients:
             accumulate(logps_l, to_l)
             if visit:
                 self.visit_pair(visit, sides, own, bool(self.valid[rows].any()), total, tally)
+        if joint and sft is not None:
+            for i, grad in enumerate(sft_sum.parts[: joint.n_backbone]):
+                if grad is not None:
+                    total.add(i, grad, joint.penalty)
         sums = Sums(
             total.gradients(),
-            sft_sum.gradients() if sft is not None else [],
+            sft_sum.gradients() if sft is not None and not joint else [],
             chosen.gradients() if norms is not None and not factor else [],
             rejected.gradients() if norms is not None else [],
             tally,
         )
         self.sum_over_ranks([*sums.total, *sums.sft, *sums.chosen, *sums.rejected])
         return replace(sums, chosen=[g * factor for g in sums.sft]) if factor else sums
+
+    def accumulate_jointly(
+        self,
+        joint: JointPass,
+        sides: tuple[Side, Side],
+        weigh: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        total: GradientAccumulator,
+        sft_sum: GradientAccumulator,
+        sft: Tensor | None,
+    ) -> bool:
+        """Add the gradients of some pairs with one backward of each sequence; return False if that is impossible.
+
+        Both sides go through one pass, or through one each if they need much less padding then. Sharded parameters
+        always take one pass, which gathers them once and sums its gradients over ranks layer by layer. (In one backward
+        through two passes the whole gradient of one would wait for that of the other.)
+        """
+        logps = self.shared_prompt_logps(sides) if sft is None else None
+        if logps is not None:
+            accumulate(logps, [(total, torch.cat(weigh(*logps.chunk(2))))])
+            return True
+        if sft is not None and joint.adapters is None:
+            return False
+        widths = [side.labels.shape[1] for side in sides]
+        apart = not self.sharded and 2 * max(widths) > JOINT_PADDING * sum(widths)
+        first = sides[0] if apart else sides[0].joined(sides[1])
+        # Outside of the context: no row of this side is scaled, also when checkpointed layers are recomputed.
+        logps_l = self.logps(sides[1]) if apart else None
+        adapters = joint.adapters if sft is not None and joint.adapters else []
+        with scaled_rows(adapters, tuple(first.labels.shape)) as rows:
+            logps = self.logps(first)
+            both = logps if logps_l is None else torch.cat([logps, logps_l])
+            base, of_rejected = torch.cat(weigh(*both.chunk(2))).to(logps).tensor_split([len(logps)])
+            lower = torch.zeros_like(base)
+            if sft is not None:
+                lower[: len(sft)] = sft
+            if rows.complete:
+                weights, rows.ratios = seeds(base, joint.penalty * lower)
+                accumulate(logps, [(total, weights)])
+            else:
+                joint.adapters = None  # this model needs two sums
+                accumulate(logps, [(total, base), (sft_sum, lower)])
+        if logps_l is not None:
+            accumulate(logps_l, [(total, of_rejected)])
+        return True
 
     @staticmethod
     def visit_pair(
@@ -273,14 +334,6 @@ class BatchGradients:
             tally.add({f"logps/{side}": own.mean().item(), f"logps/{side}_change": changes[-1].mean().item()}, len(own))
         both = torch.stack(changes).lt(-FALL).all(dim=0).double().mean().item()
         tally.add({"logps/both_fell": both}, int(valid.sum()))
-
-    def joint_logps(self, sides: tuple[Side, Side]) -> Tensor | None:
-        """Return log-probabilities [2B] of both sides from one pass, or None if two passes are better.
-
-        With sharded parameters one pass gathers them once and sums its gradients over ranks layer by layer. (In one
-        backward through two passes the whole gradient of one would wait for that of the other.)
-        """
-        return self.logps(sides[0].joined(sides[1])) if self.sharded else self.shared_prompt_logps(sides)
 
     def shared_prompt_logps(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Return log-probabilities [2B] of both sides from one pass over a shared prompt, or None if impossible."""

@@ -12,8 +12,9 @@ preference method is trained by this function.
 
 Cost in units of a forward of one sequence, with a backward as two: a pair's base loss takes 6. The backward of y_w also
 gives (d), the move to theta_hat for K = 1 and the norms in R. (b) takes 2 more (no gradients of theta), every further
-inner step 3, and the gradient of R 6, only if the hinge is active. Gradients are means over the pairs of the batch,
-summed over data-parallel ranks by ``all_reduce``.
+inner step 3, and the gradient of R 6, only if the hinge is active. With K = gamma = 0, (d) is free however many pairs
+share a backward (:mod:`spo_ray.core.joint_pass`). Gradients are means over the pairs of the batch, summed over
+data-parallel ranks by ``all_reduce``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from spo_ray.core.batch_gradients import BatchGradients, Side, Sums, Tally
 from spo_ray.core.dynamics import GradientTerms
 from spo_ray.core.gradients import Gradients, add, deterministic, full_precision, norm, perturbed
+from spo_ray.core.joint_pass import JointPass, lora_linears
 from spo_ray.core.losses import Metrics, SftReduction, bind
 from spo_ray.core.running_statistics import AllReduce, single_rank
 
@@ -141,7 +143,10 @@ def _objective(
     visit = regularizer.of_pair if regularizer.gamma > 0 and not whole else None
     if visit and passes.sharded:
         raise ValueError("sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters")
-    sums = passes.accumulate(base, lower.weights, norms, visit, proportional=not per_token)
+    joint = None
+    if norms is None and visit is None and (lower.weights is None or not lower.steps):
+        joint = JointPass(lower.lambda_sft, n, lora_linears(passes.model, passes.params[n:]))
+    sums = passes.accumulate(base, lower.weights, norms, visit, proportional=not per_token, joint=joint)
     total, metrics = sums.total, passes.means(sums.tally)
     if whole:
         metrics |= regularizer.add_to(total, sums)
@@ -151,7 +156,7 @@ def _objective(
         chosen, rejected = (passes.gradient(s, w) for s, w in zip(sides, plain, strict=True)) if per_token else own
         side_gradients |= {"chosen": chosen, "rejected": rejected}
         metrics |= GradientTerms.of(chosen, rejected).metrics()
-    if lower.weights is not None:
+    if lower.weights is not None and not joint:
         add(total[:n], sums.sft[:n], lower.lambda_sft)
         if lower.steps:
             metrics |= lower.add_term_b(total, sums.sft)

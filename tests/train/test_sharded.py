@@ -19,6 +19,7 @@ CASES = {
     "sft": (None, [], 1e-5),
     "dpo": ("dpo", [], 1e-5),
     "spo": ("spo", [SPO.format(0.0)], 1e-5),
+    "spo_joint": ("spo", ["methods.spo={type: spo, base: {type: dpo, beta: 0.5}, inner: {steps: 0}}"], 1e-5),
     "spo_hinge": ("spo", [SPO.format(0.5), "train.precision=float64"], 1e-8),
 }
 
