@@ -226,19 +226,17 @@ class BatchGradients:
 
             def weigh(logps_w: Tensor, logps_l: Tensor, rows: Sequence[int] = rows) -> tuple[Tensor, Tensor]:
                 self.add_logp_metrics(rows, logps_w, logps_l, tally)
-                if ahead is not None:
-                    return ahead[0, rows], ahead[1, rows]
-                return self.loss_weights(base, rows, logps_w, logps_l, tally)
+                known = self.loss_weights(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
+                return known[0], known[1]
 
-            if joint and self.accumulate_jointly(
-                joint, sides, weigh, total, sft_sum, None if sft is None else sft[rows]
-            ):
+            sft_rows = None if sft is None else sft[rows]
+            if joint and self.accumulate_jointly(joint, sides, weigh, total, sft_sum, sft_rows):
                 continue
             logps_w, logps_l = (self.logps(side) for side in sides)
             weights = weigh(logps_w, logps_l)
             to_w, to_l = [(total, weights[0])], [(total, weights[1])]
-            if sft is not None:
-                to_w.append((sft_sum, sft[rows]))
+            if sft_rows is not None:
+                to_w.append((sft_sum, sft_rows))
             if norms is not None:
                 to_w += [] if factor else [(chosen, norms[0][rows])]
                 to_l.append((rejected, norms[1][rows]))
@@ -250,10 +248,8 @@ class BatchGradients:
             accumulate(logps_l, to_l)
             if visit:
                 self.visit_pair(visit, sides, own, bool(self.valid[rows].any()), total, tally)
-        if joint and sft is not None:
-            for i, grad in enumerate(sft_sum.parts[: joint.n_backbone]):
-                if grad is not None:
-                    total.add(i, grad, joint.penalty)
+        if joint:
+            joint.add_penalty(total, sft_sum)
         sums = Sums(
             total.gradients(),
             sft_sum.gradients() if sft is not None and not joint else [],

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from spo_ray.core.gradients import GradientAccumulator
+
 
 def lora_linears(model: nn.Module, params: Sequence[Tensor]) -> list[nn.Linear] | None:
     """Return the linear layers that hold ``params``, or None if some are not in a plain LoRA layer of PEFT.
@@ -56,6 +58,12 @@ class JointPass:
     """Number of theta's parameters, which come first."""
     adapters: list[nn.Linear] | None
     """Linear layers of phi's parameters; None if rows cannot be scaled there, so that L_SFT needs its own sum."""
+
+    def add_penalty(self, total: GradientAccumulator, sft: GradientAccumulator) -> None:
+        """Add ``penalty`` times the separate sum of L_SFT, if there is one, to theta's part of ``total``."""
+        for i, grad in enumerate(sft.parts[: self.n_backbone]):
+            if grad is not None:
+                total.add(i, grad, self.penalty)
 
 
 class RowRatios:

@@ -156,7 +156,7 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
         if not isinstance(text, str):
             raise TypeError("its content is no text")
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise InvalidResponseError(f"an answer that is no verdict ({error})") from error
+        raise InvalidResponseError(f"a response of an unexpected form ({error})") from error
     return Reply(text, (first, second) if top else None, tokens)
 
 
