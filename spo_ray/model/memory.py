@@ -240,8 +240,15 @@ def _activations(
     kept, again = sum(counts[kind] * size for kind, size in each.items()), 0
     if config.train.gradient_checkpointing and config.train.precision != "float64":  # where a step can't recompute
         kept = sum(counts.values()) * text.hidden_size * (4 if autocast and trained else c)
-        again = max(each.values()) * (held if sharded else tokens)  # sharded, both sides may go through one pass
+        again = max(each.values()) * (held if sharded or _joint(method) else tokens)
     return held * (kept + text.hidden_size * (max(4, c) + 2 * c)) + again  # with the final norm and the head
+
+
+def _joint(method: MethodConfig | None) -> bool:
+    """Return True if both sides of pairs may go through one pass also where parameters are whole."""
+    if not isinstance(method, Spo):
+        return method is not None
+    return not method.gamma and not (method.inner.steps and (method.lambda_sft or method.safe_region))
 
 
 def _layer_bytes(config: Config, text: Any, norms: int, c: int, ranks: list[int], trained: bool, autocast: bool) -> int:
