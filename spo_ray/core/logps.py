@@ -33,7 +33,7 @@ def token_logps(
     Args:
         model: a causal language model; models outside Hugging Face need an output with ``logits``.
         input_ids, labels, attention_mask: [B, T]; labels are -100 outside the completion.
-        chunk_tokens: tokens in a chunk; None: as many as give 2**24 logits.
+        chunk_tokens: most tokens in a chunk; None: as many as give 2**24 logits.
 
     Returns:
         ``(logps, mask)``, both [B, S] with S positions from the batch's first completion token on. ``logps`` (nats) is
@@ -83,7 +83,9 @@ def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, chunk_tokens: int
     """
     weight = head.weight
     vocabulary = len(weight) if weight is not None else getattr(head.output, "out_features", 2**17)
-    size = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocabulary)
+    most = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocabulary)
+    # Chunks of nearly equal size: on a CPU the head of a last chunk of one to three tokens is less exact.
+    size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // most))))
     if weight is not None:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
