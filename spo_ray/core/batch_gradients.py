@@ -279,15 +279,14 @@ class BatchGradients:
         if logps is not None:
             accumulate(logps, [(total, torch.cat(weigh(*logps.chunk(2))))])
             return True
-        if sft is not None and joint.adapters is None:
+        if joint.adapters is None:
             return False
         widths = [side.labels.shape[1] for side in sides]
         apart = not self.sharded and 2 * max(widths) > JOINT_PADDING * sum(widths)
         first = sides[0] if apart else sides[0].joined(sides[1])
         # Outside of the context: no row of this side is scaled, also when checkpointed layers are recomputed.
         logps_l = self.logps(sides[1]) if apart else None
-        adapters = joint.adapters if sft is not None and joint.adapters else []
-        with scaled_rows(adapters, tuple(first.labels.shape)) as rows:
+        with scaled_rows(joint.adapters, tuple(first.labels.shape)) as rows:
             logps = self.logps(first)
             both = logps if logps_l is None else torch.cat([logps, logps_l])
             base, of_rejected = torch.cat(weigh(*both.chunk(2))).to(logps).tensor_split([len(logps)])

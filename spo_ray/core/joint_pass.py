@@ -57,7 +57,10 @@ class JointPass:
     n_backbone: int
     """Number of theta's parameters, which come first."""
     adapters: list[nn.Linear] | None
-    """Linear layers of phi's parameters; None if rows cannot be scaled there, so that L_SFT needs its own sum."""
+    """Linear layers of phi's parameters; None if rows cannot be scaled there, so that L_SFT needs its own sum.
+
+    Empty without L_SFT, which alone needs the scaling.
+    """
 
     def add_penalty(self, total: GradientAccumulator, sft: GradientAccumulator) -> None:
         """Add ``penalty`` times the separate sum of L_SFT, if there is one, to theta's part of ``total``."""

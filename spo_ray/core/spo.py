@@ -145,7 +145,8 @@ def _objective(
         raise ValueError("sharded backward passes give no pair's own gradient: use hinge='batch', or whole parameters")
     joint = None
     if norms is None and visit is None and (lower.weights is None or not lower.steps):
-        joint = JointPass(lower.lambda_sft, n, lora_linears(passes.model, passes.params[n:]))
+        adapters = [] if lower.weights is None else lora_linears(passes.model, passes.params[n:])
+        joint = JointPass(lower.lambda_sft, n, adapters)
     sums = passes.accumulate(base, lower.weights, norms, visit, proportional=not per_token, joint=joint)
     total, metrics = sums.total, passes.means(sums.tally)
     if whole:
