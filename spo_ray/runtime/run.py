@@ -225,12 +225,17 @@ class Run:
     def state(self, name: str, identity: Mapping[str, Any], digest: str) -> tuple[State, str]:
         """Return the state of a stage, and the reason if a finished stage is built again, else an empty text."""
         scratch = self.root / ".unfinished" / name
-        if digest in (_digest_in(self.root / name), _digest_in(scratch)):
+        if self.finished_folder(name, digest):
             return "reused", ""
         if _digest_in(scratch, STARTED) == digest:
             return "resume", ""
         finished = self.root / name / MANIFEST
         return "build", why_again(json.loads(finished.read_text()), identity, self.names) if finished.exists() else ""
+
+    def finished_folder(self, name: str, digest: str) -> Path | None:
+        """Return the folder of the stage that has this digest and is finished, perhaps not renamed yet, or None."""
+        folders = (self.root / name, self.root / ".unfinished" / name)
+        return next((folder for folder in folders if _digest_in(folder) == digest), None)
 
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
         """Write the manifest, move the stage to its place and return it.
@@ -290,9 +295,8 @@ class PlannedRun(Run):
         state, why = self.state(stage.name, identity, digest)
         name = (self.root / stage.name).relative_to(self.top).as_posix()
         self.planned.append(PlannedStage(name, state, why, stage.work))
-        for folder in (self.root / stage.name, self.root / ".unfinished" / stage.name):
-            if _digest_in(folder) == digest:
-                return Artifact(folder, digest)
+        if found := self.finished_folder(stage.name, digest):
+            return Artifact(found, digest)
         work = stage.work
         return PlannedArtifact(self.root / stage.name, digest, work.rows if work.out is None else work.out)
 
