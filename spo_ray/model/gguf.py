@@ -1,6 +1,5 @@
 """Import of GGUF files, the format of llama.cpp, as Hugging Face checkpoints in float32."""
 
-import hashlib
 import tempfile
 from importlib import metadata
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import versions, write_json
+from spo_ray.runtime.artifact import sha256, versions, write_json
 from spo_ray.runtime.console import log, warn
 
 ORIGIN = "origin.json"
@@ -79,12 +78,6 @@ def import_gguf(file: Path, folder: Path) -> None:
         write_json(made / ORIGIN, origin)
         made.replace(folder)
     log("import", f"{origin['parameters']:,} parameters in float32 in {folder}")
-
-
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class _Header:

@@ -164,9 +164,15 @@ def external(path: str | Path) -> Artifact:
     for file in files:
         stat = file.stat()
         small = stat.st_size <= HASHED_BYTES
-        content = hashlib.sha256(file.read_bytes()).hexdigest() if small else f"{stat.st_size} {stat.st_mtime_ns}"
+        content = sha256(file) if small else f"{stat.st_size} {stat.st_mtime_ns}"
         total.update(f"{file.name} {content}\n".encode())
     return Artifact(path, total.hexdigest())
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:
