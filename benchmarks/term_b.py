@@ -79,7 +79,7 @@ def term(policy: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, dict[
     fixed = {"beta": 0.5, "lambda_sft": 1.0, "gamma": 0.0, "inner_steps": 1, "base": lambda p: p.chosen * 0.0}
     names = common.groups(policy)
     grads, metrics = spo_gradients(policy, batch, **names, **(fixed | options))
-    return torch.cat([grads[name].flatten() for name in names["adapters"]]), metrics
+    return torch.cat([grads[name].double().flatten() for name in names["adapters"]]), metrics
 
 
 def measure(policy: nn.Module, batch: Batch, reduction: str, eta: float) -> dict[str, Any]:
