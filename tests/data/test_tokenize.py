@@ -87,7 +87,7 @@ def test_a_template_that_refuses_a_prompt_quarantines_the_row(toy_base):
     tokenizer.chat_template = refuse + tokenizer.chat_template
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
     row = {"id": "0", "prompt": prompt, "chosen": "5", "rejected": "6"}
-    with pytest.raises(RowRejectedError, match="refuses the prompt: System role not supported"):
+    with pytest.raises(RowRejectedError, match="refuses the messages: System role not supported"):
         tokenise_row(ChatTokenizer(tokenizer), row, SIDES, 100)
     assert tokenise_row(ChatTokenizer(tokenizer), row | {"prompt": prompt[1:]}, SIDES, 100)["prompt_ids"]
 
