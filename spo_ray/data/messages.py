@@ -57,17 +57,11 @@ def turn(message: Any, name: str) -> schema.Turn:
 
 def tools(value: Any) -> list[Any]:
     """Return the tools of a row, which may be JSON text, as templates take them; empty if it has none."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowRejectedError("'tools' is not JSON") from error
+    value = _parsed(value, "'tools' is")
     if not value:
         return []
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowRejectedError("'tools' is no list of functions")
-    plain = [_plain(tool) for tool in value]
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in plain]
+    found = [_plain(_parsed(tool, "'tools' is")) for tool in value] if isinstance(value, list) else [None]
+    return [_function(tool, "'tools'") for tool in found]
 
 
 def transcript(value: str, name: str) -> list[schema.Turn] | None:
@@ -133,14 +127,25 @@ def _plain(value: Any) -> Any:
 
 
 def _call(call: Any) -> Any:
-    """Return a tool call whose arguments are a mapping, which templates expect; OpenAI's are JSON text."""
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowRejectedError("'tool_calls' has a call without the function's 'name'")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            function = {**function, "arguments": json.loads(arguments)}
-        except ValueError as error:
-            raise RowRejectedError("'tool_calls' has 'arguments' that are not JSON") from error
-    return {**call, "function": function} if "function" in call else {"type": "function", "function": function}
+    """Return a tool call whose arguments are a mapping, which templates expect; OpenAI's are JSON text, or missing."""
+    found = _function(call, "'tool_calls'")
+    arguments = _parsed(found["function"].get("arguments"), "'tool_calls' has 'arguments' that are")
+    return {**found, "function": {**found["function"], "arguments": {} if arguments is None else arguments}}
+
+
+def _function(value: Any, name: str) -> Any:
+    """Return a tool or a call of one with its function below ``function``, where templates look for it."""
+    found = value if isinstance(value, Mapping) and "function" in value else {"type": "function", "function": value}
+    if not isinstance(found["function"], Mapping) or not isinstance(found["function"].get("name"), str):
+        raise RowRejectedError(f"{name} has a function without a 'name'")
+    return found
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """Return the value of JSON text; other values are returned as they are, blank text as null."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise RowRejectedError(f"{what} not JSON") from error

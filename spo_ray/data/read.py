@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def raw_rows(data: Location, split: str) -> Iterator[Raw]:
     start = 0
     for file in _files(data.path, split):
         last = -1
-        for raw in READERS[_format(file)](file):
+        for raw in READERS[_plain(file).suffix](file):
             last = raw.number
             yield raw._replace(number=start + last, excerpt=f"{file.name}:{last + 1}: {raw.excerpt}")
         start += last + 1
@@ -119,11 +120,11 @@ def _files(path: Path, split: str) -> list[Path]:
             raise UserError(f"{path} is no data file: data.path takes {', '.join(DATA_FILES)}")
         return [path]
     names = [pattern.format(split, end) for end in DATA_FILES for pattern in ("{}{}", "{}-*{}", "data/{}-*{}")]
-    files = [file for name in names for file in sorted(path.glob(name))] if path.is_dir() else []
-    kinds = {(file.parent, _format(file)): file for file in reversed(files)}
-    if len(kinds) > 1:
-        one, other = sorted(str(file) for file in kinds.values())[:2]
-        raise UserError(f"{one} and {other} may hold the same rows: name one of them in data.path, or move the other")
+    files = sorted(file for name in names for file in path.glob(name)) if path.is_dir() else []
+    for one, other in pairwise(files):
+        alike = one.parent == other.parent and _plain(one).suffix == _plain(other).suffix
+        if not alike or _plain(one) == _plain(other):
+            raise UserError(f"{one} and {other} may hold the same rows: name one in data.path, or move the other")
     if files:
         return files
     raise UserError(
@@ -132,9 +133,9 @@ def _files(path: Path, split: str) -> list[Path]:
     )
 
 
-def _format(file: Path) -> str:
-    """Return the ending of a file's name, without that of a compression."""
-    return Path(file.name.removesuffix(".gz").removesuffix(".zst")).suffix
+def _plain(file: Path) -> Path:
+    """Return a file's name without the ending of a compression."""
+    return file.with_suffix("") if file.suffix in (".gz", ".zst") else file
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:

@@ -91,7 +91,7 @@ def test_columns_of_other_names():
 
 
 @pytest.mark.parametrize("arguments", [{"a": 2, "b": None}, '{"a": 2}'])
-@pytest.mark.parametrize("tools", [[ADD], [ADD["function"]], json.dumps([ADD["function"]])])
+@pytest.mark.parametrize("tools", [[ADD], [json.dumps(ADD)], json.dumps([ADD["function"]])])
 def test_tools_and_their_calls(arguments, tools):
     """Arguments become mappings, without the nulls that Arrow adds; bare functions get their wrapper."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
@@ -139,8 +139,9 @@ def test_a_random_completion_that_scores_lower():
          "'score_chosen' is not above 'score_rejected'"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 1, "rejected-rating": 5}, "not above"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "add"}, "'tools' is not JSON"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "'tools' has a function without a 'name'"),
         ({"prompt": [ASK, {"role": "assistant", "tool_calls": [{"id": 1}]}], "chosen": "a", "rejected": "b"},
-         "without the function's 'name'"),
+         "'tool_calls' has a function without a 'name'"),
         ({"chosen": [ASK, GOOD], "rejected": [MORE, BAD]}, "different prompts"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "no 'prompt'"),
         ({"prompt": "p", "chosen": [], "rejected": []}, "no list of messages"),
