@@ -17,7 +17,7 @@ from spo_ray.runtime import schema
 NAMES = {
     "prompt": ("prompt", "instruction", "conversations", "messages"),
     "chosen": ("chosen", "preferred_output"),
-    "rejected": ("rejected", "non_preferred_output", "rejected_response"),
+    "rejected": ("rejected", "non_preferred_output", "rejected_messages", "rejected_response"),
     "system": ("system",),
     "tools": ("tools",),
     "completions": ("completions",),
@@ -30,7 +30,7 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
 )
 """Columns with the scores of the two sides."""
-READ = {*MEDIA, *(name for names in (*NAMES.values(), *SCORES) for name in names), "input"}
+READ = {*MEDIA, *(name for names in (*NAMES.values(), *SCORES) for name in names), "input", "history"}
 """All columns that are looked at."""
 
 
@@ -68,7 +68,7 @@ def preference(
         sides = [_side(found, row, name) for name in ("chosen", "rejected")]
     if len({isinstance(side, str) for side in sides}) > 1:
         raise RowRejectedError("'chosen' and 'rejected' are not both text, nor both messages")
-    opening = [] if found["prompt"] is None else messages(found["prompt"], "prompt")
+    opening = [] if found["prompt"] is None else [*_history(row), *messages(found["prompt"], "prompt")]
     answers: list[schema.Turn]
     if isinstance(sides[0], str):
         if not opening:
@@ -105,11 +105,25 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
         found[name] = next((value for value in values if value is not None), None)
     if isinstance(whole, str) and whole.strip() and isinstance(row.get("instruction"), str) and "prompt" not in columns:
         found["prompt"] = f"{row['instruction']}\n{whole}"  # as LLaMA-Factory joins them
-    if isinstance(row.get("rejected_response"), str) and found["chosen"] is None and row.get("messages"):
+    if found["chosen"] is None and found["rejected"] is not None and row.get("messages"):
         found["chosen"], found["prompt"] = row["messages"], None  # ms-swift: the messages end in the chosen answer
-        before = messages(row["messages"], "messages")[:-1]
-        found["rejected"] = [*before, {"role": "assistant", "content": row["rejected_response"]}]
+        if isinstance(found["rejected"], str):
+            before = messages(row["messages"], "messages")[:-1]
+            found["rejected"] = [*before, {"role": "assistant", "content": found["rejected"]}]
     return found
+
+
+def _history(row: Mapping[str, Any]) -> list[schema.Turn]:
+    """Return the messages of LLaMA-Factory's earlier turns, which are pairs of a question and its answer."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RowRejectedError("'history' is no list of pairs of a question and its answer")
+    roles: tuple[Any, ...] = ("user", "assistant")
+    return [
+        {"role": role, "content": text(said, "history")}
+        for pair in pairs
+        for role, said in zip(roles, pair, strict=True)
+    ]
 
 
 def _no_column(name: str, row: Mapping[str, Any]) -> str:

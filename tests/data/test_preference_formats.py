@@ -69,6 +69,9 @@ SCORED = [
         ({"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5"}, ([ASK], "4", "5")),
         ({"instruction": "2 +", "input": "2?", "chosen": "4", "rejected": "5"},
          ([{"role": "user", "content": "2 +\n2?"}], "4", "5")),
+        ({"instruction": "And 3 + 3?", "input": None, "history": [["2 + 2?", "4"]], "chosen": "4", "rejected": "5"},
+         (TURNS, "4", "5")),
+        ({"messages": [SYSTEM, ASK, GOOD], "rejected_messages": [SYSTEM, ASK, BAD]}, ([SYSTEM, ASK], "4", "5")),
         ({"input": {"messages": [SYSTEM, ASK]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
          ([SYSTEM, ASK], "4", "5")),
         ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]}],
@@ -138,6 +141,7 @@ def test_a_random_completion_that_scores_lower():
         ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 3.0},
          "'score_chosen' is not above 'score_rejected'"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 1, "rejected-rating": 5}, "not above"),
+        ({"prompt": "p", "history": ["ab"], "chosen": "a", "rejected": "b"}, "'history' is no list of pairs"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "add"}, "'tools' is not JSON"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "'tools' has a function without a 'name'"),
         ({"prompt": [ASK, {"role": "assistant", "tool_calls": [{"id": 1}]}], "chosen": "a", "rejected": "b"},
@@ -168,7 +172,7 @@ JSON = st.recursive(
     max_leaves=12,
 )
 KEYS = st.sampled_from(
-    ["prompt", "chosen", "rejected", "completions", "instruction", "system", "tools", "input", "messages"]
+    ["prompt", "chosen", "rejected", "completions", "instruction", "system", "tools", "input", "messages", "history"]
 )
 
 
