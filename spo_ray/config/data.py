@@ -1,6 +1,7 @@
 """Sections for data, sampling, teachers and preference pairs."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,11 @@ class FileData(Location):
     contamination_words: Annotated[int, Field(ge=3)] | None = None
     """Contamination check: quarantine training rows whose prompt shares so many consecutive words with a test prompt;
     None: no check."""
+
+    @property
+    def sources(self) -> "Sequence[Location]":
+        """All places that rows are read from."""
+        return [self]
 
 
 class QuestionFields(FileData):
@@ -107,7 +113,7 @@ class PreferenceData(FileData, PairSource):
     """Completion that loses against the best one, where a row has several with scores."""
 
     @property
-    def sources(self) -> "list[PairSource]":
+    def sources(self) -> "Sequence[PairSource]":
         """All sources of pairs."""
         return [self, *self.more]
 

@@ -103,8 +103,9 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
             raise RowRejectedError(f"no column {columns[name]!r}, which data.columns.{name} names")
         values = (row.get(key) for key in ([columns[name]] if name in columns else names))
         found[name] = next((value for value in values if value is not None), None)
-    if isinstance(whole, str) and whole.strip() and isinstance(row.get("instruction"), str) and "prompt" not in columns:
-        found["prompt"] = f"{row['instruction']}\n{whole}"  # as LLaMA-Factory joins them
+    instruction = row.get("instruction")
+    if isinstance(whole, str) and whole.strip() and instruction and found["prompt"] == instruction:
+        found["prompt"] = f"{instruction}\n{whole}"  # as LLaMA-Factory joins them
     if found["chosen"] is None and found["rejected"] is not None and row.get("messages"):
         found["chosen"], found["prompt"] = row["messages"], None  # ms-swift: the messages end in the chosen answer
         if isinstance(found["rejected"], str):
@@ -127,7 +128,7 @@ def _history(row: Mapping[str, Any]) -> list[schema.Turn]:
 
 
 def _no_column(name: str, row: Mapping[str, Any]) -> str:
-    others = sorted(key for key, value in row.items() if key not in READ and isinstance(value, str | list))
+    others = sorted(key for key, value in row.items() if key not in READ - {"input"} and isinstance(value, str | list))
     advice = f": set data.columns.{name} to one of {', '.join(map(repr, others))}" if others else ""
     return f"no column {name!r}{advice}"
 

@@ -204,8 +204,7 @@ def _places(data: Any, split: Split) -> list[tuple[Location, str]]:
     if not isinstance(data, FileData):
         return []
     train = split == "train" or _held_out_of_train(data)
-    places: Sequence[Location] = data.sources if isinstance(data, PreferenceData) else [data]
-    return [(place, place.train_split if train else place.test_split) for place in places]
+    return [(place, place.train_split if train else place.test_split) for place in data.sources]
 
 
 def _weighted(groups: Sequence[list[Any]], weights: Sequence[float | None], seed: int) -> list[Any]:

@@ -51,7 +51,7 @@ class ChatTokenizer:
         self.arguments: dict[str, Any] = dict(template.template_arguments)
         if date := template.template_date:  # replaces the function by which templates ask for today's date
             self.arguments["strftime_now"] = date.strftime
-        self.words = re.findall(r"\w+", str(tokenizer.get_chat_template()))
+        self.words = set(re.findall(r"\w+", str(tokenizer.get_chat_template())))
         for argument in template.template_arguments:
             if argument not in self.words or argument in RESERVED:
                 raise UserError(f"model.template_arguments: {argument!r} is no setting of {name}'s chat template")

@@ -126,6 +126,7 @@ def test_a_random_completion_that_scores_lower():
         ({"prompt": "p", "chosen": "a", "rejected": 3}, "'rejected' is no text, and no list of messages"),
         ({"prompt": "p", "chosen": "a", "rejected": [BAD]}, "not both text"),
         ({"chosen": "A cherry.", "rejected": "A banana."}, "^no column 'prompt'$"),
+        ({"input": "q", "chosen": "A cherry.", "rejected": "A banana."}, "to one of 'input'$"),
         ({"system": "", "question": "q", "id": 7, "chosen": "A cherry.", "rejected": "A banana."},
          "^no column 'prompt': set data.columns.prompt to one of 'question'$"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",

@@ -378,7 +378,7 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     local.chat.tokenizer.chat_template = refuse + local.chat.tokenizer.chat_template
     first, second, third, fourth = local_replies(local, [*asked, unknown], settings)
     assert third.reason == "prompt longer than engine.max_model_len"
-    assert fourth.reason == "the chat template refuses the prompt: System role not supported"
+    assert fourth.reason == "the chat template refuses the messages: System role not supported"
     model, words = load_model(toy_base).eval(), [chat.tokenizer.convert_tokens_to_ids(i) for i in ("First", "2")]
     for reply, turns in zip((first, second), asked, strict=False):
         ids = torch.tensor([chat.prompt_ids(turns)])
