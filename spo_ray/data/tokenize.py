@@ -84,7 +84,7 @@ def _tokenise(
             )
 
     settings = {"max_length": limit, "template": config.template_settings, "every_turn": every}
-    bound = source.max_rows
+    bound = None if every else source.max_rows  # only reading the rows tells how many turns they have
     work = Work(bound, times(bound, rows_per_input), cpus=1, note=f"token ids, up to {limit} a row")
     return run.execute(Stage(name, build, settings, {"rows": source, "model": model}, work, resumable=True))
 
