@@ -128,28 +128,29 @@ class ChatTokenizer:
         return all(whole[: len(ids)] != ids for ids in parts)
 
     def check_opening(self) -> None:
-        """Raise a UserError if the template writes something else before answers than at the end of prompts.
-
-        Not if ``model.answer_prefix`` is set: then that is what shall stand there.
-        """
-        if any(self.opening) and self.template.answer_prefix is None:
-            raise UserError(self.advice())
+        """Raise a UserError if there is :meth:`advice` on what to set."""
+        if advice := self.advice():
+            raise UserError(advice)
 
     def advice(self) -> str:
-        """Return what to set so that prompts end as the template begins answers; empty if they agree."""
-        if not any(self.opening):
+        """Return what to set so that prompts end as the template begins answers; empty if they do.
+
+        It is empty too if ``model.answer_prefix`` is set: then that is what shall stand there.
+        """
+        if not any(self.opening) or self.template.answer_prefix is not None:
             return ""
         prompt, conversation = self.opening
         differ = f"the chat template ends prompts in {prompt!r} and " if prompt else "the chat template "
         differ += f"writes {conversation!r} between a prompt and its answer" if conversation else "leaves that out"
+        otherwise = "or model.answer_prefix to '' if your answers bring it along"
         found = re.findall(r"(\w+) is (?:not )?defined", str(self.tokenizer.get_chat_template()))
         for name in dict.fromkeys(found):
             for value in (False, True):
                 if self._agrees_with(name, value):
                     setting = f"{{{name}: {str(value).lower()}}}"
-                    return f"{differ}: set model.template_arguments to {setting}, or model.answer_prefix"
+                    return f"{differ}: set model.template_arguments to {setting}, {otherwise}"
         text = f"to {conversation!r}" if conversation else "to the text that ends it"
-        return f"{differ}: set model.answer_prefix {text}, or to '' if your answers bring it along"
+        return f"{differ}: set model.answer_prefix {text}, {otherwise}"
 
     def has_markup(self, text: str) -> bool:
         """Return True if text contains special tokens, such as the end of a turn, before its last token."""

@@ -35,13 +35,13 @@ SETTINGS = {
 """What the others need for answers without reasoning."""
 ADVICE = {
     "qwen3": "the chat template writes '<think>\\n\\n</think>\\n\\n' between a prompt and its answer: set "
-    "model.template_arguments to {enable_thinking: false}, or model.answer_prefix",
+    "model.template_arguments to {enable_thinking: false}, or model.answer_prefix to '' if your answers bring it along",
     "gptoss": "the chat template writes '<|channel|>final<|message|>' between a prompt and its answer: set "
-    "model.answer_prefix to '<|channel|>final<|message|>', or to '' if your answers bring it along",
+    "model.answer_prefix to '<|channel|>final<|message|>', or model.answer_prefix to '' if your answers bring it along",
     "glm4moe": "the chat template writes '\\n<think></think>\\n' between a prompt and its answer: set "
-    "model.answer_prefix to '\\n<think></think>\\n', or to '' if your answers bring it along",
+    "model.answer_prefix to '\\n<think></think>\\n', or model.answer_prefix to '' if your answers bring it along",
     "deepseek_r1_distill": "the chat template ends prompts in '<think>\\n' and leaves that out: set "
-    "model.answer_prefix to the text that ends it, or to '' if your answers bring it along",
+    "model.answer_prefix to the text that ends it, or model.answer_prefix to '' if your answers bring it along",
 }
 ENDS = {
     "qwen2_5": "<|im_end|>",
@@ -96,7 +96,7 @@ def test_what_to_set(published, name):
         return
     with pytest.raises(UserError, match=re.escape(ADVICE[name])):
         chat.check_opening()
-    published(name, answer_prefix="").check_opening()  # the answers bring it along
+    assert not published(name, answer_prefix="").advice()  # the answers bring it along
     assert not chat.is_changed_by_template("How many?", "Four.")  # the answer itself stays as it is
 
 
