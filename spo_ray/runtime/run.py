@@ -41,6 +41,7 @@ from spo_ray.runtime.artifact import (
     write_rows,
 )
 from spo_ray.runtime.console import log
+from spo_ray.runtime.first_start import dated, keep_date
 
 STARTED = "started.json"
 """File in an unfinished stage that can be resumed, with its digest."""
@@ -130,8 +131,8 @@ class Run:
     mode: Literal["execute", "plan", "read"] = "execute"
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         self.root = (config.output / config.name).absolute()
+        self.config = dated(config, self.root)
         self.names: dict[str, str] = {}
         """Names of the opened stages by digest."""
         self.planned: list[PlannedStage] = []
@@ -169,6 +170,7 @@ class Run:
             text = f"another process is working in {self.root}: wait for it, or set another name="
             raise UserError(text) from error
         with held:
+            keep_date(self.config, self.root)
             yield
 
     def execute(self, stage: Stage) -> Artifact:
