@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class ConfigModel(BaseModel):
@@ -26,3 +26,9 @@ def is_secret(name: str) -> bool:
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem of data that was read, with its place, as one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join([*(str(part) for part in first["loc"]), first["msg"]])

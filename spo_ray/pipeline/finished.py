@@ -14,20 +14,25 @@ from spo_ray.pipeline.job import run_job
 from spo_ray.pipeline.sweep_job import run_sweep
 from spo_ray.report.finished import Finished, Trials
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.run import FinishedRun, Run
+from spo_ray.runtime.finished_run import FinishedRun
+from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import ROW, rows_of
 
 CONFIG = "config.json"
 
 
-def read_finished(folder: Path) -> Finished:
+def read_finished(folder: Path, *, verify: bool = False) -> Finished:
     """Return the results of a finished run or sweep; computes nothing and starts no cluster.
 
+    ``verify`` compares the contents of files too, see :class:`spo_ray.runtime.run.Run`.
+
     Raises:
-        UserError: the folder is missing or no run's, the run is unfinished, or something in it leads out of it.
+        UserError: the folder is missing or no run's, the run is unfinished or damaged, or something in it leads out of
+            it.
     """
     tree = _read(folder)
-    own, found = Run(_validated(folder, tree)), FinishedRun(_validated(folder, _unbuilt(tree)), folder)
+    own = Run(_validated(folder, tree), verify=verify)
+    found = FinishedRun(_validated(folder, _unbuilt(tree)), folder, verify=verify)
     own.root = found.root  # the folder may have been moved: the configuration's output and name are not used
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
@@ -91,7 +96,7 @@ def _read(folder: Path) -> Any:
         raise UserError(f"{folder} is no run's folder: it has no {CONFIG}")
     try:
         return json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG} can't be read: {error}") from error
 
 

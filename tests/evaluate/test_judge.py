@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig
 from spo_ray.errors import UserError
 from spo_ray.evaluate import alpaca
-from spo_ray.evaluate.judge import Reply, fill, read_template, read_verdict
+from spo_ray.evaluate.judge import Cache, Reply, fill, read_template, read_verdict
 from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, write_rows
@@ -167,25 +169,77 @@ def test_a_judge_that_fails_in_every_way(in_root, tmp_path):
     assert (facts["facts"]["requests"], facts["facts"]["cached"]) == (5, COUNT - 5)
 
 
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b'{"choices": [{"message": {"content": ["m"]}}]}',
-        b'{"choices": [{"message": {"content": "m"}, "logprobs": {"content": [{"token": "m", "top_logprobs": 3}]}}]}',
-        b'{"choices": []}',
-        b"{}",
-        b'"m"',
-        b"",
-    ],
-)
-def test_nonsense_costs_one_verdict_and_is_not_kept(nonsense, in_root, tmp_path):
+def reply(content='"m"', logprob=None, prompt_tokens="1"):
+    top = f'{{"content": [{{"token": "m", "top_logprobs": [{{"token": "m", "logprob": {logprob}}}]}}]}}'
+    choices = f'[{{"message": {{"content": {content}}}, "logprobs": {top if logprob else "null"}}}]'
+    return f'{{"choices": {choices}, "usage": {{"prompt_tokens": {prompt_tokens}, "completion_tokens": 1}}}}'.encode()
+
+
+NONSENSE = [
+    *(b'{"choices": []}', b"{}", b'"m"', b"", b"[" * 100_000, reply('["m"]'), reply("{}"), reply("3")),
+    b'{"choices": [{"message": {"content": "m"}, "logprobs": {"content": [{"token": "m", "top_logprobs": 3}]}}]}',
+    b'{"choices": ' + b'[{"a":' * 5_000 + b"1" + b"}]" * 5_000 + b"}",
+    *(reply(prompt_tokens=tokens) for tokens in ("NaN", "1e300", "-5", '"12"', "9" * 5000)),
+    *(reply(logprob=value) for value in ("NaN", "Infinity", "3.0", '"x"')),
+]
+
+
+def test_nonsense_costs_one_verdict_each_and_is_not_kept(in_root, tmp_path):
     with Judge() as judge:
-        judge.trouble = {"3": [nonsense]}
-        artifact = judged(tmp_path, annotator(judge.url))
-        assert [key for key, value in preferences(artifact).items() if value is None] == ["003"]
+        judge.trouble = {str(i): [nonsense] for i, nonsense in enumerate(NONSENSE)}
+        artifact = judged(tmp_path, annotator(judge.url), max_unjudged=0.9)
+        lost = {row["id"]: row["reason"] for row in artifact.rows() if row["preference"] is None}
+        assert list(lost) == [f"{i:03d}" for i in range(len(NONSENSE))]
+        assert {reason.partition(":")[0] for reason in lost.values()} == {"InvalidResponseError"}
         again = judged(tmp_path, annotator(judge.url), max_unjudged=0.01)
-        assert preferences(again)["003"] == pytest.approx(1.9)
-        assert len(judge.requests) == COUNT + 1
+        assert set(preferences(again).values()) == {pytest.approx(1.9)}
+        assert len(judge.requests) == COUNT + len(NONSENSE)
+
+
+def test_text_that_no_file_can_hold_is_mended_before_it_is_kept(in_root, tmp_path):
+    with Judge(logprobs=False) as judge:
+        judge.trouble = {"3": ["because \ud800\nM"]}
+        for _ in range(2):  # the second time from the cache
+            artifact = judged(tmp_path, annotator(judge.url, verdict="discrete", max_tokens=9), max_unjudged=0.2)
+            rows = {row["id"]: row for row in artifact.rows()}
+            assert rows["003"]["verdicts"] == ["because \ufffd\nM"]
+            (tmp_path / "runs" / "quickstart" / "judged_spo@j" / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("broken", ["no database", "folder", "other columns", "cut"])
+def test_a_broken_cache_is_moved_aside(in_root, tmp_path, broken, caplog):
+    file = tmp_path / "cache.sqlite"
+    if broken == "folder":
+        file.mkdir()
+    elif broken == "other columns":
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE said (question TEXT)")
+    else:
+        cache = Cache(file)
+        cache.database.execute("BEGIN")
+        for i in range(999):
+            cache.put(f"{i}", Reply("m" * 99, None))
+        cache.database.execute("COMMIT")
+        cache.close()
+        content = file.read_bytes()
+        file.write_bytes(b"x" * 5000 if broken == "no database" else content[:20_000] + bytes(len(content) - 20_000))
+    cache = Cache(file)
+    assert cache.get("1") is None
+    cache.put("1", Reply("M", (-0.1, -math.inf), (3, 1)))
+    cache.close()
+    again = Cache(file)
+    assert again.get("1") == Reply("M", (-0.1, -math.inf), (3, 1))
+    again.close()
+    assert caplog.messages == [f"{file} is no cache of judgements, or is damaged: it is now cache.sqlite.broken-1"]
+    assert file.with_name("cache.sqlite.broken-1").exists()
+
+
+@pytest.mark.parametrize("value", ['["m", [NaN, -1], [1, 1]]', '["\\ud800", null, [1, 1]]', "[", '{"text": "m"}', "[]"])
+def test_what_is_no_reply_in_the_cache_is_asked_for_again(tmp_path, value):
+    cache = Cache(tmp_path / "cache.sqlite")
+    cache.database.execute("INSERT INTO said VALUES ('1', ?)", (value,))
+    assert cache.get("1") is None
+    cache.close()
 
 
 def test_one_refused_request_does_not_end_log_probabilities(in_root, tmp_path):
