@@ -49,7 +49,7 @@ class Artifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Content of the stage's ``manifest.json``; a UserError if it is missing or can't be read."""
+        """Content of the stage's ``manifest.json``; a UserError if there is none, or none that can be read."""
         found = read_manifest(self.path)
         if found is None:
             raise UnreadableError(f"{self.path / MANIFEST} is missing")
