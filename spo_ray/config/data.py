@@ -20,11 +20,11 @@ class ToyData(ConfigModel):
     """Questions held out for evaluation."""
 
 
-class FileData(ConfigModel):
-    """Fields of data from files or from the Hugging Face hub."""
+class Location(ConfigModel):
+    """Place of data: files, or a dataset on the Hugging Face hub."""
 
     path: Path
-    """Folder with ``SPLIT.jsonl`` or Parquet files, one such file, or the name of a dataset on the hub."""
+    """Folder with ``SPLIT.jsonl``, JSON or Parquet files, one such file, or the name of a dataset on the hub."""
     subset: str | None = None
     """Configuration of a hub dataset, such as GSM8K's ``main``."""
     revision: str = "main"
@@ -33,6 +33,11 @@ class FileData(ConfigModel):
     """Split to train on."""
     test_split: str = "test"
     """Split held out for evaluation."""
+
+
+class FileData(Location):
+    """Fields of data from files or from the Hugging Face hub."""
+
     contamination_words: Annotated[int, Field(ge=3)] | None = None
     """Contamination check: quarantine training rows whose prompt shares so many consecutive words with a test prompt;
     None: no check."""
@@ -76,10 +81,22 @@ class QuestionData(QuestionFields):
     """Verifier that grades responses: a name in :mod:`spo_ray.data.verifiers`, or ``package.module:Class``."""
 
 
-class PreferenceData(FileData):
+class PairSource(Location):
+    """One source of preference pairs."""
+
+    columns: dict[Literal["prompt", "chosen", "rejected", "system", "tools", "completions"], str] = {}
+    """Columns of the data that have other names, such as ``prompt: question``."""
+    weight: PositiveFloat | None = None
+    """Share of this source among several, relative to the others: as many random pairs are taken as the smallest
+    allows. None: all of its pairs."""
+
+
+class PreferenceData(FileData, PairSource):
     """Ready preference pairs, in any format of :mod:`spo_ray.data.preference_formats`."""
 
     type: Literal["preference"] = "preference"
+    more: list[PairSource] = []
+    """Further sources, whose pairs are trained on together with those of ``path``."""
     train_pairs: PositiveInt | None = None
     """Random pairs to train on; None: all that are not held out."""
     test_pairs: PositiveInt = 100
@@ -88,6 +105,18 @@ class PreferenceData(FileData):
     """Source of the held-out pairs: random prompts of the training split, or rows of the test split."""
     rejected: Literal["worst", "random"] = "worst"
     """Completion that loses against the best one, where a row has several with scores."""
+
+    @property
+    def sources(self) -> "list[PairSource]":
+        """All sources of pairs."""
+        return [self, *self.more]
+
+    @model_validator(mode="after")
+    def _weights_agree(self) -> "PreferenceData":
+        weights = [source.weight for source in self.sources]
+        if any(weights) and (not all(weights) or not self.more):
+            raise ValueError("weight is relative: set it for data and for each of data.more, or for none of them")
+        return self
 
 
 DataConfig = Annotated[ToyData | QuestionData | Gsm8kData | PreferenceData, Field(discriminator="type")]
@@ -238,6 +267,6 @@ class PairsConfig(ConfigModel):
     """Choice of wrong samples: any; the most probable; the most similar to the chosen response; or the longest common
     beginning with it."""
     dedup: Literal["none", "exact", "normalised", "near"] = "exact"
-    """Drop duplicate pairs: none; equal text; equal but for case, punctuation and spaces; or similar text (MinHash)."""
+    """Drop duplicate pairs: none; equal text; equal but for case and white space; or similar text (MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Largest ratio of the two sides' lengths in characters; None: no limit."""

@@ -31,6 +31,9 @@ class SftConfig(GroupConfig):
     """Peak learning rate."""
     epochs: PositiveInt = 3
     """Passes over the SFT set."""
+    loss_on: Literal["last", "every_assistant_turn"] = "last"
+    """Messages of a conversation that are learned: the answer, or each of the assistant's, as a row of its own.
+    Preference methods compare the answers alone: what stands before is the same on both sides."""
     batch_size: PositiveInt = 8
     """Rows per step, over all workers."""
 

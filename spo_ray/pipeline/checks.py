@@ -34,7 +34,7 @@ def preflight(config: Config) -> None:
     if not is_hub_id and not (path / "config.json").is_file():
         raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
     try:
-        ChatTokenizer.load(name, config.model.chat_template)
+        ChatTokenizer.load(name, config.model).check_opening()
     except UserError:
         raise
     except Exception as error:  # missing files, but also any mistake in a chat template

@@ -64,7 +64,7 @@ def execute(job: Callable[[Run], Any], config: Config, until: Part = "report", *
     if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
         warn("job", "output is relative to the submitted job's own folder: set output=/some/shared/folder")
     with run.locked(), recorded(run):
-        write_json(run.root / "config.json", config.model_dump(mode="json"))
+        write_json(run.root / "config.json", run.config.model_dump(mode="json"))
         job(run)
     log("job", f"{until} finished; results in {place(run.root)}")
 

@@ -30,7 +30,7 @@ REJECTED = "rejected.parquet"
 REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
 """File with the metrics of a training stage, one JSON line for each step."""
-DATA_FILES = (".jsonl", ".parquet")
+DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
 """Suffixes of files with rows."""
 REASONS_TOLD = 3
 """Number of reasons for dropped rows that an error lists."""
@@ -157,7 +157,7 @@ class RowCounts:
 
 def on_hub(path: Path) -> bool:
     """Return True if a path can be ``organisation/name`` on the hub: no local file or folder has that name."""
-    if path.suffix in DATA_FILES or path.is_absolute():
+    if path.name.endswith(DATA_FILES) or path.is_absolute():
         return False
     return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
 

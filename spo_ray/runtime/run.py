@@ -42,6 +42,7 @@ from spo_ray.runtime.artifact import (
     write_rows,
 )
 from spo_ray.runtime.console import log
+from spo_ray.runtime.first_start import dated, keep_date
 from spo_ray.runtime.manifest import (
     MANIFEST,
     Identified,
@@ -149,10 +150,10 @@ class Run:
     mode: Literal["execute", "plan", "read"] = "execute"
 
     def __init__(self, config: Config, *, verify: bool = False) -> None:
-        self.config = config
         self.verify = verify
         """Compare the contents of finished stages' files too, not only names, sizes and numbers of rows."""
         self.root = (config.output / config.name).absolute()
+        self.config = dated(config, self.root)
         self.names: dict[str, str] = {}
         """Names of the opened stages by digest."""
         self.planned: list[PlannedStage] = []
@@ -195,6 +196,7 @@ class Run:
             text = f"another process is working in {self.root}: wait for it, or set another name="
             raise UserError(text) from error
         with held:
+            keep_date(self.config, self.root)
             yield
 
     def execute(self, stage: Stage) -> Artifact:

@@ -40,7 +40,7 @@ Parameters = Mapping[str, Tensor]
 
 def run_job(job: TrainJob, rank: Distributed, checkpointer: Checkpointer, table_of: TableOf) -> None:
     """Run one training; writes a merged checkpoint, ``log.jsonl`` and ``result.json``. Collective."""
-    chat = ChatTokenizer.load(job.model, job.config.model.chat_template)
+    chat = ChatTokenizer.load(job.model, job.config.model)
     measure = Measure(load_policy(job, rank), chat, job.config.train, rank)
     run = run_sft if job.method is None else run_preference
     result = run(job, measure, checkpointer, table_of)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig
+from spo_ray.config.model import OWN_TEMPLATE
 from spo_ray.errors import UserError
 from spo_ray.evaluate import alpaca
 from spo_ray.evaluate.judge import Cache, Reply, fill, read_template, read_verdict
@@ -423,7 +424,7 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     from spo_ray.model.load import load_model
 
     engine = EngineConfig(type="transformers", max_model_len=128)
-    local = LocalAnswers("transformers", str(toy_base), engine, None)
+    local = LocalAnswers("transformers", str(toy_base), engine, OWN_TEMPLATE)
     settings = AnnotatorConfig(name="j", model="toy", engine=engine, identifiers=("First", "2"))
     asked = [[{"role": "user", "content": text}] for text in ("How many?", "Ada owns 2 pens.", "pens " * 200)]
     unknown = [{"role": "system", "content": "Be brief."}, *asked[0]]
