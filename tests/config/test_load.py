@@ -185,8 +185,9 @@ def test_every_number_is_finite_and_in_range():
             set_key(changed, key, value)
             with pytest.raises(ValidationError):
                 Config.model_validate(changed)
-    for override, told in (("sft.lr=.inf", r"sft\.lr: .*must be finite"), ("train.timeout_s=1e8", "less than or equal to 10000000")):
-        with pytest.raises(UserError, match=told):
+    told = {"sft.lr=.inf": r"sft\.lr: .*must be finite", "train.timeout_s=1e8": "less than or equal to 10000000"}
+    for override, message in told.items():
+        with pytest.raises(UserError, match=message):
             load(QUICKSTART, [override])
     with pytest.raises(UserError, match=r"methods\.spo\.lambda_sft: .*numbers must be finite and at most 1e\+12"):
         load(QUICKSTART, ["methods.spo.lambda_sft=1e300"])
