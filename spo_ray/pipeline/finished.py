@@ -41,7 +41,11 @@ def read_finished(folder: Path, *, verify: bool = False) -> Finished:
     if found.config.sweep is None:
         raise UserError(f"{found.root} has a sweep's results.csv, but its {CONFIG} has no section sweep")
     for path in (found.root / "trials").glob(f"*/{ROW}"):
-        if json.loads(path.read_text())["trial"] != path.parent.name or not path.resolve().is_relative_to(found.root):
+        try:
+            name = json.loads(path.read_text())["trial"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} can't be read ({type(error).__name__}): run the sweep again") from error
+        if name != path.parent.name or not path.resolve().is_relative_to(found.root):
             raise UserError(f"{path} leads out of its folder: it is not followed")
     sweep = run_sweep(found)
     trials = Trials(sweep.trials, rows_of(sweep.trials), sweep.best)
