@@ -195,16 +195,6 @@ def test_nonsense_costs_one_verdict_each_and_is_not_kept(in_root, tmp_path):
         assert len(judge.requests) == COUNT + len(NONSENSE)
 
 
-def test_text_that_no_file_can_hold_is_mended_before_it_is_kept(in_root, tmp_path):
-    with Judge(logprobs=False) as judge:
-        judge.trouble = {"3": ["because \ud800\nM"]}
-        for _ in range(2):  # the second time from the cache
-            artifact = judged(tmp_path, annotator(judge.url, verdict="discrete", max_tokens=9), max_unjudged=0.2)
-            rows = {row["id"]: row for row in artifact.rows()}
-            assert rows["003"]["verdicts"] == ["because \ufffd\nM"]
-            (tmp_path / "runs" / "quickstart" / "judged_spo@j" / "manifest.json").unlink()
-
-
 def test_one_refused_request_does_not_end_log_probabilities(in_root, tmp_path):
     with Judge() as judge:
         judge.trouble = {str(COUNT - 1): [400]}

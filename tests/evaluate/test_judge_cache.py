@@ -1,4 +1,4 @@
-"""The cache of judges' replies, when its file is not what it should be."""
+"""The cache of judges' replies, when a reply or its file is not what it should be."""
 
 import math
 import sqlite3
@@ -7,6 +7,8 @@ from contextlib import closing
 import pytest
 
 from spo_ray.evaluate.judge import Cache, Reply
+
+from .test_judge import Judge, annotator, judged
 
 
 @pytest.mark.parametrize("broken", ["no database", "folder", "other columns", "cut"])
@@ -43,3 +45,13 @@ def test_what_is_no_reply_in_the_cache_is_asked_for_again(tmp_path, value):
     cache.database.execute("INSERT INTO said VALUES ('1', ?)", (value,))
     assert cache.get("1") is None
     cache.close()
+
+
+def test_text_that_no_file_can_hold_is_mended_before_it_is_kept(in_root, tmp_path):
+    with Judge(logprobs=False) as judge:
+        judge.trouble = {"3": ["because \ud800\nM"]}
+        for _ in range(2):  # the second time from the cache
+            artifact = judged(tmp_path, annotator(judge.url, verdict="discrete", max_tokens=9), max_unjudged=0.2)
+            rows = {row["id"]: row for row in artifact.rows()}
+            assert rows["003"]["verdicts"] == ["because \ufffd\nM"]
+            (tmp_path / "runs" / "quickstart" / "judged_spo@j" / "manifest.json").unlink()
