@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import ConfigModel, Fraction
+from spo_ray.config.base import ConfigModel, Fraction, Seconds
 from spo_ray.config.train import Dtype
 
 
@@ -194,7 +194,7 @@ class EndpointConfig(ConfigModel):
     """Environment variable with the API key, of the process that starts the run; if it is unset, no key is sent."""
     concurrency: PositiveInt = 16
     """Requests at a time."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds until a request counts as failed."""
     retries: Annotated[int, Field(ge=0)] = 5
     """Retries after a failed, rate-limited or timed-out request."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from spo_ray.config.base import ConfigModel, Fraction
+from spo_ray.config.base import ConfigModel, Fraction, Seconds
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -132,7 +132,7 @@ class TrainConfig(ConfigModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_failures: NonNegativeInt = 3
     """Restarts from the newest checkpoint after lost workers or nodes."""
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Seconds = 1800.0
     """Seconds that a worker waits for the others until they count as lost."""
     memory_check: bool = True
     """Refuse a training whose memory estimate exceeds the worker's memory."""

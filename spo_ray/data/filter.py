@@ -71,7 +71,7 @@ def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tu
                 )
             drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
             kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
-            counts.read, counts.kept = len(table), len(kept)
+            counts.read = counts.kept = len(kept)  # the other part counts the others
             write_rows(out / "part-0.parquet", kept, kind)
 
         work = Work(source.max_rows, note=f"{what} for {'validation' if inside else 'training'}")

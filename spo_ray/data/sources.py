@@ -3,7 +3,8 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,16 +81,14 @@ def _questions(data: QuestionFields, split: Split, seed: int, counts: RowCounts)
     found: list[schema.Prompt] = []
     bare: list[str] = []
     for row_id, row, excerpt in _rows(data, split, counts):
-        question, answer = row.get(data.question_column), row.get(data.answer_column)
-        if isinstance(answer, int | float):
-            answer = str(answer)
-        defect = _defect(row, data, question, answer)
-        if not defect and answer is not None and verifier.accepts(answer):
-            found.append({"id": row_id, "prompt": data.prompt.replace("{question}", str(question)), "gold": answer})
-            continue
-        counts.reject(row_id, defect or "no gold answer", excerpt)
-        if answer is None or not defect:
-            bare.append(row_id)
+        try:
+            with whatever_is_wrong():
+                prompt, answer = _question(row, data, verifier)
+        except RowRejectedError as error:
+            counts.reject(row_id, str(error), excerpt)
+            bare += [row_id] if isinstance(error, _NoGoldError) else []
+        else:
+            found.append({"id": row_id, "prompt": prompt, "gold": answer})
     if bare and not data.skip_missing_gold:
         raise UserError(
             f"{data.path}: {len(bare)} questions without a gold answer ('#### N' or a number for GSM8K), first "
@@ -97,6 +96,37 @@ def _questions(data: QuestionFields, split: Split, seed: int, counts: RowCounts)
             "leave these rows out"
         )
     return found
+
+
+class _NoGoldError(RowRejectedError):
+    """A question has no gold answer, or none that its verifier takes."""
+
+
+@contextmanager
+def whatever_is_wrong() -> Generator[None]:
+    """Raise a RowRejectedError for any error while a row is read: a number of 400 digits must not end a run."""
+    try:
+        yield
+    except RowRejectedError:
+        raise
+    except Exception as error:
+        raise RowRejectedError(f"can't be read ({type(error).__name__})") from error
+
+
+def _question(row: dict[str, Any], data: QuestionFields, verifier: Any) -> tuple[str, str]:
+    """Return the prompt of a row and its gold answer.
+
+    Raises:
+        RowRejectedError: the row can't be used.
+    """
+    question, answer = row.get(data.question_column), row.get(data.answer_column)
+    if isinstance(answer, int | float):
+        answer = str(answer)
+    if defect := _defect(row, data, question, answer):
+        raise (_NoGoldError if answer is None else RowRejectedError)(defect)
+    if answer is None or not verifier.accepts(answer):
+        raise _NoGoldError("no gold answer")
+    return data.prompt.replace("{question}", str(question)), answer
 
 
 def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: Any) -> str | None:
@@ -117,28 +147,31 @@ def read_pair(raw: Raw, source: PairSource, data: PreferenceData, seed: int) -> 
     if raw.defect:
         raise RowRejectedError(raw.defect)
     columns: Any = source.columns
-    return preference(raw.row, rejected=data.rejected, seed=f"{seed}:{raw.name(PAIR)}", columns=columns)
+    with whatever_is_wrong():
+        return preference(raw.row, rejected=data.rejected, seed=f"{seed}:{raw.name(PAIR)}", columns=columns)
 
 
 def _preference(data: PreferenceData, split: Split, seed: int, counts: RowCounts) -> list[schema.Pair]:
     """Return the pairs of a split in random order; if one file split serves for both, the part that is asked for."""
+    shared = _held_out_of_train(data)
+    own = RowCounts() if shared and split == "test" else counts  # of a shared split, the training data lists the rest
     groups: list[list[Any]] = [[] for _ in data.sources]
     for number, raw in sourced_rows(data, split):
         row_id = raw.name(PAIR)
         try:
             pair = read_pair(raw, data.sources[number], data, seed)
         except RowRejectedError as error:
-            counts.reject(row_id, str(error), raw.excerpt)
+            own.reject(row_id, str(error), raw.excerpt)
             continue
         source = {"source_id": row_id, "chosen_source": "data", "rejected_source": "data"}
         groups[number].append({"id": row_id} | pair._asdict() | source)
     found = _weighted(groups, [source.weight for source in data.sources], seed)
-    counts.facts["left_out_by_weight"] = sum(map(len, groups)) - len(found)
+    own.facts["left_out_by_weight"] = sum(map(len, groups)) - len(found)
     random.Random(seed).shuffle(found)
-    if not _held_out_of_train(data):
+    if not shared:
         return found
     if len(found) <= data.test_pairs:
-        why = f"; {counts.why()}" if counts.rejected else ""
+        why = f"; {own.why()}" if own.rejected else ""
         raise UserError(
             f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out{why}"
         )
