@@ -160,7 +160,7 @@ class EndpointConfig(ConfigModel):
     concurrency: PositiveInt = 16
     """Requests at a time."""
     timeout_s: PositiveFloat = 600.0
-    """Seconds until a request counts as failed."""
+    """Seconds until a request counts as failed, from its first byte to the last one of the response."""
     retries: Annotated[int, Field(ge=0)] = 5
     """Retries after a failed, rate-limited or timed-out request."""
 

