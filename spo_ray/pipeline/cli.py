@@ -18,7 +18,7 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity, warn
+from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, set_verbosity, show, warn
 from spo_ray.runtime.failure import AGAIN, card_of, recorded
 from spo_ray.runtime.run import PlannedRun, Run
 
@@ -73,9 +73,9 @@ def show_plan(plan: PlannedRun, more: str = "") -> None:
     """
     from spo_ray.pipeline.plan import plan_text
 
-    print(plan_text(plan))
+    show(plan_text(plan))
     if more:
-        print(more)
+        show(more)
     if plan.problem:
         raise UserError(plan.problem)
 
@@ -164,7 +164,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         problem = str(error)
     with contextlib.redirect_stdout(sys.stderr), installed():  # stdout holds only the answer
         checks = examine(loaded, problem)
-    print(redact(as_json(checks) if json else table(checks)))
+    show(as_json(checks) if json else table(checks))
     return 0 if passed(checks) else 1
 
 
@@ -187,7 +187,7 @@ def inspect(
 
         from spo_ray.data.inspect import inspect_data
 
-        inspect_data(load(config, overrides), data, rows, Console())
+        inspect_data(load(config, overrides), data, rows, Console(markup=False))
 
     return guarded(work)
 
@@ -322,7 +322,7 @@ def gsm8k(file: Path) -> int:
         result, defects = score_gsm8k(file)
         print(json.dumps(result))
         for defect in defects:
-            print(f"left out, {defect}", file=sys.stderr)
+            show(f"left out, {defect}", error=True)
 
     return guarded(work)
 
@@ -347,12 +347,9 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
         unjudged = result.pop("unjudged")
         print(json.dumps(result))
         if unjudged:
-            print(f"{unjudged} records without a preference are left out", file=sys.stderr)
+            show(f"{unjudged} records without a preference are left out", error=True)
         if not result["lc_method"].endswith(lc):
-            print(
-                "the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1",
-                file=sys.stderr,
-            )
+            show("the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1", error=True)
 
     return guarded(work)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import redact
+from spo_ray.runtime.console import redact, visible
 from spo_ray.runtime.run import Run
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.+)')
@@ -86,7 +86,7 @@ def card_of(error: BaseException, stages: list[str] | None = None, details: str 
     message, notes = _from_data_task(chain)
     where = [note for link in chain for note in (*_rank(link), *getattr(link, "__notes__", []))] + notes
     return Card(
-        redact(message or ("" if expected else f"{type(cause).__name__}: ") + _first_lines(str(cause))),
+        redact(message or ("" if expected else f"{type(cause).__name__}: ") + _first_lines(visible(str(cause)))),
         list(stages or []),
         [redact(note) for note in dict.fromkeys(where)],
         [] if expected else [redact(line) for line in _code(chain)],
@@ -220,7 +220,7 @@ def recorded(run: Run) -> Generator[None]:
     except BaseException as error:
         state = "refused" if isinstance(error, UserError) else "failed" if isinstance(error, Exception) else "stopped"
         if state == "failed":
-            trace.write_text(redact("".join(traceback.format_exception(error))))
+            trace.write_text(visible(redact("".join(traceback.format_exception(error)))))
         card = card_of(error, run.under_way, str(trace) if state == "failed" else "")
         error.__dict__["card"] = card
         write(state=state, exit_code=EXIT_CODES[state], error=None if state == "stopped" else asdict(card))
