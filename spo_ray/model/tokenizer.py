@@ -4,6 +4,11 @@ A prompt is templated and tokenised; a completion is tokenised separately and en
 Therefore no token spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
 """
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +16,28 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spo_ray.errors import UserError
+from spo_ray.model import render_template
 
 Message = dict[str, str]
 _PROBE = "completion-boundary"
+CHECKED = "SPO_CHECKED_TEMPLATES"
+"""Environment variable with digests of the templates that were rendered within limits; child processes inherit it."""
+START_S = 120
+"""Seconds that a process may take to start and render a template on a busy machine."""
 
 
 class ChatTokenizer:
     """Wrapper of a Hugging Face tokenizer with the operations that training and sampling need.
 
     Raises:
-        UserError: the tokenizer has no chat template, or no end-of-turn token can be found.
+        UserError: the tokenizer has no chat template, or an unusable one, or no end-of-turn token can be found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or "the tokenizer"
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
+        check_template(tokenizer)
         self.tokenizer = tokenizer
         self.end_id = _end_of_turn(tokenizer)
         self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
@@ -80,6 +91,30 @@ class ChatTokenizer:
     def _encode(self, text: str) -> list[int]:
         # verbose=False: no warnings about long texts, which are dropped later
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def check_template(tokenizer: Any) -> None:
+    """Render two short chats in a process of its own, with limits of time and memory; once for each template.
+
+    Raises:
+        UserError: the template fails, or exceeds a limit.
+    """
+    turns = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
+    asked: dict[str, Any] = {"template": tokenizer.get_chat_template(), "special_tokens": tokenizer.special_tokens_map}
+    asked["chats"] = [(turns[:1], True), (turns, False)]
+    text = json.dumps(asked, default=str)
+    digest, known = hashlib.sha256(text.encode()).hexdigest()[:32], os.environ.get(CHECKED, "")
+    if digest in known.split(","):
+        return
+    command = [sys.executable, "-P", render_template.__file__]
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=START_S)
+        why = done.stdout.strip() if done.returncode == 0 else f"it takes more than {render_template.SECONDS} s"
+    except subprocess.TimeoutExpired:
+        why = f"it was not rendered in {START_S} s"
+    if why:
+        raise UserError(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} can't be used: {why}")
+    os.environ[CHECKED] = f"{known},{digest}" if known else digest
 
 
 def _messages(prompt: str | Sequence[Message]) -> list[Message]:

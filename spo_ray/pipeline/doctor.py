@@ -16,7 +16,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from spo_ray.config.schema import Config
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.runtime.artifact import on_hub, versions
 from spo_ray.runtime.console import redact
 from spo_ray.runtime.run import PlannedRun
@@ -269,7 +269,7 @@ def cluster(config: Config, plan: PlannedRun) -> Checks:
         yield result("cluster", str(error), "ray start --head, or the address of your cluster")
         return
     except Exception as error:  # such as Ray's refusal of another version of Ray or Python
-        found = f"{address} can't be joined: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        found = f"{address} can't be joined: {type(error).__name__}: {first_line(error)}"
         yield result("cluster", found, "install the same Ray and Python there as here: make setup")
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
