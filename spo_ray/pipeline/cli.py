@@ -19,8 +19,10 @@ from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
 from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, set_verbosity, show, warn
-from spo_ray.runtime.failure import AGAIN, card_of, recorded
+from spo_ray.runtime.failure import AGAIN, card_of
 from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.status import recorded, settle
+from spo_ray.runtime.supervisor import supervise
 
 quieten()  # before the importing program loads the libraries
 
@@ -101,8 +103,8 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
             LOGGER.error(f"stopped; {AGAIN}")
             return 130
         except Exception as error:
-            card = getattr(error, "card", None) or card_of(error)  # recorded() attaches one
-            LOGGER.error(card.text() if card.details else f"{traceback.format_exc()}\n{card.text()}")
+            card = getattr(error, "card", None)  # recorded() attaches one
+            LOGGER.error(card.text() if card else f"{traceback.format_exc()}\n{card_of(error).text()}")
             return 1
     return 0
 
@@ -354,6 +356,18 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
     return guarded(work)
 
 
+JOBS = ("run", "sweep", "evaluate")
+"""Commands that use Ray."""
+
+
 def main(*command: str) -> None:
     """Run a command line and exit with its code; ``command`` stands before the words that were typed."""
-    sys.exit(app([*command, *sys.argv[1:]]) or 0)
+    words = [*command, *sys.argv[1:]]
+    sys.exit(supervised(app, words) if words[:1] and words[0] in JOBS else app(words) or 0)
+
+
+def supervised(command: App, words: list[str]) -> int:
+    """Run a command that uses Ray in a child process, and return an exit code that agrees with ``status.json``."""
+    ending = supervise(lambda: command(words) or 0, verbose=bool({"-v", "--verbose"} & set(words)))
+    with installed(as_json="--log-json" in words):
+        return settle(ending)

@@ -13,9 +13,10 @@ from spo_ray.pipeline.cli import guarded
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_rows
 from spo_ray.runtime.console import redact
-from spo_ray.runtime.failure import STATUS, TRACEBACK, card_of, command_line, recorded
+from spo_ray.runtime.failure import card_of, command_line
 from spo_ray.runtime.map_rows import each_row, map_shards
 from spo_ray.runtime.run import Run, Stage
+from spo_ray.runtime.status import STATUS, TRACEBACK, recorded
 
 from ..helpers import small_config
 

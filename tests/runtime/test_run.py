@@ -11,8 +11,8 @@ import pytest
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import RowCounts, external, write_json, write_rows
-from spo_ray.runtime.failure import STATUS, recorded
 from spo_ray.runtime.run import Run, Stage, never_built
+from spo_ray.runtime.status import STATUS, recorded
 
 from ..helpers import small_config
 
