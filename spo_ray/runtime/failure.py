@@ -36,7 +36,7 @@ ADVICE = {
 }
 """What to try, by the error's class or a base class of it."""
 TOO_SLOW = "node timed out during startup"
-"""Part of Ray's message when a node took longer than its 30 seconds to start."""
+"""Part of Ray's message when a node took too long to start."""
 NO_SPACE = "No space left on device"
 
 
@@ -175,7 +175,7 @@ def _advice(cause: BaseException) -> str:
     if NO_SPACE in str(cause):
         return "free space on the disk; spo-ray plan shows how much a run takes"
     if TOO_SLOW in str(cause):
-        return "the machine is too busy to start Ray's processes in time: run the same command when it is quieter"
+        return "the machine is too busy: run the same command when it is quieter, or raise ray.start_timeout_s"
     kinds = (kind.__name__ for kind in type(cause).__mro__)
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), "")
 
