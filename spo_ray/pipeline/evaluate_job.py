@@ -16,6 +16,7 @@ from spo_ray.runtime.artifact import Artifact, external, on_hub, write_json
 from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.console import show
 from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.status import recorded
 
 
 def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None:
@@ -35,7 +36,7 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
     check_evaluation(config)
     plan, run = PlannedRun(config), Run(config)
     _evaluate(plan, artifacts)
-    with run.locked():
+    with run.locked(), recorded(run):
         run.planned = plan.planned
         found = _evaluate(run, artifacts)
         table = found.scores.rows()

@@ -17,6 +17,7 @@ from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_rows
 from spo_ray.runtime.console import log, progress
+from spo_ray.runtime.heartbeat import beating, watched
 
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[schema.Rejected]]
@@ -33,6 +34,8 @@ class Pool:
     gpus: float = 0.0
     most: int | None = None
     """Upper bound of actors that Ray Data may scale to; None: ``actors``."""
+    timeout_s: float | None = None
+    """Seconds after which an actor that works on one shard is ended and started again; None: no limit."""
 
 
 def each_row(function: Callable[[Row], list[Row]]) -> Mapper:
@@ -91,7 +94,8 @@ def map_shards(
     if every and len(shards) < len(every):
         log(name, f"{len(every) - len(shards)} of {len(every)} shards are there already")
     if shards:
-        task = {"mapper": mapper, "arguments": arguments, "out": out, "kind": kind}
+        task = {"name": name, "mapper": mapper, "arguments": arguments, "out": out, "kind": kind, "beats": watched()}
+        task["limit"] = pool.timeout_s if pool else None
         _run(name, shards, row_counts, pool, task)
     for file in sorted(out.glob(REJECTED_PARTS)):
         row_counts.rejected += pq.read_table(file).to_pylist()
@@ -125,10 +129,25 @@ def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None,
 class _MapAndWrite:
     """Reads the rows of a shard, maps them and writes the result."""
 
-    def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: Path, kind: Any) -> None:
-        self.mapper, self.out, self.kind = mapper(**arguments), out, kind
+    def __init__(
+        self,
+        name: str,
+        mapper: Callable[..., Mapper],
+        arguments: Row,
+        out: Path,
+        kind: Any,
+        beats: Path | None,
+        limit: float | None,
+    ) -> None:
+        self.out, self.kind, self.beat = out, kind, (beats, f"a process of {name}", limit)
+        with beating(*self.beat):
+            self.mapper = mapper(**arguments)
 
     def __call__(self, shard: Row) -> Row:
+        with beating(*self.beat):
+            return self._map(shard)
+
+    def _map(self, shard: Row) -> Row:
         table: list[Row] = []
         for piece in shard["pieces"]:
             table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()

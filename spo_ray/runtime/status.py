@@ -21,6 +21,7 @@ from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import write_text
 from spo_ray.runtime.console import LOGGER, log, place, redact, visible
 from spo_ray.runtime.failure import AGAIN, MAX_LOG_LINES, NO_SPACE, Card, card_of, command_line
+from spo_ray.runtime.heartbeat import BEATS, Watch
 from spo_ray.runtime.run import Run
 from spo_ray.runtime.supervisor import Ending, tell
 
@@ -66,7 +67,8 @@ def recorded(run: Run) -> Generator[None]:
     trace = run.root / TRACEBACK
     trace.unlink(missing_ok=True)
     try:
-        yield
+        with Watch(run.root / BEATS, lambda names: write(still=names)):
+            yield
     except BaseException as error:
         state = "refused" if isinstance(error, UserError) else "failed" if isinstance(error, Exception) else "stopped"
         details = ""

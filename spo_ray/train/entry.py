@@ -10,6 +10,7 @@ from ray.train import UserCallback
 from spo_ray.errors import TrainingError, UserError
 from spo_ray.runtime.console import redact
 from spo_ray.runtime.failure import cause_of
+from spo_ray.runtime.heartbeat import Heartbeat
 from spo_ray.train.spec import FAILURES, RESULT
 
 FATAL = (TrainingError, UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, ImportError)
@@ -52,6 +53,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from spo_ray.train.worker import run_job
 
     rank, retained = Distributed.current(), RetainedMemory()
+    Heartbeat(arguments["beats"], f"training worker {rank.index}")
     table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         if any(rank.gather([job.finished])):

@@ -26,6 +26,7 @@ from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
+from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.parallel import run_parallel
 from spo_ray.runtime.run import OpenStage, Run, Stage, Work, never_built, times
 from spo_ray.runtime.tracking import Trackers
@@ -202,7 +203,8 @@ def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_fi
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
     _log_memory(jobs, names, "cuda" if use_gpu else "cpu")
-    trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs, "from_files": from_files}, **options)
+    work = {"jobs": jobs, "from_files": from_files, "beats": watched()}
+    trainer = TorchTrainer(train_loop, train_loop_config=work, **options)
     try:
         with Follower(jobs, names, Trackers(run)):
             trainer.fit()
