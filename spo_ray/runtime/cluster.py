@@ -24,8 +24,8 @@ LOCAL_CPUS = 4
 """Minimum of logical CPUs of a local cluster: beside actors, Ray Data needs some for its tasks."""
 DATA_TASK_CPUS = 1.0
 """CPUs of Ray Data's tasks beside actors."""
-WAITS = ("RAY_raylet_start_wait_time_s", "RAY_gcs_server_port_wait_time_s")
-"""Environment variables of Ray's limits for the start of its processes, in seconds."""
+GCS_WAIT = "RAY_gcs_server_port_wait_time_s"
+"""Environment variable of Ray's limit for the start of its GCS, in seconds."""
 SLOW_START_S = 30.0
 """Seconds until the start of a local cluster is called slow."""
 REACH_S = 10.0
@@ -52,7 +52,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
             raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
     else:
         cpus = config.ray.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
-        _start(config.ray.start_timeout_s, num_cpus=cpus, include_dashboard=False, **quiet)
+        start_local(config.ray.start_timeout_s, num_cpus=cpus, include_dashboard=False, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -62,9 +62,13 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
 
-def _start(limit: float, **options: Any) -> None:
-    """Start a local cluster; on a busy machine that may take ``limit`` seconds instead of Ray's 30."""
-    os.environ.update(dict.fromkeys(WAITS, str(ceil(limit))))
+def start_local(limit: float, **options: Any) -> None:
+    """Start a local cluster; on a busy machine that may take ``limit`` seconds instead of Ray's 30.
+
+    Ray's raylet ends itself if another process is not there after 15 seconds, which no setting changes: it is tried
+    again and again.
+    """
+    os.environ.setdefault(GCS_WAIT, str(ceil(limit)))
     slow = f"the machine is busy: no cluster after {SLOW_START_S:g} s; waiting for ray.start_timeout_s={limit:g}"
     reminder = Timer(SLOW_START_S, warn, ("ray", slow))
     reminder.daemon = True

@@ -12,7 +12,7 @@ from spo_ray.runtime.console import Update, progress, warn
 from spo_ray.runtime.heartbeat import STILL_S
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import describe
-from spo_ray.train.spec import FAILURES, TrainJob
+from spo_ray.train.spec import CONTROLLER, FAILURES, TrainJob
 
 POLL_S = 1.0
 STILL_STEPS = 5
@@ -113,4 +113,5 @@ def _step(record: dict[str, Any]) -> str:
 def _failure(record: dict[str, Any]) -> str:
     rank, text = next(iter(record["errors"].items()))
     text = text.splitlines()[0][:200]
-    return f"worker {rank} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"
+    who = "the controller" if rank == CONTROLLER else f"worker {rank}"
+    return f"{who} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"
