@@ -163,4 +163,4 @@ def test_a_cluster_that_starts_too_slowly_is_waited_for(monkeypatch, caplog):
     failures, calls = [Exception(TOO_SLOW)] * 9, []
     with pytest.raises(Exception, match=TOO_SLOW):
         clusters.start_local(0.15, num_cpus=3)
-    assert len(calls) == 2
+    assert 1 <= len(calls) < 9
