@@ -193,7 +193,8 @@ class Cache:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # prompts and replies are for nobody else
         self.database = sqlite3.connect(path, timeout=60.0, check_same_thread=False, isolation_level=None)
         self.database.execute("CREATE TABLE IF NOT EXISTS said (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
 

@@ -129,7 +129,7 @@ class Watch:
 
     def __enter__(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a driver that was killed
-        self.folder.mkdir()
+        self.folder.mkdir(mode=0o700)
         report_to(self.folder)
         threading.Thread(target=self._watch, daemon=True).start()
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import write_text
+from spo_ray.runtime.artifact import write_json, write_text
 from spo_ray.runtime.console import LOGGER, log, place, redact, visible
 from spo_ray.runtime.failure import AGAIN, MAX_LOG_LINES, NO_SPACE, Card, card_of, command_line
 from spo_ray.runtime.heartbeat import BEATS, Watch
@@ -26,8 +26,8 @@ from spo_ray.runtime.run import Run
 from spo_ray.runtime.supervisor import Ending, tell
 
 STATUS = "status.json"
-STATUS_BYTES = 2**14
-"""Size of ``status.json``, filled with blanks: where the disk is full, its own bytes can still be written again."""
+RESERVE, RESERVED = ".reserve", 2**16
+"""File of so many bytes that is there while a run is: where the disk is full, it makes room for ``status.json``."""
 TRACEBACK = "traceback.txt"
 EXIT_CODES = {"finished": 0, "failed": 1, "refused": 2, "stopped": 130}
 
@@ -62,6 +62,8 @@ def recorded(run: Run) -> Generator[None]:
             write_status(file, status)
 
     before, run.changed = run.changed, write
+    with suppress(OSError):
+        write_text(run.root / RESERVE, "\n" * RESERVED)
     write()
     tell(status=str(file))
     trace = run.root / TRACEBACK
@@ -74,6 +76,7 @@ def recorded(run: Run) -> Generator[None]:
         details = ""
         if state == "failed":
             with suppress(OSError):  # the disk may be full
+                trace.touch(mode=0o600)
                 trace.write_text(visible(redact("".join(traceback.format_exception(error)))))
                 details = str(trace)
         card = card_of(error, run.under_way, details)
@@ -86,18 +89,17 @@ def recorded(run: Run) -> Generator[None]:
         write(state="finished", exit_code=0)
     finally:
         run.changed = before
+        (run.root / RESERVE).unlink(missing_ok=True)
 
 
 def write_status(file: Path, status: dict[str, Any]) -> None:
-    """Write ``status.json``, also to a full disk: then in place, in the blanks of the former one."""
-    text = json.dumps(status, indent=2, default=str)
-    if len(text) >= STATUS_BYTES:
-        text = json.dumps({key: value for key, value in status.items() if key != "error"}, default=str)
+    """Write ``status.json``, also to a full disk: then in the room of the reserve."""
     try:
-        write_text(file, f"{text:<{STATUS_BYTES - 1}}\n")
+        write_json(file, status)
     except OSError:
-        with suppress(OSError), file.open("r+b") as old:
-            old.write(f"{text:<{STATUS_BYTES - 1}}\n".encode())
+        with suppress(OSError):
+            file.with_name(RESERVE).unlink()
+            write_json(file, status)
 
 
 def read_status(file: Path) -> dict[str, Any]:
@@ -154,6 +156,7 @@ def settle(ending: Ending) -> int:
         status.update(state=state, exit_code=EXIT_CODES[state], updated=time.time())
         if begun:
             write_status(file, status)
+            file.with_name(RESERVE).unlink(missing_ok=True)
     _say(status, file.parent)
     return int(status["exit_code"])
 

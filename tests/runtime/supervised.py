@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from spo_ray.errors import UserError
@@ -43,7 +44,24 @@ def abort() -> None:
     ctypes.CDLL(None).abort()
 
 
-ENDS = {"finish": lambda: None, "wait": wait, "deaf": deaf, "refuse": refuse, "fail": fail, "abort": abort}
+def fill() -> None:
+    with Path(sys.argv[1], "filler").open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+        file.write(b"0")
+
+
+ENDS = {
+    "fill": fill,
+    "finish": lambda: None,
+    "wait": wait,
+    "deaf": deaf,
+    "refuse": refuse,
+    "fail": fail,
+    "abort": abort,
+}
 ENDS |= {"exit": lambda: os._exit(1), "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "late": lambda: None}
 
 

@@ -1,5 +1,6 @@
 """However a job's process ends: exit code, ``status.json``, last line and card agree."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,8 +8,7 @@ import sys
 import psutil
 import pytest
 
-from spo_ray.runtime import status
-from spo_ray.runtime.status import STATUS, is_alive, read_status, write_status
+from spo_ray.runtime.status import STATUS, is_alive, read_status
 
 from ..conftest import ROOT
 
@@ -100,15 +100,17 @@ def test_a_job_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     assert (returned, found["state"], err) == (130, "stopped", AGAIN + "\n")
 
 
-def test_a_full_disk_still_takes_the_status(tmp_path, monkeypatch):
-    file = tmp_path / STATUS
-    write_status(file, {"state": "running"})
-
-    def full(path, text):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(status, "write_text", full)
-    write_status(file, {"state": "failed", "exit_code": 1, "error": {"error": "x" * 9000}})
-    assert read_status(file)["error"] == {"error": "x" * 9000}
-    write_status(file, {"state": "failed", "exit_code": 1, "error": {"error": "x" * 20000}})
-    assert read_status(file) == {"state": "failed", "exit_code": 1}
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can't be mounted here: that takes root")
+def test_a_full_disk_still_takes_the_status(tmp_path):
+    """A file system that a stage fills to its last byte."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can't be mounted here")
+    try:
+        returned, found, _, err = ending(start(tmp_path, "fill"), tmp_path / "fill")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    assert (returned, found["state"], found["exit_code"], found["stages"]) == (1, "failed", 1, ["s"]), err
+    assert err.startswith("error: OSError: [Errno 28] No space left on device\n  stage   s\n  where   0 MiB free in ")
+    assert "  try     free space on the disk; spo-ray plan shows how much a run takes\n" in err
+    assert len(err.splitlines()) < 10
