@@ -53,7 +53,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     else:
         cpus = config.ray.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
         start_local(config.ray.start_timeout_s, num_cpus=cpus, include_dashboard=False, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are on the failure card
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -37,6 +37,8 @@ ADVICE = {
 """What to try, by the error's class or a base class of it."""
 TOO_SLOW = "node timed out during startup"
 """Part of Ray's message when a node took too long to start."""
+EMPTY_CAUSE = "SystemException"
+"""Class without a message that Ray Data makes the cause of errors that are not of a task's own code."""
 NO_SPACE = "No space left on device"
 
 
@@ -109,6 +111,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield link
         seen.add(id(link))
         link = _wrapped(link) or link.__cause__
+        if type(link).__name__ == EMPTY_CAUSE:
+            return
 
 
 def _wrapped(error: BaseException) -> BaseException | None:

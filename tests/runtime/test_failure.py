@@ -100,6 +100,17 @@ def test_a_killed_actor_shows_what_it_last_wrote_and_advice(local_ray):
     assert "engine.memory_gib" in card.advice
 
 
+def test_ray_datas_empty_cause_hides_no_error():
+    from ray.data.exceptions import SystemException
+
+    error = ray.exceptions.ActorDiedError("the raylet is gone")
+    error.__cause__ = SystemException()
+    card = card_of(error)
+    assert card.error.startswith("ActorDiedError: ")
+    assert "the raylet is gone" in card.error
+    assert "a process was killed" in card.advice
+
+
 def test_a_machine_that_is_too_busy_gets_advice():
     card = card_of(Exception("The current node timed out during startup. This could happen because"))
     assert "run the same command when it is quieter" in card.text()
