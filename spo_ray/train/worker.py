@@ -148,7 +148,7 @@ def preference_gradients(
             pairs_per_backward=agreed or config.pairs_per_backward,
             side_gradients=dynamics.on_step_begin(step),
             all_reduce=rank.all_reduce,
-            **method.arguments,
+            **method.at(step),
         )
     metrics = global_mean(metrics, sum(valid), len(indices), rank)
     return grads, metrics | method.after_step(metrics)
