@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from spo_ray.config.model import TemplateConfig
 from spo_ray.errors import UserError
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import CHECKED, ChatTokenizer
@@ -85,7 +86,7 @@ def test_a_chat_template_is_rendered_in_a_process_of_its_own_once(toy_base, monk
     monkeypatch.setattr(subprocess, "run", None)  # a second process would fail
     ChatTokenizer.load(toy_base)
     with pytest.raises(TypeError):
-        ChatTokenizer.load(toy_base, "{{ messages[0].content }} another")
+        ChatTokenizer.load(toy_base, TemplateConfig(chat_template="{{ messages[0].content }} another"))
 
 
 def test_pickled_weights_are_refused(model, in_root, tmp_path):
