@@ -1,7 +1,8 @@
 """Base class and shared field types of the configuration."""
 
 import re
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,3 +27,17 @@ def is_secret(name: str) -> bool:
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class RowSource(ConfigModel):
+    """Rows from files or from the Hugging Face hub."""
+
+    path: Path
+    """Folder with ``SPLIT.jsonl`` or Parquet files, one such file, or the name of a dataset on the hub."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as GSM8K's ``main``."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub dataset. Only a commit makes a result repeatable."""
+    train_split: str = "train"
+    """Split to train on."""

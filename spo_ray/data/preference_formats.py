@@ -1,7 +1,8 @@
-"""Converts preference rows of several formats to one: messages of the prompt, and two completions as text.
+"""Converts rows of several formats to one: messages of the prompt, and completions as text.
 
-The formats are TRL's standard and conversational ones, with or without a prompt of their own, and UltraFeedback as
-published (completions with scores) or binarised (whole conversations on both sides).
+The formats of preference rows are TRL's standard and conversational ones, with or without a prompt of their own, and
+UltraFeedback as published (completions with scores) or binarised (whole conversations on both sides). Those of SFT rows
+are TRL's too.
 """
 
 import random
@@ -42,6 +43,26 @@ def preference(row: Mapping[str, Any], *, rejected: Literal["worst", "random"] =
     else:
         raise RowRejectedError("'chosen' and 'rejected' are not both text, nor both messages")
     return Preference(opening, _text(chosen, "chosen"), _text(lost, "rejected"))
+
+
+def example(row: Mapping[str, Any]) -> tuple[list[schema.Turn], str]:
+    """Return prompt and completion of an SFT row: ``prompt`` and ``completion``, as text or messages, or ``messages``.
+
+    Of a conversation the last message is the completion; those before it are the prompt.
+
+    Raises:
+        RowRejectedError: the row has neither format; the message says what is wrong.
+    """
+    name = "messages" if "messages" in row else "completion"
+    turns, opening = _field(row, name), [] if name == "messages" else _messages(_field(row, "prompt"))
+    if opening and isinstance(turns, str):
+        return opening, _text(turns, name)
+    *before, last = _messages(turns, name)
+    if last["role"] != "assistant":
+        raise RowRejectedError(f"{name!r} does not end in an assistant's message")
+    if not opening and not before:
+        raise RowRejectedError("no 'prompt'")
+    return [*opening, *before], last["content"]
 
 
 def _scored(row: Mapping[str, Any], which: str, seed: str) -> Preference:
@@ -94,12 +115,12 @@ def _split_messages(
     return [*opening, *before], (ends[0]["content"], ends[1]["content"])
 
 
-def _messages(prompt: Any) -> list[schema.Turn]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": _text(prompt, "prompt")}]
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise RowRejectedError("'prompt' is no text, and no list of messages")
-    return [_turn(message) for message in prompt]
+def _messages(value: Any, name: str = "prompt") -> list[schema.Turn]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": _text(value, name)}]
+    if not isinstance(value, Sequence) or not value:
+        raise RowRejectedError(f"{name!r} is no text, and no list of messages")
+    return [_turn(message) for message in value]
 
 
 def _turn(message: Any) -> schema.Turn:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo_ray.config.data import FileData
+from spo_ray.config.base import RowSource
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
 
@@ -32,14 +32,14 @@ class Raw(NamedTuple):
         return f"{prefix}-{self.number:06d}"
 
 
-def inputs(data: FileData, split: str) -> dict[str, Artifact]:
+def inputs(data: RowSource, split: str) -> dict[str, Artifact]:
     """Return the files or the dataset of a split, for the identity of a stage."""
     if on_hub(data.path):
         return {"file": external(f"{data.path}@{data.revision}/{data.subset or ''}")}
     return {f"file{i or ''}": external(file) for i, file in enumerate(_files(data.path, split))}
 
 
-def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
+def raw_rows(data: RowSource, split: str) -> Iterator[Raw]:
     """Yield every row of a split in order, without blank lines.
 
     Raises:
@@ -89,14 +89,14 @@ def _files(path: Path, split: str) -> list[Path]:
     """Return the file itself, or the files of a split in a folder, also if it is laid out as on the hub."""
     if path.is_file():
         if path.suffix not in DATA_FILES:
-            raise UserError(f"{path} is no data file: data.path takes {' or '.join(DATA_FILES)}")
+            raise UserError(f"{path} is no data file: the path takes {' or '.join(DATA_FILES)}")
         return [path]
     for pattern in (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet", f"data/{split}-*.parquet"):
         files = sorted(path.glob(pattern)) if path.is_dir() else []
         if files:
             return files
     raise UserError(
-        f"no data file {path}/{split}.jsonl (or .parquet): set data.path to a folder with {split}.jsonl, to a file, or "
+        f"no data file {path}/{split}.jsonl (or .parquet): set the path to a folder with {split}.jsonl, to a file, or "
         "to a dataset's name on the hub"
     )
 
@@ -109,7 +109,7 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file} can't be read as Parquet: {error}") from error
 
 
-def _hub(data: FileData, split: str) -> Iterator[dict[str, Any]]:
+def _hub(data: RowSource, split: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import
 
     try:
@@ -118,6 +118,6 @@ def _hub(data: FileData, split: str) -> Iterator[dict[str, Any]]:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"there is no file or folder {data.path} here, and the dataset of that name on the hub "
-            f"(data.subset={data.subset}, split {split}) can't be loaded: {cause}; without a network download it "
-            "before (HF_HOME), or set data.path to a local file"
+            f"(subset={data.subset}, split {split}) can't be loaded: {cause}; without a network download it "
+            "before (HF_HOME), or set the path to a local file"
         ) from error

@@ -1,4 +1,4 @@
-"""Loads the rows of one split: toy problems, questions with answers, or preference pairs."""
+"""Loads the rows of one split: toy problems, questions with answers, or preference pairs; and rows for SFT."""
 
 import json
 import random
@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from spo_ray.config.base import RowSource
 from spo_ray.config.data import FileData, PreferenceData, QuestionFields, ToyData
 from spo_ray.data.filter import Contamination
-from spo_ray.data.preference_formats import preference, text_defect
+from spo_ray.data.preference_formats import example, preference, text_defect
 from spo_ray.data.read import inputs, raw_rows
 from spo_ray.data.toy import Split, problems
 from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
@@ -19,8 +20,8 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, on_hub, require_rows, write_rows
 from spo_ray.runtime.run import Run, Stage, Work
 
-PAIR = "pair"
-"""Beginning of the ids of pairs."""
+PAIR, EXAMPLE = "pair", "sft"
+"""Beginning of the ids of pairs, and of SFT rows."""
 
 
 def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifact:
@@ -40,16 +41,13 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
 
     def build(out: Path, counts: RowCounts) -> None:
         rows = reader(data, split, run.config.seed, counts)
-        if words and other:  # before rows are drawn, so that as many are left as were asked for
-            template = getattr(data, "prompt", "")
-            rows = list(Contamination(other.rows(), words, template).keep_clean(rows, counts))
+        if other:  # before rows are drawn, so that as many are left as were asked for
+            rows = _clean(run, rows, other, counts)
         drawn = _draw(data, split, run.config.seed, rows)
-        counts.kept, counts.read = len(drawn), len(drawn) + len(counts.rejected)
         counts.facts["source"] = "generated"
         if isinstance(data, FileData):
             counts.facts |= {"source": str(data.path), "not_drawn": len(rows) - len(drawn)}
-        require_rows(len(drawn), f"usable {split} rows in the {data.type} data", counts)
-        write_rows(out / "part-0.parquet", drawn, kind)
+        _write(out, counts, drawn, kind, f"usable {split} rows in the {data.type} data")
 
     exclude = {"path", "contamination_words"}
     if not isinstance(data, PreferenceData):  # of pairs, one split depends on the size of the other
@@ -67,6 +65,53 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     return run.execute(Stage(f"data_{split}", build, settings, sources, work))
 
 
+def load_examples(run: Run, data: RowSource, against: Artifact) -> Artifact:
+    """Load prompts with responses for SFT (:class:`schema.SftExample`).
+
+    With ``data.contamination_words``, rows whose prompts share words with ``against`` are quarantined.
+
+    Raises:
+        UserError: a missing file, or one without a usable row.
+    """
+    words = getattr(run.config.data, "contamination_words", None)
+    settings: dict[str, Any] = {"train_split": data.train_split}
+    sources = {} if run.mode == "read" else inputs(data, data.train_split)
+    if words:
+        settings["contamination_words"], sources["against"] = words, against
+
+    def build(out: Path, counts: RowCounts) -> None:
+        rows: list[Any] = []
+        for row_id, row, excerpt in _rows(data, data.train_split, EXAMPLE, counts):
+            try:
+                prompt, response = example(row)
+            except RowRejectedError as error:
+                counts.reject(row_id, str(error), excerpt)
+            else:
+                rows.append({"id": row_id, "prompt": prompt, "responses": [response]})
+        if words:
+            rows = _clean(run, rows, against, counts)
+        counts.facts["source"] = str(data.path)
+        _write(out, counts, rows, schema.SftExample, f"usable rows in sft.data.path={data.path}")
+
+    countable = run.mode == "plan" and not on_hub(data.path)
+    bound = sum(1 for _ in raw_rows(data, data.train_split)) if countable else None
+    return run.execute(Stage("sft_examples", build, settings, sources, Work(bound, note="rows for SFT")))
+
+
+def _clean(run: Run, rows: list[Any], against: Artifact, counts: RowCounts) -> list[Any]:
+    """Return the rows whose prompts share no ``data.contamination_words`` with another split's."""
+    data: Any = run.config.data
+    return list(
+        Contamination(against.rows(), data.contamination_words, getattr(data, "prompt", "")).keep_clean(rows, counts)
+    )
+
+
+def _write(out: Path, counts: RowCounts, rows: list[Any], kind: Any, what: str) -> None:
+    counts.kept, counts.read = len(rows), len(rows) + len(counts.rejected)
+    require_rows(len(rows), what, counts)
+    write_rows(out / "part-0.parquet", rows, kind)
+
+
 def _toy(data: ToyData, split: Split, seed: int, counts: RowCounts) -> list[schema.Prompt]:
     """Generate problems; the seed changes only those for training, so that runs can be compared."""
     found = islice(problems(split, seed if split == "train" else 0), _limit(data, split))
@@ -77,7 +122,7 @@ def _questions(data: QuestionFields, split: Split, seed: int, counts: RowCounts)
     verifier = load_verifier(verifier_of(data))
     found: list[schema.Prompt] = []
     bare: list[str] = []
-    for row_id, row, excerpt in _rows(data, split, split, counts):
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), split, counts):
         question, answer = row.get(data.question_column), row.get(data.answer_column)
         if isinstance(answer, int | float):
             answer = str(answer)
@@ -109,7 +154,7 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
 def _preference(data: PreferenceData, split: Split, seed: int, counts: RowCounts) -> list[schema.Pair]:
     """Return the pairs of a split in random order; if one file split serves for both, the part that is asked for."""
     found: list[Any] = []
-    for row_id, row, excerpt in _rows(data, split, PAIR, counts):
+    for row_id, row, excerpt in _rows(data, _file_split(data, split), PAIR, counts):
         try:
             pair = preference(row, rejected=data.rejected, seed=f"{seed}:{row_id}")
         except RowRejectedError as error:
@@ -162,9 +207,9 @@ def _prompt(pair: schema.Pair) -> str:
     return json.dumps(pair["prompt"])
 
 
-def _rows(data: FileData, split: Split, prefix: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _rows(data: RowSource, split: str, prefix: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield (id, row, excerpt) of every row that can be read, and quarantine the others."""
-    for raw in raw_rows(data, _file_split(data, split)):
+    for raw in raw_rows(data, split):
         if raw.defect:
             counts.reject(raw.name(prefix), raw.defect, raw.excerpt)
         else:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spo_ray.data.preference_formats import preference
+from spo_ray.data.preference_formats import example, preference
 from spo_ray.errors import RowRejectedError
 
 ASK = {"role": "user", "content": "2 + 2?"}
@@ -41,6 +41,31 @@ def test_formats(row, expected):
     found = preference(row)
     assert found == expected
     assert preference(json.loads(json.dumps(row))) == found
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "2 + 2?", "completion": "4"}, ([ASK], "4")),
+        ({"prompt": [SYSTEM, ASK], "completion": [GOOD]}, ([SYSTEM, ASK], "4")),
+        ({"prompt": [ASK], "completion": [FIRST, MORE, GOOD], "source": "x"}, (TURNS, "4")),
+        ({"messages": [SYSTEM, ASK, GOOD]}, ([SYSTEM, ASK], "4")),
+        ({"prompt": "2 + 2?"}, "no column 'completion'"),
+        ({"completion": "4"}, "no column 'prompt'"),
+        ({"prompt": "2 + 2?", "completion": "\n"}, "'completion' is empty"),
+        ({"prompt": "2 + 2?", "completion": 4}, "'completion' is no text, and no list of messages"),
+        ({"messages": [ASK]}, "'messages' does not end in an assistant's message"),
+        ({"messages": "2 + 2? 4"}, "'messages' does not end in an assistant's message"),
+        ({"messages": [GOOD]}, "no 'prompt'"),
+        ({"messages": []}, "'messages' is no text, and no list of messages"),
+    ],
+)
+def test_sft_rows(row, expected):
+    if isinstance(expected, tuple):
+        assert example(row) == expected
+    else:
+        with pytest.raises(RowRejectedError, match=expected):
+            example(row)
 
 
 def test_a_random_completion_that_scores_lower():

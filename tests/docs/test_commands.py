@@ -107,6 +107,7 @@ def files(tmp_path_factory):
     (folder / "gsm8k").mkdir()
     for name, table in {
         "preferences.jsonl": pairs,
+        "sft.jsonl": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs],
         "answers.jsonl": questions,
         "gsm8k/train.jsonl": questions,
         "gsm8k/test.jsonl": questions[:4],
@@ -116,6 +117,7 @@ def files(tmp_path_factory):
     shutil.copytree(ROOT / "assets" / "toy_base", folder / "model")
     return {
         "preferences.jsonl": folder / "preferences.jsonl",
+        "sft.jsonl": folder / "sft.jsonl",
         "answers.jsonl": folder / "answers.jsonl",
         "annotations.json": folder / "annotations.json",
         "data/gsm8k": folder / "gsm8k",
