@@ -40,6 +40,7 @@ LISTED = {
     "make lock": "asks package registries for new versions",
     "make docs": "rewrites a page; tests/test_docs.py does it elsewhere",
     "make test": "these tests",
+    "make real": "half an hour of real weights; tests/model has the import and the real weights in parts",
     "make bench": "40 minutes of measurements",
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
