@@ -1,8 +1,7 @@
-"""SmolLM2-135M-Instruct and real rows beside vLLM, transformers and TRL; its memory; a training that is killed."""
+"""SmolLM2-135M-Instruct and real rows beside vLLM, transformers and TRL; and its memory."""
 
 import copy
 import gc
-import json
 from importlib.util import find_spec
 
 import pytest
@@ -17,13 +16,9 @@ from spo_ray.model.engines import TransformersEngine, VllmEngine
 from spo_ray.model.load import build_policy, load_model
 from spo_ray.model.memory import estimate_memory
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, write_rows
-from spo_ray.train.reference import ReferenceLogps
 
 from ..core.test_against_trl import LOSSES, ours, step_of_trl
 from ..core.tiny import relative_error
-from ..train.test_resume import finish, same, start, wait_for_step, workers
 from .test_memory import QUICKSTART, peak_of_step
 from .test_real_weights import LONGEST, MARGIN, short_rows
 
@@ -127,25 +122,3 @@ def test_the_memory_estimate_is_near_the_peak_of_a_real_step(smollm2, chat, pair
     peak = peak_of_step(model, config, method, collate_pairs(rows, chat.pad_id))
     print(f"{method}: planned {estimate.total / 2**30:.2f} GiB, measured {peak / 2**30:.2f} GiB")
     assert estimate.total == pytest.approx(peak, rel=0.25)
-
-
-@pytest.mark.slow
-def test_a_killed_training_of_real_weights_resumes_to_the_bit(smollm2, chat, pairs, tmp_path, capsys):
-    table, _ = ReferenceLogps(str(smollm2), "float32", LONGEST)(pairs)
-    rows = [{"id": str(i), "template_differs": False} | row for i, row in enumerate(table)]
-    (tmp_path / "rows").mkdir()
-    write_rows(tmp_path / "rows" / "part-0.parquet", rows, schema.ReferencedPair)
-    referenced = Artifact(tmp_path / "rows", "referenced")
-    options = [f"model.path={smollm2}", "train.num_workers=1", "train.checkpoint.every=1", "train.max_length=256"]
-    options += ["methods.spo={type: spo}"]
-    folders = [tmp_path / name for name in ("whole", "killed")]
-    for folder in folders:
-        folder.mkdir()
-    whole = finish(start(folders[0], referenced, "methods", *options), folders[0])
-    process = start(folders[1], referenced, "methods", *options)
-    wait_for_step(folders[1], "spo", 2)
-    workers(process)[0].kill()
-    killed = finish(process, folders[1])
-    for name in ("dpo", "spo"):
-        same(whole, killed, name)
-    assert json.loads((killed / "method_spo" / "manifest.json").read_text())["facts"]["restarts"] == 1
