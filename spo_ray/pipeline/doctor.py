@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from spo_ray.config.base import RowSource
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import on_hub, versions
@@ -212,9 +211,9 @@ def disk(config: Config, plan: PlannedRun) -> Checks:
 
 def hub(config: Config, plan: PlannedRun) -> Checks:
     """Check that the model and the data can be downloaded, if they are on the hub."""
-    sources = [config.data, config.sft and config.sft.data]
-    paths = [Path(config.model.path), *(source.path for source in sources if isinstance(source, RowSource))]
-    wanted = [str(path) for path in paths if on_hub(path)]
+    sources = [*getattr(config.data, "sources", []), *([config.sft.data] if config.sft and config.sft.data else [])]
+    paths = [config.model.path, *(str(source.path) for source in sources)]
+    wanted = [path for path in paths if on_hub(Path(path))]
     address = os.environ.get("HF_ENDPOINT", HUB)
     token = "with HF_TOKEN" if os.environ.get("HF_TOKEN") else "without HF_TOKEN (gated models need it)"
     if not wanted:

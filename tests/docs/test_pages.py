@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from spo_ray.config.base import ConfigModel
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
-from spo_ray.data.preference_formats import example, preference
+from spo_ray.data.messages import example
+from spo_ray.data.preference_formats import preference
 from spo_ray.model.load import load_model
 
 from ..conftest import ROOT
