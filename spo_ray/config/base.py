@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -55,3 +56,16 @@ def first_problem(error: ValidationError) -> str:
     """Return the first problem of data that was read, with its place, as one line."""
     first = error.errors(include_url=False, include_input=False)[0]
     return ": ".join([*(str(part) for part in first["loc"]), first["msg"]])
+
+
+class RowSource(ConfigModel):
+    """Rows to train on, from files or from the Hugging Face hub."""
+
+    path: Path
+    """Folder with ``SPLIT.jsonl``, JSON or Parquet files, one such file, or the name of a dataset on the hub."""
+    subset: str | None = None
+    """Configuration of a hub dataset, such as GSM8K's ``main``."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub dataset. Only a commit makes a result repeatable."""
+    train_split: str = "train"
+    """Split to train on."""

@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import ConfigModel, Fraction, Seconds
+from spo_ray.config.base import ConfigModel, Fraction, RowSource, Seconds
 from spo_ray.config.train import Dtype
 
 
@@ -21,17 +20,9 @@ class ToyData(ConfigModel):
     """Questions held out for evaluation."""
 
 
-class Location(ConfigModel):
+class Location(RowSource):
     """Place of data: files, or a dataset on the Hugging Face hub."""
 
-    path: Path
-    """Folder with ``SPLIT.jsonl``, JSON or Parquet files, one such file, or the name of a dataset on the hub."""
-    subset: str | None = None
-    """Configuration of a hub dataset, such as GSM8K's ``main``."""
-    revision: str = "main"
-    """Branch, tag or commit of a hub dataset. Only a commit makes a result repeatable."""
-    train_split: str = "train"
-    """Split to train on."""
     test_split: str = "test"
     """Split held out for evaluation."""
 
@@ -40,8 +31,8 @@ class FileData(Location):
     """Fields of data from files or from the Hugging Face hub."""
 
     contamination_words: Annotated[int, Field(ge=3)] | None = None
-    """Contamination check: quarantine training rows whose prompt shares so many consecutive words with a test prompt;
-    None: no check."""
+    """Contamination check: quarantine training rows (``sft.data``'s too) whose prompt shares so many consecutive words
+    with a test prompt; None: no check."""
 
     @property
     def sources(self) -> "Sequence[Location]":

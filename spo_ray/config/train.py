@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from spo_ray.config.base import ConfigModel, Fraction, Seconds
+from spo_ray.config.base import ConfigModel, Fraction, RowSource, Seconds
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -27,6 +27,9 @@ class GroupConfig(ConfigModel):
 class SftConfig(GroupConfig):
     """Supervised fine-tuning of theta."""
 
+    data: RowSource | None = None
+    """Rows to train on: ``prompt`` and ``completion``, or ``messages``; None: the correct responses to the questions,
+    or the chosen sides of the pairs."""
     lr: PositiveFloat = 2e-5
     """Peak learning rate."""
     epochs: PositiveInt = 3

@@ -38,6 +38,26 @@ def messages(value: Any, name: str) -> list[schema.Turn]:
     return [found for found in turns if found["role"] != "system" or found["content"].strip()]
 
 
+def example(row: Mapping[str, Any]) -> tuple[list[schema.Turn], str]:
+    """Return prompt and completion of an SFT row: ``prompt`` and ``completion``, as text or messages, or ``messages``.
+
+    Of a conversation the last message is the completion; those before it are the prompt.
+
+    Raises:
+        RowRejectedError: the row has neither format; the message says what is wrong.
+    """
+    name = "completion" if row.get("messages") is None else "messages"
+    opening = [] if name == "messages" else messages(row.get("prompt"), "prompt")
+    if opening and isinstance(row.get(name), str):
+        return opening, text(row[name], name)
+    *before, last = [*opening, *messages(row.get(name), name)]
+    if last["role"] != "assistant":
+        raise RowRejectedError(f"{name!r} does not end in an assistant's message")
+    if not before:
+        raise RowRejectedError("no 'prompt'")
+    return before, last["content"]
+
+
 def turn(message: Any, name: str) -> schema.Turn:
     """Return one message of a column, with the further fields that templates read as JSON in ``extra``."""
     role = message.get("role") or message.get("from") if isinstance(message, Mapping) else None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo_ray.config.data import Location
+from spo_ray.config.base import RowSource
 from spo_ray.errors import UserError, first_line
 from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
 
@@ -34,14 +34,14 @@ class Raw(NamedTuple):
         return f"{prefix}-{self.number:06d}"
 
 
-def inputs(data: Location, split: str) -> dict[str, Artifact]:
+def inputs(data: RowSource, split: str) -> dict[str, Artifact]:
     """Return the files or the dataset of a split, for the identity of a stage."""
     if on_hub(data.path):
         return {"file": external(f"{data.path}@{data.revision}/{data.subset or ''}")}
     return {f"file{i or ''}": external(file) for i, file in enumerate(_files(data.path, split))}
 
 
-def raw_rows(data: Location, split: str) -> Iterator[Raw]:
+def raw_rows(data: RowSource, split: str) -> Iterator[Raw]:
     """Yield every row of a split in order, without blank lines.
 
     Raises:
@@ -117,7 +117,7 @@ def _files(path: Path, split: str) -> list[Path]:
     """Return the file itself, or the files of a split in a folder, also if it is laid out as on the hub."""
     if path.is_file():
         if not path.name.endswith(DATA_FILES):
-            raise UserError(f"{path} is no data file: data.path takes {', '.join(DATA_FILES)}")
+            raise UserError(f"{path} is no data file: the path takes {', '.join(DATA_FILES)}")
         return [path]
     names = [pattern.format(split, end) for end in DATA_FILES for pattern in ("{}{}", "{}-*{}", "data/{}-*{}")]
     files = sorted(file for name in names for file in path.glob(name)) if path.is_dir() else []
@@ -128,7 +128,7 @@ def _files(path: Path, split: str) -> list[Path]:
     if files:
         return files
     raise UserError(
-        f"no data file {path}/{split}.jsonl (or .parquet): set data.path to a folder with {split}.jsonl, to a file, or "
+        f"no data file {path}/{split}.jsonl (or .parquet): set the path to a folder with {split}.jsonl, to a file, or "
         "to a dataset's name on the hub"
     )
 
@@ -154,7 +154,7 @@ READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
 """Readers of files by the ending of their names."""
 
 
-def _hub(data: Location, split: str) -> Iterator[dict[str, Any]]:
+def _hub(data: RowSource, split: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import
 
     try:
@@ -162,6 +162,6 @@ def _hub(data: Location, split: str) -> Iterator[dict[str, Any]]:
     except Exception as error:  # the causes have no common class
         raise UserError(
             f"there is no file or folder {data.path} here, and the dataset of that name on the hub "
-            f"(data.subset={data.subset}, split {split}) can't be loaded: {first_line(error)}; without a network "
-            "download it before (HF_HOME), or set data.path to a local file"
+            f"(subset={data.subset}, split {split}) can't be loaded: {first_line(error)}; without a network "
+            "download it before (HF_HOME), or set the path to a local file"
         ) from error

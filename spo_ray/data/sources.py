@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from spo_ray.config.base import RowSource
 from spo_ray.config.data import FileData, Location, PairSource, PreferenceData, QuestionFields, ToyData
 from spo_ray.data.filter import Contamination
-from spo_ray.data.messages import text_defect
+from spo_ray.data.messages import example, text_defect
 from spo_ray.data.preference_formats import Preference, preference
 from spo_ray.data.read import Raw, inputs, raw_rows
 from spo_ray.data.toy import Split, problems
@@ -21,8 +22,8 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, on_hub, require_rows, write_rows
 from spo_ray.runtime.run import Run, Stage, Work
 
-PAIR = "pair"
-"""Beginning of the ids of pairs."""
+PAIR, EXAMPLE = "pair", "sft"
+"""Beginning of the ids of pairs, and of rows for SFT."""
 
 
 def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifact:
@@ -68,6 +69,46 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     rows, drawn = _bounds(data, split, run.config.seed) if run.mode == "plan" else (None, None)
     work = Work(rows, drawn, note="rows for training" if split == "train" else "rows for evaluation")
     return run.execute(Stage(f"data_{split}", build, settings, sources, work))
+
+
+def load_examples(run: Run, data: RowSource, against: Artifact) -> Artifact:
+    """Load prompts with responses for SFT (:class:`schema.SftExample`).
+
+    With ``data.contamination_words``, rows whose prompts share words with ``against`` are quarantined.
+
+    Raises:
+        UserError: a missing file, or one without a usable row.
+    """
+    own: Any = run.config.data
+    words = getattr(own, "contamination_words", None)
+    settings: dict[str, Any] = {"train_split": data.train_split}
+    sources = {} if run.mode == "read" else inputs(data, data.train_split)
+    if words:
+        settings["contamination_words"], sources["against"] = words, against
+
+    def build(out: Path, counts: RowCounts) -> None:
+        rows: list[Any] = []
+        for raw in raw_rows(data, data.train_split):
+            try:
+                if raw.defect:
+                    raise RowRejectedError(raw.defect)
+                with whatever_is_wrong():
+                    prompt, response = example(raw.row)
+            except RowRejectedError as error:
+                counts.reject(raw.name(EXAMPLE), str(error), raw.excerpt)
+            else:
+                rows.append({"id": raw.name(EXAMPLE), "prompt": prompt, "responses": [response]})
+        if words:
+            template = getattr(own, "prompt", "")
+            rows = list(Contamination(against.rows(), words, template).keep_clean(rows, counts))
+        counts.facts["source"] = str(data.path)
+        counts.kept, counts.read = len(rows), len(rows) + len(counts.rejected)
+        require_rows(len(rows), f"usable rows in sft.data.path={data.path}", counts)
+        write_rows(out / "part-0.parquet", rows, schema.SftExample)
+
+    countable = run.mode == "plan" and not on_hub(data.path)
+    bound = sum(1 for _ in raw_rows(data, data.train_split)) if countable else None
+    return run.execute(Stage("sft_examples", build, settings, sources, Work(bound, note="rows for SFT")))
 
 
 def _toy(data: ToyData, split: Split, seed: int, counts: RowCounts) -> list[schema.Prompt]:

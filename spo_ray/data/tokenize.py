@@ -22,8 +22,9 @@ SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
 
 
 def tokenise_sft(run: Run, source: Artifact) -> Artifact:
-    """Tokenise SFT questions with their responses, or the chosen sides of ready pairs (:class:`schema.SftRow`)."""
-    responses = 1 if run.config.data.type == "preference" else run.config.sft_data.responses_per_question
+    """Tokenise prompts with their responses, or the chosen sides of ready pairs (:class:`schema.SftRow`)."""
+    ready = run.config.data.type == "preference" or bool(run.config.sft and run.config.sft.data)
+    responses = 1 if ready else run.config.sft_data.responses_per_question
     return _tokenise(run, "sft_tokens", source, RESPONSE, schema.SftRow, responses)
 
 

@@ -235,7 +235,8 @@ def disk(config: Config, plan: PlannedRun) -> Checks:
 
 def hub(config: Config, plan: PlannedRun) -> Checks:
     """Check that the model and the data can be downloaded, if they are on the hub."""
-    paths = [config.model.path, *(str(source.path) for source in getattr(config.data, "sources", []))]
+    sources = [*getattr(config.data, "sources", []), *([config.sft.data] if config.sft and config.sft.data else [])]
+    paths = [config.model.path, *(str(source.path) for source in sources)]
     wanted = [path for path in paths if on_hub(Path(path))]
     address = os.environ.get("HF_ENDPOINT", HUB)
     token = "with HF_TOKEN" if os.environ.get("HF_TOKEN") else "without HF_TOKEN (gated models need it)"

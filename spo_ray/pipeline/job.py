@@ -12,7 +12,7 @@ from spo_ray.config.sweep import ValidationConfig
 from spo_ray.data.filter import clean_pairs, hold_out
 from spo_ray.data.pairs import preference_pairs
 from spo_ray.data.sft_set import sft_set
-from spo_ray.data.sources import load_data
+from spo_ray.data.sources import load_data, load_examples
 from spo_ray.data.tokenize import tokenise_pairs, tokenise_sft
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
@@ -110,7 +110,10 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
         job.validation = held_out
     yield "sample"
 
-    job.policy = train_sft(run, job.base, tokenise_sft(run, job.chosen)) if config.sft else job.base
+    job.policy = job.base
+    if config.sft:
+        examples = load_examples(run, config.sft.data, job.test) if config.sft.data else job.chosen
+        job.policy = train_sft(run, job.base, tokenise_sft(run, examples))
     yield "sft"
 
     job.pairs = job.chosen if has_pairs else preference_pairs(run, job.policy, job.chosen)

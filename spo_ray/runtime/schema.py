@@ -68,6 +68,14 @@ class Pair(TypedDict):
     rejected_extra: NotRequired[str | None]
 
 
+class SftExample(TypedDict):
+    """A prompt with the response to train on, from a file of SFT data."""
+
+    id: str
+    prompt: list[Turn]
+    responses: list[str]  # one
+
+
 class TokenisedPair(TypedDict):
     """A preference pair as token ids; both completions end with the end-of-turn token."""
 

@@ -48,7 +48,7 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
     """Supervised fine-tuning of the base model; a merged checkpoint."""
     sft, theta, matter = run.config.sft, run.config.model.theta, run.config.train.model_dump(include=MATTER)
     assert sft is not None  # else the job has no such stage
-    settings = {"sft": sft.model_dump(), "train": matter, "theta": theta.model_dump()}
+    settings = {"sft": sft.model_dump(exclude={"data"}), "train": matter, "theta": theta.model_dump()}
     if theta.type == "adapter":
         settings["lora_targets"] = run.config.model.lora_targets
     work = _work(run.config, rows, "sft", sft.batch_size, sft.epochs)

@@ -80,7 +80,7 @@ def make_rows(pairs=6):
     return [{"prompt": text(2, 9), "chosen": " " + text(1, 20), "rejected": " " + text(1, 20)} for _ in range(pairs)]
 
 
-def make_trainer(folder, **options):
+def make_trainer(folder, model=None, reference=None, rows=None, tokenizer=None, **options):
     import datasets
 
     config = trl.DPOConfig(
@@ -98,28 +98,28 @@ def make_trainer(folder, **options):
         **options,
     )
     return trl.DPOTrainer(
-        model=make_model(),
-        ref_model=make_reference(),
+        model=model or make_model(),
+        ref_model=reference or make_reference(),
         args=config,
-        train_dataset=datasets.Dataset.from_list(make_rows()),
-        processing_class=make_tokenizer(),
+        train_dataset=datasets.Dataset.from_list(rows or make_rows()),
+        processing_class=tokenizer or make_tokenizer(),
     )
 
 
-def converted(batch):
+def converted(batch, reference):
     """TRL's batch, chosen rows and then rejected rows, as ours."""
     labels, ours = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE), {}
     columns = {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": batch["attention_mask"]}
     for i, side in enumerate(("chosen", "rejected")):
         inputs = {key: column.chunk(2)[i] for key, column in columns.items()}
         with torch.no_grad():
-            ours[f"ref_{side}_logps"] = completion_logps(make_reference(), **inputs)[0]
+            ours[f"ref_{side}_logps"] = completion_logps(reference, **inputs)[0]
         ours |= {f"{side}_{key}": column for key, column in inputs.items()}
     return ours
 
 
-def ours(batch, base, **options):
-    model = make_model()
+def ours(batch, base, model=None, **options):
+    model = model or make_model()
     names = [name for name, _ in model.named_parameters()]
     fixed = {"adapters": [], "lambda_sft": 0.0, "gamma": 0.0, "inner_steps": 0, "eta": 0.0}
     return spo_gradients(model, batch, backbone=names, base=base, **fixed | options)
@@ -127,16 +127,20 @@ def ours(batch, base, **options):
 
 @pytest.fixture(scope="module", params=LOSSES)
 def trl_step(request, tmp_path_factory):
+    return step_of_trl(tmp_path_factory.mktemp("trl"), request.param, reference=make_reference())
+
+
+def step_of_trl(folder, loss, reference, **policy):
     """One loss and its gradients by TRL, and what is needed to have the same here."""
-    options, base = LOSSES[request.param]
-    trainer = make_trainer(tmp_path_factory.mktemp("trl"), **options)
+    options, base = LOSSES[loss]
+    trainer = make_trainer(folder, reference=reference, **policy, **options)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     grads = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
     metrics = {key: values[0] for key, values in trainer._metrics["train"].items()}
-    return {"base": base, "batch": converted(batch), "loss": loss.item(), "grads": grads, "metrics": metrics}
+    return {"base": base, "batch": converted(batch, reference), "loss": loss.item(), "grads": grads, "metrics": metrics}
 
 
 @pytest.mark.parametrize("options", [{}, {"share_prompt": False}, {"pairs_per_backward": 1}], ids=str)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spo_ray.data.messages import example
 from spo_ray.data.preference_formats import preference, unread
 from spo_ray.errors import RowRejectedError
 
@@ -82,6 +83,30 @@ def test_formats(row, expected):
     found = preference(row)
     assert found == (*expected, None, None)
     assert preference(json.loads(json.dumps(row))) == found
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "2 + 2?", "completion": "4"}, ([ASK], "4")),
+        ({"prompt": [SYSTEM, ASK], "completion": [GOOD]}, ([SYSTEM, ASK], "4")),
+        ({"prompt": [ASK], "completion": [FIRST, MORE, GOOD], "source": "x"}, (TURNS, "4")),
+        ({"messages": [SYSTEM, ASK, GOOD]}, ([SYSTEM, ASK], "4")),
+        ({"prompt": "2 + 2?"}, "'completion' is no text, and no list of messages"),
+        ({"completion": "4"}, "'prompt' is no text, and no list of messages"),
+        ({"prompt": "2 + 2?", "completion": "\n"}, "'completion' is empty"),
+        ({"messages": [ASK]}, "'messages' does not end in an assistant's message"),
+        ({"messages": "2 + 2? 4"}, "'messages' does not end in an assistant's message"),
+        ({"messages": [GOOD]}, "no 'prompt'"),
+        ({"messages": []}, "'messages' is no text, and no list of messages"),
+    ],
+)
+def test_sft_rows(row, expected):
+    if isinstance(expected, tuple):
+        assert example(row) == expected
+    else:
+        with pytest.raises(RowRejectedError, match=expected):
+            example(row)
 
 
 def test_columns_of_other_names():

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from spo_ray.config.base import RowSource
 from spo_ray.config.data import Gsm8kData, PreferenceData
-from spo_ray.data.sources import load_data
+from spo_ray.data.sources import load_data, load_examples
 from spo_ray.errors import UserError
 from spo_ray.runtime.run import Run
 
@@ -216,3 +217,18 @@ def test_nothing_crashes_and_nothing_is_lost(in_root, tmp_path, lines):
     file = tmp_path / "gsm8k" / "train.jsonl"
     with file.open(encoding="utf-8", errors="replace") as handle:
         assert counts["read"] == sum(bool(line.strip()) for line in handle)
+
+
+def test_sft_rows_that_share_words_with_a_test_prompt_are_quarantined(in_root, tmp_path):
+    pairs = [{"prompt": f"What is the number behind {i}?", "chosen": "good", "rejected": "bad"} for i in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    lines = [{"prompt": row["prompt"], "completion": "It is good."} for row in pairs] + [{"messages": "none"}]
+    (tmp_path / "sft.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = PreferenceData(path=tmp_path, test_pairs=2, contamination_words=6)
+    run = Run(small_config(tmp_path / "out").model_copy(update={"data": data}))
+    test = load_data(run, "test")
+    found = load_examples(run, RowSource(path=tmp_path / "sft.jsonl"), test)
+    assert [row["responses"] for row in found.rows()] == [["It is good."]] * 7
+    assert not {str(row["prompt"]) for row in found.rows()} & {str(row["prompt"]) for row in test.rows()}
+    reasons = {"'messages' does not end in an assistant's message": 1, "shares 6 words in a row with a test prompt": 2}
+    assert found.manifest["rows"] == {"read": 10, "kept": 7, "dropped": reasons}

@@ -40,6 +40,7 @@ LISTED = {
     "make lock": "asks package registries for new versions",
     "make docs": "rewrites a page; tests/test_docs.py does it elsewhere",
     "make test": "these tests",
+    "make real": "half an hour of real weights; tests/model has the import and the real weights in parts",
     "make bench": "40 minutes of measurements",
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
@@ -107,6 +108,7 @@ def files(tmp_path_factory):
     (folder / "gsm8k").mkdir()
     for name, table in {
         "preferences.jsonl": pairs,
+        "sft.jsonl": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs],
         "answers.jsonl": questions,
         "gsm8k/train.jsonl": questions,
         "gsm8k/test.jsonl": questions[:4],
@@ -116,6 +118,7 @@ def files(tmp_path_factory):
     shutil.copytree(ROOT / "assets" / "toy_base", folder / "model")
     return {
         "preferences.jsonl": folder / "preferences.jsonl",
+        "sft.jsonl": folder / "sft.jsonl",
         "answers.jsonl": folder / "answers.jsonl",
         "annotations.json": folder / "annotations.json",
         "data/gsm8k": folder / "gsm8k",

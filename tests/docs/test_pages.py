@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from spo_ray.config.base import ConfigModel
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
+from spo_ray.data.messages import example
 from spo_ray.data.preference_formats import preference
 from spo_ray.model.load import load_model
 
@@ -93,9 +94,13 @@ def test_yaml_is_configuration(block, in_root):
 
 
 @pytest.mark.parametrize("block", blocks("json"), ids=identify)
-def test_json_lines_are_preferences(block):
+def test_json_lines_are_preferences_or_sft_rows(block):
     for line in block.text.splitlines():
-        pair = preference(json.loads(line))
+        row = json.loads(line)
+        if "chosen" not in row:
+            assert example(row)[0][-1]["role"] == "user"
+            continue
+        pair = preference(row)
         assert pair.prompt[-1]["role"] == "user"
         assert pair.chosen != pair.rejected
 

@@ -73,20 +73,25 @@ def test_the_imported_file_is_noted(smollm2):
     assert origin["license"] == "apache-2.0"
 
 
-@pytest.fixture(scope="module")
-def pairs(real, shared_data):
-    """The first two UltraFeedback pairs of at most 128 tokens a side."""
+def short_rows(chat, file, count, columns=("prompt", *SIDES)):
+    """The first rows of at most 128 tokens a side: prompt and completions, as texts and as token ids."""
     found = []
-    with (shared_data / "ultrafeedback" / "train.jsonl").open() as lines:
+    with file.open() as lines:
         for line in lines:
             row = json.loads(line)
-            ids = {f"{side}_ids": real.chat.completion_ids(row[side]) for side in SIDES}
-            ids["prompt_ids"] = real.chat.prompt_ids(row["prompt"])
+            prompt, *sides = (row[column] for column in columns)
+            ids = {f"{side}_ids": chat.completion_ids(text) for side, text in zip(SIDES, sides, strict=False)}
+            ids["prompt_ids"] = chat.prompt_ids(prompt)
             if min(map(len, ids.values())) and len(ids["prompt_ids"]) + max(map(len, ids.values())) <= LONGEST:
-                found.append(ids)
-            if len(found) == 2:
+                found.append({"prompt": prompt, **dict(zip(SIDES, sides, strict=False)), **ids})
+            if len(found) == count:
                 return found
-    pytest.fail("no two short pairs")
+    pytest.fail(f"no {count} short rows")
+
+
+@pytest.fixture(scope="module")
+def pairs(real, shared_data):
+    return short_rows(real.chat, shared_data / "ultrafeedback" / "train.jsonl", 2)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from spo_ray.pipeline.sweep_job import plan_sweep
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 
-AFTER_TRIALS = re.compile(r"(eval|health|shift)_(sft|trial_\d{5})|scores|comparisons")
+AFTER_TRIALS = re.compile(r"(eval|health|shift)_(sft|reference|trial_\d{5})|scores|comparisons")
 """Stages of a sweep that depend on which trial is the best."""
 
 

@@ -347,6 +347,30 @@ def test_pairs_without_sft_train_the_model_itself(in_root, tmp_path, toy_base):
     assert list(read_finished(root).methods) == ["dpo"]
 
 
+TWO_LAMBDAS = "sweep.space={methods.spo.lambda_sft: {type: grid, values: [0.1, 1.0]}}"
+WITHOUT_SFT = {
+    "configs/quickstart.yaml": ["run", "rounds=2", "methods={dpo: {type: dpo}, spo: {type: spo}}"],
+    "configs/sweeps/toy.yaml": ["sweep", TWO_LAMBDAS, "sweep.validation={questions: 12, pairs: 4}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", WITHOUT_SFT)
+def test_rounds_and_sweeps_without_sft_compare_with_the_model_itself(in_root, tmp_path, config):
+    command, *arguments = WITHOUT_SFT[config]
+    arguments += [*(x for x in SMALL if not x.startswith("sft.")), "sft=null", "name=a", f"output={tmp_path}"]
+    run([sys.executable, "-m", "spo_ray", command, "--config", config, *arguments])
+    root = tmp_path / "a"
+    check_against_plan(load(config, arguments), root, tmp_path)
+    summary = json.loads((root / "summary.json").read_text())
+    compared = summary["methods"] if command == "run" else summary["test"]
+    first, *trained = compared
+    assert (first, len(trained)) == ("reference", 2 if command == "run" else 1)
+    assert {row["second"] for row in summary["comparisons"] if row["first"] == "reference"} >= set(trained)
+    assert {r["rejected_source"].split(":")[0] for r in Artifact(root / "pairs", "").rows()} == {"reference_samples"}
+    assert not re.search(r"\bSFT\b|\bsft\b[^_&]", (root / "report" / "index.html").read_text())
+
+
 def test_usage_errors_exit_with_2():
     assert run([sys.executable, "pipelines/full.py", "--cnfig", "x"], check=False).returncode == 2
 

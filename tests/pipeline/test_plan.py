@@ -176,6 +176,24 @@ def test_without_sft_methods_start_from_the_model_itself(in_root, tmp_path, kind
     assert "method_spo" in plan_text(plan)
 
 
+@pytest.mark.parametrize("data", ["{type: toy}", "{type: preference, path: FOLDER, test_pairs: 4}"])
+def test_sft_trains_on_rows_of_its_own(in_root, tmp_path, data):
+    rows = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no", "completion": "Yes."} for i in range(10)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"data={data.replace('FOLDER', str(tmp_path))}", "eval.suites=[health]"]
+    plans = [
+        Captured(small_config(tmp_path, *overrides, f"sft.data={source}"))
+        for source in ("null", f"{{path: {tmp_path}/train.jsonl}}")
+    ]
+    for plan in plans:
+        run_job(plan)
+    first, second = (plan.stages["sft_tokens"].inputs["rows"] for plan in plans)
+    assert (first.digest != second.digest, second.path.name) == (True, "sft_examples")
+    assert [(s.work.rows, s.inputs["file"].path) for s in plans[1].stages.values() if s.name == "sft_examples"] == [
+        (10, tmp_path / "train.jsonl")
+    ]
+
+
 def test_rounds_without_sft_go_on_from_each_methods_checkpoint(in_root, tmp_path):
     stages = [stage.name for stage in plan_job(small_config(tmp_path, "sft=null", "rounds=2")).planned]
     assert {"reference_samples", "dpo_round2_samples", "method_dpo_round2"} <= set(stages)
