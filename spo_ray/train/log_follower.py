@@ -9,10 +9,12 @@ from typing import Any
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, progress, warn
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
-from spo_ray.train.alarm import describe
+from spo_ray.train.alarm import STOP, describe
 from spo_ray.train.spec import FAILURES, TrainJob
 
 POLL_S = 1.0
+PAGE = "docs/failures.md"
+"""Page about the displacement alarm."""
 
 
 class Tail:
@@ -52,8 +54,11 @@ class JobView:
             if self.tracker is None:
                 self.tracker = self.trackers.open(self.name, self.job.key, step)
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
-            for text in describe(record, self.job.config.preference.alarm):
-                warn(self.name, text)
+            for text, advice in describe(record, self.job.config.preference.alarm):
+                warn(self.name, f"ALARM at step {step}: {text}")
+                warn(self.name, f"{advice}; see {PAGE}")
+            if record.get(STOP):
+                warn(self.name, f"training ends at step {step} (on_alarm: stop)")
             if step:
                 update(step, record["total_steps"], _step(record))
 
