@@ -182,10 +182,11 @@ class Run:
         stage.build(opened.scratch, opened.counts)
         return self.close(opened)
 
-    def open(self, stage: Stage) -> "Artifact | OpenStage":
+    def open(self, stage: Stage, *, queued: bool = False) -> "Artifact | OpenStage":
         """Return the finished stage if it can be reused, else a folder to build it in.
 
-        The folder is empty, unless the same stage was interrupted there and is resumable.
+        The folder is empty, unless the same stage was interrupted there and is resumable. A ``queued`` stage starts
+        later, and whoever starts it logs this and its end.
         """
         name = stage.name
         identity, digest = self.identify(stage)
@@ -201,7 +202,8 @@ class Run:
                 log(name, f"built again: {why}")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-        log(name, state)
+        if not queued:
+            log(name, state)
         if stage.resumable:
             write_json(scratch / STARTED, {"digest": digest})
         if name not in self.under_way:  # it is there if an earlier attempt failed
@@ -240,7 +242,7 @@ class Run:
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
         """Write the manifest, move the stage to its place and return it.
 
-        ``wall_s`` is the recorded time in seconds; None: the time since the stage was opened.
+        ``wall_s`` is the time in seconds of a stage that was queued; None: the time since the stage was opened.
         """
         counts = stage.counts
         if counts.rejected:
@@ -257,7 +259,8 @@ class Run:
         self._put(stage.name)
         self.under_way.remove(stage.name)
         self.changed()
-        log(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(counts)}")
+        if wall_s is None:
+            log(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(counts)}")
         return Artifact(self.root / stage.name, stage.digest)
 
     def _put(self, name: str) -> None:
@@ -289,7 +292,7 @@ class PlannedRun(Run):
         except UserError as error:
             self.problem = self.problem or str(error)
 
-    def open(self, stage: Stage) -> Artifact:
+    def open(self, stage: Stage, *, queued: bool = False) -> Artifact:
         """Record a stage; return it if it is finished, else a planned artifact."""
         identity, digest = self.identify(stage)
         state, why = self.state(stage.name, identity, digest)
@@ -310,7 +313,7 @@ class FinishedRun(Run):
         super().__init__(config)
         self.root = root.resolve()
 
-    def open(self, stage: Stage) -> Artifact:
+    def open(self, stage: Stage, *, queued: bool = False) -> Artifact:
         """Return a stage as it is on disk; if it is missing, an artifact that raises an error when it is read.
 
         Raises:

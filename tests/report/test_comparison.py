@@ -240,7 +240,7 @@ def test_results_as_markdown_and_csv(folder, capsys):
         [" run", "method", "greedy, 95%"],
         ["| s", "trial_00003", "91.7% (64.6 – 98.5)"],
     ]
-    assert {len(line) for line in lines} == {8}
+    assert {len(line) for line in lines} == {7}
     assert report(folder / "a", "--csv") == 0
     scores = {(row["checkpoint"], row["metric"]): row for row in csv.DictReader(capsys.readouterr().out.splitlines())}
     dpo = scores["dpo", "accuracy_greedy"]

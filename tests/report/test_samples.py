@@ -15,9 +15,9 @@ def test_disputed_prompts_come_first_with_the_moves_of_each_grade():
     greedy = {"base": answers("base"), "sft": answers("sft", rights=[0, 2]), "dpo": answers("dpo", rights=[0, 3])}
     shown = shown_samples(greedy, prompts(), "sft")
     assert [(line["prompt"], line["moves"]) for line in shown["lines"]] == [
+        ("question 0", []),
         ("question 2", ["wrong", "wrong:dpo"]),
         ("question 3", ["right", "right:dpo"]),
-        ("question 0", []),
         ("question 1", []),
     ]
     assert shown["filters"] == {
@@ -26,7 +26,7 @@ def test_disputed_prompts_come_first_with_the_moves_of_each_grade():
         "right:dpo": "dpo: changed from wrong to right",
         "wrong:dpo": "dpo: changed from right to wrong",
     }
-    assert [answer["pieces"] for answer in shown["lines"][0]["answers"]] == [
+    assert [answer["pieces"] for answer in shown["lines"][1]["answers"]] == [
         [("base", True), (" says 2", False)],
         [("sft says 2", False)],
         [("dpo", True), (" says 2", False)],
