@@ -65,18 +65,6 @@ def batch_figure(trainings: Paths) -> Spec | None:
     return _lines(records, trainings, "log π minus the reference's, nats", SIDES)
 
 
-def ratio_figure(trainings: Paths) -> Spec | None:
-    """Plot the mean ``log pi(y_w) - log pi(y_l)`` of the probe pairs for all methods; the paper's figure 1c."""
-    chosen, rejected = PROBE.values()
-    records = [
-        {"method": "all", "series": method, "step": step["step"], "value": step[chosen] - step[rejected]}
-        for method, path in trainings.items()
-        for step in read_lines(path / STEP_LOG)
-        if None not in (step.get(chosen), step.get(rejected))
-    ]
-    return _lines(records, ["all"], "log π(chosen) − log π(rejected), nats", apart=True)
-
-
 def dynamics_figure(trainings: Paths) -> Spec | None:
     """Plot Theorem 1's terms, one panel for each method; None if no training has measured them twice.
 
@@ -110,8 +98,8 @@ def overlaid_figure(trainings: Sequence[tuple[str, str, Path]]) -> Spec | None:
     return _lines(records, panels, "change of log π since the start, nats", dashed="side")
 
 
-def accuracy_figure(methods: Mapping[str, Any]) -> Spec:
-    """Plot greedy accuracy with its 95% interval, one row for each method."""
+def accuracy_figure(methods: Mapping[str, Any], reference: str) -> Spec:
+    """Plot greedy accuracy with its 95% interval, one row for each method; dashed: the reference's."""
     records = [{"method": k, **entry["accuracy_greedy"]} for k, entry in methods.items() if entry["accuracy_greedy"]]
     tips = ["method:N", *(alt.Tooltip(f"{name}:Q", format=".1%") for name in ("value", "low", "high")), "n:Q"]
     base = chart(records).encode(y=alt.Y("method:N", title=None, sort=list(methods)), tooltip=tips)
@@ -119,8 +107,12 @@ def accuracy_figure(methods: Mapping[str, Any]) -> Spec:
     x = alt.X("low:Q", title="greedy accuracy, 95% interval", axis=axis, scale=alt.Scale(zero=True))
     bars = base.mark_rule(strokeWidth=3, color=OWN).encode(x=x, x2="high:Q")
     points = base.mark_point(filled=True, size=70, color="#4c78c8", opacity=1).encode(x="value:Q")
+    usual = chart([r for r in records if r["method"] == reference]).mark_rule(strokeDash=[4, 3], color=OWN)
     told = [f"{r['method']} {r['value']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in records]
-    return spec((bars + points).properties(height=28 * len(records)), f"Greedy accuracy: {', '.join(told)}.")
+    return spec(
+        (usual.encode(x=alt.X("value:Q")) + bars + points).properties(height=28 * len(records)),
+        f"Greedy accuracy: {', '.join(told)}.",
+    )
 
 
 def displacement_figure(methods: Mapping[str, Any]) -> Spec | None:

@@ -109,11 +109,14 @@ def _also_better(
     behind = [name for name in rest if p_values.get(frozenset((first, name)), 1.0) < LEVEL]
     apart = [name for name in rest if name not in behind]
     told: Sentence = [*_listed(rest, solved), f" {_be(rest)} better than {words} too"]
-    clauses = ((apart, " can't be told apart from "), (behind, f" {_be(behind)} behind "))
-    for names, verb in clauses:
-        if names:
-            subject = ("it" if len(rest) == 1 else "they") if len(names) == len(rest) else _and(names)
-            told.append(f"; {subject}{verb}{first}")
+    if apart:
+        subject = ("it" if len(rest) == 1 else "they") if len(apart) == len(rest) else _and(apart)
+        told.append(f"; {subject} can't be told apart from {first}")
+    if behind:
+        p_texts = {
+            name: Fact(f"p = {p_text(p_values[frozenset((first, name))])}", "comparisons", name) for name in behind
+        }
+        told += ["; ", *_listed(behind, p_texts), f" {_be(behind)} behind {first}"]
     return [[*told, "."]]
 
 

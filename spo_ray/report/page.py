@@ -21,8 +21,6 @@ class Shade(NamedTuple):
     text: str
     level: int = 0
     """From -2, clearly below, to 2, clearly above; 0: not distinguishable from noise."""
-    more: str = ""
-    """Second line of the cell."""
 
 
 Cell = str | Link | Shade

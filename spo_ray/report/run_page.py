@@ -28,7 +28,6 @@ SHOWN_DROPPED = 20
 SHARED_WORDS = 13
 """Number of consecutive words shared with a held-out prompt that count as contamination."""
 BATCH = f"The pairs of each step, before the step. Moving average with weight {figures.EMA} on the past."
-RATIO = "Of the probe pairs. It can grow while both log-probabilities fall."
 DYNAMICS = (
     "Under the preference loss alone, the green term gives the change of the chosen log-probability and the pink term "
     "that of the rejected one. Where the green term is negative, the step lowers the log-probability of the chosen "
@@ -95,13 +94,12 @@ def _content(
         "matrix": scores.matrix(compared),
         "comparisons": scores.comparison_tables(compared),
         "figures": {
-            "accuracy": figures.accuracy_figure(table) if evaluation.answers else None,
+            "accuracy": figures.accuracy_figure(table, reference) if evaluation.answers else None,
             "displacement": figures.displacement_figure(table),
             "logps": figures.log_probability_figure(paths, reference, alarms),
         },
         "curves": [
             ("Each step's own pairs", figures.batch_figure(paths), BATCH),
-            ("Log-ratio of chosen to rejected answers", figures.ratio_figure(paths), RATIO),
             ("Gradient terms (Theorem 1)", figures.dynamics_figure(paths), DYNAMICS),
             ("Text health of samples during training", figures.health_figure(paths), HEALTH),
         ],

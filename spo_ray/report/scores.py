@@ -181,7 +181,7 @@ def matrix(compared: Rows) -> Table:
 def _tested_cell(row: Mapping[str, Any]) -> Shade:
     difference, p_value = -row["difference"], row["p_adjusted"]
     level = 0 if p_value >= LEVEL else 1 if p_value >= LEVEL / 50 else 2
-    return Shade(f"{100 * difference:+.1f}", level if difference > 0 else -level, f"p {p_text(p_value)}")
+    return Shade(f"{100 * difference:+.1f} (p {p_text(p_value)})", level if difference > 0 else -level)
 
 
 def health_strip(methods: Methods, reference: str) -> Table:

@@ -37,7 +37,8 @@ KINDS = {
     "one behind another": (
         results({"sft": 100, "a": 200, "b": 198, "c": 150}, 320),
         "a solves 62.5% of the 320 held-out questions, 31.2 points more than the SFT model (31.2%, p = 9e-30). "
-        "b (61.9%) and c (46.9%) are better than the SFT model too; b can't be told apart from a; c is behind a.",
+        "b (61.9%) and c (46.9%) are better than the SFT model too; "
+        "b can't be told apart from a; c (p = 7e-15) is behind a.",
     ),
     "ties": (
         results({"sft": 200, "spo": 201, "dpo": 199}, 320, spo=0.001, dpo=0.3),

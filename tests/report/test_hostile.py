@@ -16,7 +16,7 @@ LABEL = HOSTILE.replace("/", "")
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "table", "tr", "th", "td", "a"}
 TAGS |= {"script", "noscript", "details", "summary", "pre", "code", "mark", "footer", "small", "b", "br", "span"}
 TAGS |= {"label", "select", "option", "input", "output"}
-FIGURES = {"run": 7, "sweep": 3, "comparison": 4}
+FIGURES = {"run": 6, "sweep": 3, "comparison": 4}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from html import unescape
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_ray.report.figures import _smoothed, batch_figure, ratio_figure
+from spo_ray.report.figures import _smoothed, batch_figure, log_probability_figure
 from spo_ray.report.page import Link, Table, environment
 from spo_ray.report.samples import differing
 from spo_ray.report.scores import COLUMNS
@@ -95,4 +95,5 @@ def test_a_step_without_finite_log_probabilities_is_left_out_of_the_curves(tmp_p
     assert [(r["step"], r["series"]) for r in drawn] == [
         (s, side) for s in (0, 2, 3) for side in ("chosen", "rejected")
     ]
-    assert [r["step"] for r in ratio_figure({"dpo": tmp_path})["data"]["values"]] == [2, 3]
+    changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path}, "sft")["data"]["values"]]
+    assert changes == [0.0, -1.0, 0.0, -2.0, -1.0]  # the rejected answers are measured from step 2 on

@@ -8,6 +8,7 @@ import torch
 from spo_ray.config.train import AlarmConfig, TrainConfig
 from spo_ray.core.text_metrics import distinct, repetition
 from spo_ray.train.alarm import Alarm, describe
+from spo_ray.train.callbacks import probe_interval
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.generation import text_health
 from spo_ray.train.logp_eval import Measure
@@ -49,6 +50,11 @@ def test_lengths_are_compared_with_the_start(length, sounds):
     assert alarm.check({"step": 0, "health/length": 10.0, "health/repetition": 0.1}) == {}
     found = alarm.check({"step": 4, "health/length": float(length), "health/repetition": 0.1})
     assert found.get("alarm/length") == (None if sounds is None else pytest.approx(sounds))
+
+
+@pytest.mark.parametrize(("every", "total", "steps"), [(None, 9, 1), (None, 50, 2), (None, 9000, 200), (7, 9000, 7)])
+def test_short_trainings_are_probed_often_enough_for_a_curve(every, total, steps):
+    assert probe_interval(every, total) == steps
 
 
 def test_limits_can_be_taken_away():
