@@ -36,9 +36,8 @@ def headline(methods: Methods, compared: Sequence[Mapping[str, Any]], reference:
         words: what the text calls it, such as "the SFT model".
     """
     trained = {name: entry for name, entry in methods.items() if name not in ("base", reference)}
-    found = _accuracies(
-        trained, methods.get(reference, {}).get("accuracy_greedy"), _p_values(compared), reference, words
-    )
+    start = methods.get(reference, {}).get("accuracy_greedy")
+    found = _accuracies(trained, start, _p_values(compared), reference, words)
     return [*(found or _reward_accuracies(trained)), *_displacement(trained)]
 
 
@@ -72,17 +71,12 @@ def _accuracies(
     solved = {name: Fact(f"{value:.1%}", "eval", name) for name, value in own.items()}
     usual, asked = Fact(f"{start['value']:.1%}", "eval", reference), f" of the {start['n']} held-out questions"
 
-    def points(name: str) -> str:
-        return f"{100 * abs(own[name] - start['value']):.1f} points"
-
-    def sureness(name: str) -> Fact:
-        return Fact(f"p = {p_text(p_values[frozenset((name, reference))])}", "comparisons", name)
-
+    points = {name: f"{100 * abs(value - start['value']):.1f} points" for name, value in own.items()}
     told: list[Sentence] = []
     if better:
         best = better[0]
-        told.append([best, " solves ", solved[best], f"{asked}, {points(best)} more than {words} ("])
-        told[0] += [usual, ", ", sureness(best), ")."]
+        told.append([best, " solves ", solved[best], f"{asked}, {points[best]} more than {words} ("])
+        told[0] += [usual, ", ", _p_fact(p_values, best, reference), ")."]
         told += _also_better(better, solved, p_values, words)
     else:
         subject = "No method is" if len(own) > 1 else f"{order[0]} is not"
@@ -90,13 +84,16 @@ def _accuracies(
     if level:
         told.append([*_listed(level, solved), f" can't be told apart from {words if better else 'it'}."])
     if worse := [name for name in order if name in sure and name not in better]:
-        lost: list[Sentence] = [
-            [f"{name} lost {points(name)} (", solved[name], ", ", sureness(name), ")"] for name in worse
-        ]
+        p_facts = [_p_fact(p_values, name, reference) for name in worse]
+        lost = [[f"{n} lost {points[n]} (", solved[n], ", ", p, ")"] for n, p in zip(worse, p_facts, strict=True)]
         told.append([*_joined(lost), "."])
     if (half := (start["high"] - start["low"]) / 2) > FEW:
         told.append([f"With only {start['n']} questions, an accuracy is known to about ±{100 * half:.0f} points."])
     return told
+
+
+def _p_fact(p_values: Mapping[frozenset[str], float], name: str, other: str) -> Fact:
+    return Fact(f"p = {p_text(p_values[frozenset((name, other))])}", "comparisons", name)
 
 
 def _also_better(
@@ -113,10 +110,8 @@ def _also_better(
         subject = ("it" if len(rest) == 1 else "they") if len(apart) == len(rest) else _and(apart)
         told.append(f"; {subject} can't be told apart from {first}")
     if behind:
-        p_texts = {
-            name: Fact(f"p = {p_text(p_values[frozenset((first, name))])}", "comparisons", name) for name in behind
-        }
-        told += ["; ", *_listed(behind, p_texts), f" {_be(behind)} behind {first}"]
+        p_facts = {name: _p_fact(p_values, name, first) for name in behind}
+        told += ["; ", *_listed(behind, p_facts), f" {_be(behind)} behind {first}"]
     return [[*told, "."]]
 
 
@@ -148,8 +143,8 @@ def _displacement(trained: Methods) -> list[Sentence]:
     parts: list[Sentence] = [["fell with ", *_listed(fell, facts, " nats")]] if fell else []
     if len(rose) > ONE_BY_ONE:
         low, high = (facts[pick(rose, key=lambda name: changes[name])] for pick in (min, max))
-        other = f"the other {len(rose)} methods" if len(rose) < len(changes) else f"all {len(rose)} methods"
-        parts.append([f"rose with {other} (", low, " to ", high, " nats)"])
+        which = "all " if len(rose) == len(changes) else "the other " if fell and not same else ""
+        parts.append([f"rose with {which}{len(rose)} methods (", low, " to ", high, " nats)"])
     elif rose:
         parts.append(["rose with ", *_listed(rose, facts, " nats")])
     parts += [[f"did not change with {_and(same)}"]] if same else []

@@ -73,6 +73,10 @@ KINDS = {
         "On the training pairs the preferred answers' log-probability fell with e (-1.00 nats) and rose with the other "
         "4 methods (+0.70 to +1.00 nats).",
     ),
+    "all rise": (
+        results({}, 0, a=0.7, b=0.8, c=0.9, d=1.0),
+        "On the training pairs the preferred answers' log-probability rose with all 4 methods (+0.70 to +1.00 nats).",
+    ),
     "no accuracy": (
         held_out(dpo=55, spo=62, ipo=30),
         "Of 100 held-out pairs, the preferred answer gained more than the rejected one in 62.0% with spo (95% interval "
