@@ -252,7 +252,7 @@ def evaluate(
 
 @app.command
 def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Output = Output()) -> int:
-    """Try many settings of a method with Ray Tune; the same command goes on with an unfinished sweep.
+    """Try many settings of a method with Ray Tune; the same command resumes an unfinished sweep.
 
     Parameters
     ----------
