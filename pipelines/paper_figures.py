@@ -130,7 +130,7 @@ def _attempted(run: Run, job: Job, samples: int, attempt: int) -> Artifact:
     scored, suffix = Artifact(run.root / "sft_scores", ""), f"_{attempt + 1}" if attempt else ""
     asked = _questions(run, Artifact(scored.path, scored.manifest["digest"]), attempt, suffix)
     sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
-    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model.chat_template)
+    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model)
     sampled = sample(run, f"probe_mass_samples{suffix}", source, asked)
     return _groups(run, grade_samples(run, f"probe_mass_scores{suffix}", sampled), suffix)
 

@@ -1,5 +1,6 @@
 """Write ``docs/configuration.md`` from the schema; with ``--check`` only say whether it is current."""
 
+import datetime
 import json
 import re
 import sys
@@ -24,6 +25,7 @@ schema by `make docs`.
 """
 SIGNS = {Gt: "above", Ge: "at least", Lt: "below", Le: "at most"}
 PLAIN = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path", NoneType: "null"}
+PLAIN |= {datetime.date: "date"}
 
 
 def page() -> str:

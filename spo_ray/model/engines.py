@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from spo_ray.config.data import EngineConfig
+from spo_ray.config.model import TemplateConfig
 from spo_ray.core.logps import IGNORE, completion_logps
+from spo_ray.errors import RowRejectedError
+from spo_ray.model.checkpoint_files import check_finite, stored_tensors
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
 from spo_ray.model.completion import (
-    TEMPLATE_REFUSES,
     TOO_LONG,
     Completion,
     Generations,
@@ -53,6 +54,7 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 
     Raises:
         RuntimeError: they differ by more than PROBE_TOLERANCE.
+        UserError: the weights are incomplete, damaged or not finite.
     """
     engine: Engine = ENGINES[kind](path, config, chat)
     probe = read_probe(path)
@@ -71,8 +73,8 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 class LocalAnswers:
     """Generates answers with an engine in this process."""
 
-    def __init__(self, kind: str, path: str, config: EngineConfig, chat_template: str | None) -> None:
-        self.chat = ChatTokenizer.load(path, chat_template)
+    def __init__(self, kind: str, path: str, config: EngineConfig, template: TemplateConfig) -> None:
+        self.chat = ChatTokenizer.load(path, template)
         self.config = config
         self.engine = open_engine(kind, path, config, self.chat)
 
@@ -91,8 +93,8 @@ class LocalAnswers:
         """Return the token ids of a prompt that leaves room for an answer of so many tokens."""
         try:
             ids = self.chat.prompt_ids(prompt)
-        except TemplateError as error:  # for instance a system turn, which some templates refuse
-            return Skipped(f"{TEMPLATE_REFUSES}: {error}")
+        except RowRejectedError as error:  # for instance a system turn, which some templates refuse
+            return Skipped(str(error))
         return ids if fits_context(ids, self.config, answer) else Skipped(TOO_LONG)
 
 
@@ -106,6 +108,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
 
+        stored_tensors(path)
+        check_finite(path)
         self.chat = chat
         # If vLLM 0.32's CPU build splits the prompt of a seeded request, it rewinds the random generator, which fails
         # on a CPU; without chunked prefill no prompt is split.

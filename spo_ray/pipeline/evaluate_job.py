@@ -10,6 +10,7 @@ from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.evaluate.statistics import in_words
+from spo_ray.model.checkpoint_files import check_checkpoint
 from spo_ray.model.export import adapted, is_adapter
 from spo_ray.pipeline.checks import check_evaluation
 from spo_ray.runtime.artifact import Artifact, external, on_hub, write_json
@@ -17,7 +18,7 @@ from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.run import PlannedRun, Run
 
 
-def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None:
+def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str], *, verify: bool = False) -> None:
     """Evaluate checkpoints in the run ``NAME-evaluation``, and print their metrics.
 
     Args:
@@ -25,6 +26,7 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
         checkpoints: folders or hub ids by name; a folder may contain a PEFT adapter. The log-probabilities of the
             others are compared with those of the checkpoint named ``sft`` (``reference`` where the section ``sft`` is
             null).
+        verify: compare the contents of finished stages' files too, see :class:`spo_ray.runtime.run.Run`.
 
     Raises:
         UserError: a folder contains neither a model nor an adapter, or the data or the cluster can't be used.
@@ -32,7 +34,7 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
     config = config.model_copy(update={"name": f"{config.name}-evaluation"})
     artifacts = {name: _checkpoint(name, path) for name, path in checkpoints.items()}
     check_evaluation(config)
-    plan, run = PlannedRun(config), Run(config)
+    plan, run = PlannedRun(config, verify=verify), Run(config, verify=verify)
     _evaluate(plan, artifacts)
     with run.locked():
         run.planned = plan.planned
@@ -59,6 +61,7 @@ def _checkpoint(name: str, path: str) -> Artifact:
         raise UserError(f"a checkpoint can't be called {name!r}: use letters, digits, '.', '_' and '-' only")
     if not on_hub(Path(path)) and not is_adapter(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"no model in {path} (neither config.json nor adapter_config.json there)")
+    check_checkpoint(path)
     found = external(path)
     if not is_adapter(path):
         return found

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from spo_ray.errors import RowRejectedError
+from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_rows
 from spo_ray.runtime.console import log, progress
@@ -78,14 +79,17 @@ def map_shards(
         batch_size: input rows per call of the row mapper and per shard.
         pool: resources of the actors; None: stateless tasks of one CPU.
         arguments: keyword arguments of ``mapper``.
+
+    Raises:
+        UserError: ``mapper`` raised it.
     """
     every = _shards_of(source, batch_size)
     shards = []
     for shard in every:
-        part = _part(out, shard)
-        if part.exists():
+        kept, rejected = _rows_in(_part(out, shard)), _rows_in(_rejected(out, shard))
+        if kept is not None and (rejected is not None or not _rejected(out, shard).exists()):
             row_counts.read += shard["rows"]
-            row_counts.kept += pq.read_metadata(part).num_rows
+            row_counts.kept += kept
         else:
             shards.append(shard)
     if every and len(shards) < len(every):
@@ -116,6 +120,8 @@ def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None,
     done, kept = 0, 0
     with progress(name) as update:
         for shard in stats.iter_rows():
+            if shard["refused"] is not None:
+                raise UserError(shard["refused"])
             row_counts.read += shard["read"]
             row_counts.kept += shard["kept"]
             done, kept = done + shard["read"], kept + shard["kept"]
@@ -126,9 +132,16 @@ class _MapAndWrite:
     """Reads the rows of a shard, maps them and writes the result."""
 
     def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: Path, kind: Any) -> None:
-        self.mapper, self.out, self.kind = mapper(**arguments), out, kind
+        self.out, self.kind = out, kind
+        self.mapper, self.refused = None, None
+        try:
+            self.mapper = mapper(**arguments)
+        except UserError as error:  # raised in the driver: Ray would print its own traces of it
+            self.refused = str(error)
 
     def __call__(self, shard: Row) -> Row:
+        if self.mapper is None:
+            return {"read": 0, "kept": 0, "refused": self.refused}
         table: list[Row] = []
         for piece in shard["pieces"]:
             table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
@@ -138,9 +151,9 @@ class _MapAndWrite:
             error.add_note(f"shard {shard['name']}, rows {table[0]['id']} to {table[-1]['id']}")
             raise
         if rejected:  # before the kept rows, whose file marks the shard as done
-            write_rows(self.out / f"rejected-{shard['name']}.parquet", rejected, schema.Rejected)
+            write_rows(_rejected(self.out, shard), rejected, schema.Rejected)
         write_rows(_part(self.out, shard), kept, self.kind)
-        return {"read": len(table), "kept": len(kept)}
+        return {"read": len(table), "kept": len(kept), "refused": None}
 
 
 def _shards_of(source: Artifact, batch_size: int) -> list[Row]:
@@ -162,3 +175,15 @@ def _shards_of(source: Artifact, batch_size: int) -> list[Row]:
 
 def _part(out: Path, shard: Row) -> Path:
     return out / f"part-{shard['name']}.parquet"
+
+
+def _rejected(out: Path, shard: Row) -> Path:
+    return out / f"rejected-{shard['name']}.parquet"
+
+
+def _rows_in(file: Path) -> int | None:
+    """Return the number of rows of an earlier start's file; None if it is missing or can't be read."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException):
+        return None

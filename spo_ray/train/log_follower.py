@@ -12,6 +12,7 @@ from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, log, progress, warn
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import STOP, describe
+from spo_ray.train.method_state import lower_level_notices
 from spo_ray.train.spec import FAILURES, RESULT, TrainJob
 
 POLL_S = 1.0
@@ -57,6 +58,7 @@ class JobView:
         config, sft = job.config.preference, job.config.sft
         groups = {"theta": config.theta, "phi": config.phi} if job.method or sft is None else {"theta": sft}
         self.limits = {f"grad_norm/{name}": group.max_grad_norm for name, group in groups.items()}
+        self.noticed: set[str] = set()
 
     def look(self, update: Update) -> None:
         """Report what was added to the files."""
@@ -75,6 +77,10 @@ class JobView:
                 warn(self.name, f"{advice}; see {PAGE}")
             if record.get(STOP):
                 warn(self.name, f"training ends at step {step} (on_alarm: stop)")
+            for kind, text in lower_level_notices(record).items():
+                if kind not in self.noticed:
+                    self.noticed.add(kind)
+                    warn(self.name, f"step {step}: {text}")
             self.clipped += any((record.get(key) or 0.0) > limit for key, limit in self.limits.items())
             if step:
                 text = self._text(record)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.model.collate import collate, rows_at_once
 from spo_ray.model.load import load_model
@@ -36,7 +37,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             model=str(model.path),
             precision=config.train.precision,
             max_length=config.train.max_length,
-            chat_template=config.model.chat_template,
+            template=config.model,
         )
 
     settings = {"precision": config.train.precision}
@@ -48,9 +49,9 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
 class ReferenceLogps:
     """Mapper that adds the reference model's logps (nats) to rows of tokenised pairs."""
 
-    def __init__(self, model: str, precision: str, max_length: int, chat_template: str | None = None) -> None:
+    def __init__(self, model: str, precision: str, max_length: int, template: TemplateConfig = OWN_TEMPLATE) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pad_id = ChatTokenizer.load(model, chat_template).pad_id
+        self.pad_id = ChatTokenizer.load(model, template).pad_id
         self.precision, self.size = precision, rows_at_once(max_length)
         self.model = load_model(model).to(self.device).eval()
 

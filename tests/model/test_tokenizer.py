@@ -3,6 +3,7 @@ import copy
 import pytest
 from transformers import AutoTokenizer
 
+from spo_ray.config.model import TemplateConfig
 from spo_ray.errors import UserError
 from spo_ray.model.tokenizer import ChatTokenizer
 
@@ -46,4 +47,4 @@ def test_a_missing_template_is_refused_and_can_be_given(toy_base):
     bare.chat_template = None
     with pytest.raises(UserError, match=r"no chat template.*model\.chat_template"):
         ChatTokenizer(bare)
-    assert ChatTokenizer.load(toy_base, chat_template=CHATML).tokenizer.chat_template == CHATML
+    assert ChatTokenizer.load(toy_base, TemplateConfig(chat_template=CHATML)).tokenizer.chat_template == CHATML
