@@ -55,8 +55,10 @@ def test_a_training_is_told_when_it_starts_and_when_it_ends(in_root, tmp_path, c
     for one, seconds in zip(jobs[:2], (1.5, 2.5), strict=True):
         (tmp_path / one.key / "result.json").write_text(json.dumps({"wall_s": seconds}))
     write(jobs[1], [1])  # by an earlier driver
-    with Follower(jobs, ["method_a", "method_b", "method_c"], Trackers(Run(jobs[0].config))):
-        pass  # the group failed before its third training
+    follower = Follower(jobs, ["method_a", "method_b", "method_c"], Trackers(Run(jobs[0].config)))
+    follower.finished.set()  # the group failed before its third training
+    with follower:
+        pass
     told = [(record.stage, record.getMessage()) for record in caplog.records]
     assert told == [
         ("method_a", "build"),
