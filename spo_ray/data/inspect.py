@@ -16,6 +16,7 @@ from spo_ray.data.sources import read_pair, sourced_rows
 from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.runtime.console import visible
 
 COLUMNS = {"prompt": "prompt_ids", **SIDES}
 COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}
@@ -86,7 +87,7 @@ def _tokens(chat: ChatTokenizer, ids: Sequence[int], colours: tuple[str, str]) -
             if shown.endswith("\ufffd") and not last and len(pending) < LONGEST_CHARACTER:
                 continue  # the next tokens have the rest of the character
             special = token in chat.tokenizer.all_special_ids or token == chat.end_id
-            text.append(shown, "reverse" if special else colours[i % 2])
+            text.append(visible(shown), "reverse" if special else colours[i % 2])
             pending = []
         elif i == EXCERPT:
             text.append(f" ... {len(cut)} tokens ... ", "italic")
@@ -107,4 +108,4 @@ def _summary(console: Console, tokenised: Sequence[dict[str, Any]], reasons: Cou
     console.print(f"{long} of {read} rows dropped for exceeding {limit}. Rows are never truncated.")
     console.print(f"In {differ} of {len(tokenised)} rows the chat template changes the answer's tokens.")
     for reason, count in reasons.most_common():
-        console.print(f"dropped: {count} ({reason})")
+        console.print(visible(f"dropped: {count} ({reason})"))

@@ -18,7 +18,7 @@ from spo_ray.report.page import Cell, Link, Table, render
 from spo_ray.report.samples import shown_samples
 from spo_ray.report.summary import summarise
 from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
-from spo_ray.runtime.console import log, place
+from spo_ray.runtime.console import log, place, show
 from spo_ray.runtime.manifest import MANIFEST, manifests
 from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.train.alarm import PREFIX, describe
@@ -67,7 +67,7 @@ def write_report(
     write_json(run.root / "summary.json", summary())
     print(plain(run_headline(run, summary())))
     for line in scores.text_table(summary()["methods"], summary()["comparisons"], run.config.reference):
-        print(line)
+        show(line)
     log("report", place(report.path / "index.html"))
 
 

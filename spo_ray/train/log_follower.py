@@ -10,10 +10,11 @@ from typing import Any
 
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, log, progress, warn
+from spo_ray.runtime.heartbeat import STILL_S
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import STOP, describe
 from spo_ray.train.method_state import lower_level_notices
-from spo_ray.train.spec import FAILURES, RESULT, TrainJob
+from spo_ray.train.spec import CONTROLLER, FAILURES, RESULT, TrainJob
 
 POLL_S = 1.0
 SHOWN = {
@@ -26,6 +27,8 @@ SHOWN = {
 """Metrics of a step's line, with their texts."""
 PAGE = "docs/failures.md"
 """Page about the displacement alarm."""
+STILL_STEPS = 5
+"""Times the slowest step, if that is more than :data:`~spo_ray.runtime.heartbeat.STILL_S`, until a step is missed."""
 
 
 class Tail:
@@ -58,6 +61,9 @@ class JobView:
         config, sft = job.config.preference, job.config.sft
         groups = {"theta": config.theta, "phi": config.phi} if job.method or sft is None else {"theta": sft}
         self.limits = {f"grad_norm/{name}": group.max_grad_norm for name, group in groups.items()}
+        self.moved, self.slowest = time.monotonic(), 0.0
+        """When the last step came, and the longest time between two."""
+        self.still = False
         self.noticed: set[str] = set()
 
     def look(self, update: Update) -> None:
@@ -69,6 +75,7 @@ class JobView:
             if step <= self.last:  # repeated after a restart, with the same result
                 continue
             self.last = step
+            self._note_step(time.monotonic())
             if self.tracker is None:
                 self.tracker = self.trackers.open(self.name, self.job.key, step)
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
@@ -89,6 +96,9 @@ class JobView:
                     log(self.name, text)
         if self.since is None and self.last >= 0:
             self.since = self.last, time.monotonic()
+        if not self.still and time.monotonic() - self.moved > max(STILL_S, STILL_STEPS * self.slowest):
+            self.still = True
+            warn(self.name, f"no step for {time.monotonic() - self.moved:.0f} s")
 
     def _text(self, record: dict[str, Any]) -> str:
         """Return a step's line: loss, changes since the reference, speed, and the share of clipped steps so far."""
@@ -100,6 +110,11 @@ class JobView:
             left = timedelta(seconds=round(seconds * (total - step)))
             told += [f"{seconds:.2g} s/step", *([f"{left} left"] if step < total else [])]
         return ", ".join([f"step {step}/{total}", f"loss {loss}", *told, f"{self.clipped / step:.0%} clipped"])
+
+    def _note_step(self, now: float) -> None:
+        if self.last > 0 and not self.still:
+            self.slowest = max(self.slowest, now - self.moved)
+        self.moved, self.still = now, False
 
     def close(self) -> None:
         """Close the trackers, and log the time of a finished training."""
@@ -140,4 +155,5 @@ class Follower:
 def _failure(record: dict[str, Any]) -> str:
     rank, text = next(iter(record["errors"].items()))
     text = text.splitlines()[0][:200]
-    return f"worker {rank} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"
+    who = "the controller" if rank == CONTROLLER else f"worker {rank}"
+    return f"{who} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"

@@ -32,11 +32,11 @@ def write(one, steps, total=4):
 
 def test_a_step_says_what_changed_and_how_long_it_takes(in_root, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "spo_ray")
-    now = iter([100.0, 110.0, 110.0, 116.0])
-    monkeypatch.setattr(log_follower.time, "monotonic", lambda: next(now))
+    now = [100.0]
+    monkeypatch.setattr(log_follower.time, "monotonic", lambda: now[0])
     one, texts = job(tmp_path, "one"), []
     view = JobView(one, "method_dpo", Trackers(Run(one.config)))
-    for steps in ([1], [1, 2, 3], [1, 2, 3, 4]):
+    for now[0], steps in ((100.0, [1]), (110.0, [1, 2, 3]), (116.0, [1, 2, 3, 4])):
         write(one, steps)
         view.look(lambda step, total, text: texts.append(text))
     changes = "loss 0.5000, chosen +0.50, rejected -1.25, margin +0.17, accuracy 75%, lr 2.0e-04"
