@@ -108,7 +108,7 @@ def main() -> None:
 
 def show(times: dict[str, list[tuple[float, float]]], settings: PreferenceConfig) -> None:
     """Medians, and what they come to per step."""
-    assert settings.dynamics_every and settings.health_every
+    assert settings.probe_every and settings.dynamics_every and settings.health_every
     for clock, unit in enumerate(("wall", "CPU")):
         median = {name: statistics.median(value[clock] for value in values) for name, values in times.items()}
         print(f"{unit} seconds: " + ", ".join(f"{name} {value:.4f}" for name, value in median.items()))

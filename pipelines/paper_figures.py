@@ -28,7 +28,7 @@ from spo_ray.pipeline import Part
 from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded, supervised
 from spo_ray.pipeline.job import Job, referenced, run_job
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
+from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, require_rows, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
 from spo_ray.runtime.run import Run, Stage
 from spo_ray.runtime.status import recorded
@@ -52,8 +52,8 @@ PANELS = {LOGPS: list(CURVES)[:3], "gradient terms": list(CURVES)[3:], "log-rati
 """Curves of each panel of figure 1."""
 GROUP = 5
 """Preferred responses of figure 2, and dispreferred ones."""
-CANDIDATES = 4
-"""Questions that are tried for figure 2."""
+CANDIDATES, ATTEMPTS = 4, 4
+"""Questions that are tried at once for figure 2, and how often other ones are tried, with twice the samples."""
 
 
 def probe_config(config: Config, **preference: Any) -> Config:
@@ -98,12 +98,8 @@ def mass_shift(run: Run, job: Job, samples: int) -> dict[str, Any]:
     Raises:
         UserError: none of the questions that were tried has such samples.
     """
-    scored = Artifact(run.root / "sft_scores", "")
-    asked = _questions(run, Artifact(scored.path, scored.manifest["digest"]))
-    sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
-    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model)
-    graded = grade_samples(run, "probe_mass_scores", sample(run, "probe_mass_samples", source, asked))
-    pairs = referenced(run, job.policy, _groups(run, graded), "probe_mass_tokens", "probe_mass_reference")
+    groups = response_groups(run, job, samples)
+    pairs = referenced(run, job.policy, groups, "probe_mass_tokens", "probe_mass_reference")
     trained = train_methods(run, dict.fromkeys(run.config.methods, Start(job.policy, pairs)), suffix="_probe_mass")
     series = {name: _series(artifact, GROUPS) for name, artifact in trained.items()}
     if not all(curves["y*"] for curves in series.values()):
@@ -115,20 +111,47 @@ def mass_shift(run: Run, job: Job, samples: int) -> dict[str, Any]:
     return summary
 
 
-def _questions(run: Run, scored: Artifact) -> Artifact:
-    """Choose the questions that the SFT model answers correctly least often, but not never."""
+def response_groups(run: Run, job: Job, samples: int) -> Artifact:
+    """Sample responses to questions until one has enough right and wrong ones; return their pairs.
+
+    Raises:
+        UserError: none of the questions that were tried has such samples.
+    """
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return _attempted(run, job, samples * 2**attempt, attempt)
+        except UserError as error:
+            log("probe", f"{error}. Trying other questions, with twice the samples")
+    return _attempted(run, job, samples * 2 ** (ATTEMPTS - 1), ATTEMPTS - 1)
+
+
+def _attempted(run: Run, job: Job, samples: int, attempt: int) -> Artifact:
+    """Sample responses to the next questions; return the pairs of the first with enough of both kinds."""
+    scored, suffix = Artifact(run.root / "sft_scores", ""), f"_{attempt + 1}" if attempt else ""
+    asked = _questions(run, Artifact(scored.path, scored.manifest["digest"]), attempt, suffix)
+    sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
+    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model)
+    sampled = sample(run, f"probe_mass_samples{suffix}", source, asked)
+    return _groups(run, grade_samples(run, f"probe_mass_scores{suffix}", sampled), suffix)
+
+
+def _questions(run: Run, scored: Artifact, attempt: int, suffix: str) -> Artifact:
+    """Choose the questions that the SFT model answers correctly least often, but not never; others each attempt."""
+    first = attempt * CANDIDATES
 
     def build(out: Path, counts: RowCounts) -> None:
         table = [row for row in scored.rows() if any(row["correct"]) and not all(row["correct"])]
         table.sort(key=lambda row: (fmean(row["correct"]), row["id"]))
-        kept = [{key: row[key] for key in ("id", "prompt", "gold")} for row in table[:CANDIDATES]]
+        kept = [{key: row[key] for key in ("id", "prompt", "gold")} for row in table[first : first + CANDIDATES]]
         counts.read, counts.kept = scored.count, len(kept)
+        require_rows(len(kept), "more questions that the SFT model answers correctly sometimes, but not always")
         write_rows(out / "part-0.parquet", kept, schema.Prompt)
 
-    return run.execute(Stage("probe_mass_questions", build, {"candidates": CANDIDATES}, {"scored": scored}))
+    settings = {"candidates": CANDIDATES, "first": first}
+    return run.execute(Stage(f"probe_mass_questions{suffix}", build, settings, {"scored": scored}))
 
 
-def _groups(run: Run, graded: Artifact) -> Artifact:
+def _groups(run: Run, graded: Artifact, suffix: str) -> Artifact:
     """Pair each preferred response with each dispreferred one: the most probable responses of both kinds except y*."""
     stage = graded.path.name
 
@@ -153,10 +176,10 @@ def _groups(run: Run, graded: Artifact) -> Artifact:
             return
         raise UserError(
             f"none of {graded.count} questions has {GROUP} different right and {GROUP + 1} wrong responses, with a "
-            "wrong one the most probable: ask for more --samples, or set another seed="
+            "wrong one the most probable (with more --samples, or another seed=, one may)"
         )
 
-    return run.execute(Stage("probe_mass_pairs", build, {"group": GROUP}, {"graded": graded}))
+    return run.execute(Stage(f"probe_mass_pairs{suffix}", build, {"group": GROUP}, {"graded": graded}))
 
 
 class Ranked(NamedTuple):

@@ -120,7 +120,7 @@ class Config(ConfigModel):
         if every is None or checkpoint.every % every:
             raise ValueError(
                 f"train.checkpoint.best.metric={metric} is measured every preference.{field}={every} steps: "
-                f"train.checkpoint.every={checkpoint.every} must be a multiple of that"
+                f"set it so that train.checkpoint.every={checkpoint.every} is a multiple of it"
             )
         return self
 

@@ -67,8 +67,8 @@ class PreferenceConfig(ConfigModel):
     """Passes over the pairs."""
     batch_size: PositiveInt = 4
     """Pairs per step, over all workers."""
-    probe_every: PositiveInt = 200
-    """Steps between measurements of the probe pairs' log-probabilities."""
+    probe_every: PositiveInt | None = None
+    """Steps between measurements of the probe pairs; None: 20 measurements, at most 200 steps apart."""
     probe_pairs: PositiveInt = 16
     """Number of probe pairs: fixed pairs that are watched in training."""
     probe_top_tokens: NonNegativeInt = 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from spo_ray.config.data import PairsConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, require_rows, write_rows
@@ -27,19 +28,16 @@ PERMUTATIONS = 128
 def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
     """Drop pairs whose sides have very different lengths, and duplicates, as configured (:class:`schema.Pair`)."""
     config = run.config.pairs
-    near, limit = config.dedup == "near", config.max_length_ratio
 
     def build(out: Path, counts: RowCounts) -> None:
-        find = _near_duplicates() if near else _duplicates(KEYS[config.dedup])
+        check = pair_check(config)
         for part in candidates.parts:  # in order: a pair may be a duplicate of one in an earlier part
             kept = []
             for row in pq.read_table(part).to_pylist():
                 counts.read += 1
-                short, long = sorted((len(row["chosen"]), len(row["rejected"])))
-                if limit and long > limit * short:
-                    counts.reject(row["id"], f"lengths differ by more than pairs.max_length_ratio={limit}", row)
-                elif first := find(row):
-                    counts.reject(row["id"], "near duplicate" if near else "duplicate", f"{first}: {row}")
+                reason, other = check(row)
+                if reason:
+                    counts.reject(row["id"], reason, f"{other}: {row}" if other else row)
                 else:
                     kept.append(row)
             write_rows(out / Path(part).name, kept, schema.Pair)
@@ -49,6 +47,24 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
     settings = config.model_dump(include={"dedup", "max_length_ratio"}) | {"near_threshold": NEAR}
     work = Work(candidates.max_rows, note=f"pairs without duplicates (dedup {config.dedup})")
     return run.execute(Stage(name, build, settings, {"candidates": candidates}, work))
+
+
+def pair_check(config: PairsConfig) -> Callable[[Any], tuple[str, str]]:
+    """Return a function of pairs, taken in order: why a pair is dropped, and the id of the pair that it duplicates.
+
+    Both are empty for a pair that is kept.
+    """
+    near, limit = config.dedup == "near", config.max_length_ratio
+    find = _near_duplicates() if near else _duplicates(KEYS[config.dedup])
+
+    def check(row: Any) -> tuple[str, str]:
+        short, long = sorted((len(row["chosen"]), len(row["rejected"])))
+        if limit and long > limit * short:
+            return f"lengths differ by more than pairs.max_length_ratio={limit}", ""
+        first = find(row)
+        return ("near duplicate" if near else "duplicate", first) if first else ("", "")
+
+    return check
 
 
 def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tuple[Artifact, Artifact]:

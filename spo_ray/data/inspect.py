@@ -10,6 +10,7 @@ from rich.text import Text
 
 from spo_ray.config.data import PreferenceData
 from spo_ray.config.schema import Config
+from spo_ray.data.filter import pair_check
 from spo_ray.data.preference_formats import unread
 from spo_ray.data.sources import read_pair, sourced_rows
 from spo_ray.data.tokenize import SIDES, tokenise_row
@@ -25,6 +26,8 @@ LOOKED_AT = 1000
 QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 EXCERPT = 400
 """Tokens shown at each end of a long text."""
+LONGEST_CHARACTER = 4
+"""Bytes of the longest character in UTF-8, which can be a token each."""
 
 
 def inspect_data(config: Config, data: Path | None, rows: int, console: Console) -> None:
@@ -39,7 +42,7 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
     if section is None:
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
     chat, limit = ChatTokenizer.load(config.model.path, config.model), config.train.max_length
-    reasons: Counter[str] = Counter()
+    reasons, check = Counter[str](), pair_check(config.pairs)
     tokenised: list[dict[str, Any]] = []
     unused: set[str] = set()
     for number, raw in sourced_rows(section, "train", LOOKED_AT):
@@ -47,6 +50,9 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
         unused |= unread(raw.row, source.columns.values())
         try:
             row = read_pair(raw, source, section, config.seed)._asdict() | {"id": str(raw.number)}
+            reason, _ = check(row)
+            if reason:
+                raise RowRejectedError(reason)
             found = tokenise_row(chat, row, SIDES, limit)
         except RowRejectedError as error:
             reasons[str(error)] += 1
@@ -73,11 +79,16 @@ def _show(console: Console, chat: ChatTokenizer, row: dict[str, Any]) -> None:
 
 
 def _tokens(chat: ChatTokenizer, ids: Sequence[int], colours: tuple[str, str]) -> Text:
-    text, cut = Text(), range(EXCERPT, len(ids) - EXCERPT)
+    text, cut, pending = Text(), range(EXCERPT, len(ids) - EXCERPT), []
     for i, token in enumerate(ids):
         if i not in cut:
+            pending.append(token)
+            shown, last = str(chat.tokenizer.decode(pending)), i in (len(ids) - 1, EXCERPT - 1)
+            if shown.endswith("\ufffd") and not last and len(pending) < LONGEST_CHARACTER:
+                continue  # the next tokens have the rest of the character
             special = token in chat.tokenizer.all_special_ids or token == chat.end_id
-            text.append(visible(str(chat.tokenizer.decode([token]))), "reverse" if special else colours[i % 2])
+            text.append(visible(shown), "reverse" if special else colours[i % 2])
+            pending = []
         elif i == EXCERPT:
             text.append(f" ... {len(cut)} tokens ... ", "italic")
     return text
@@ -92,9 +103,9 @@ def _summary(console: Console, tokenised: Sequence[dict[str, Any]], reasons: Cou
             at = {name: lengths[min(len(lengths) - 1, int(q * len(lengths)))] for name, q in QUANTILES.items()}
             console.print(f"{side} tokens: " + ", ".join(f"{name} {value}" for name, value in at.items()))
     long = sum(n for reason, n in reasons.items() if reason.startswith("longer than"))
-    limit = f"longer than train.max_length={config.train.max_length} and dropped"
     differ = sum(row["template_differs"] for row in tokenised)
-    console.print(f"truncated: 0 (rows are never cut); {limit}: {long} ({long / max(1, read):.1%})")
-    console.print(f"the template would give other tokens: {differ} ({differ / max(1, len(tokenised)):.1%})")
+    limit = f"max_length ({config.train.max_length})"
+    console.print(f"{long} of {read} rows dropped for exceeding {limit}. Rows are never truncated.")
+    console.print(f"In {differ} of {len(tokenised)} rows the chat template changes the answer's tokens.")
     for reason, count in reasons.most_common():
         console.print(visible(f"dropped: {count} ({reason})"))

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import traceback
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 from spo_ray import __version__
 from spo_ray.config.load import load
@@ -29,6 +31,7 @@ quieten()  # before the importing program loads the libraries
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan and do nothing.")]
+Flag = Annotated[bool, Parameter(negative="")]
 Verify = Annotated[
     bool, Parameter(negative="", help="Compare the contents of finished stages' files, not sizes alone.")
 ]
@@ -255,7 +258,7 @@ def evaluate(
 
 @app.command
 def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Output = Output()) -> int:
-    """Try many settings of a method with Ray Tune; the same command goes on with an unfinished sweep.
+    """Try many settings of a method with Ray Tune; the same command resumes an unfinished sweep.
 
     Parameters
     ----------
@@ -284,6 +287,10 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Ou
 def report(
     *runs: Annotated[Path, Parameter(help="Folders of finished runs or sweeps, such as runs/quickstart.")],
     out: Path | None = None,
+    samples: Annotated[int | None, Parameter(validator=Number(gt=0))] = None,
+    open: Flag = False,
+    markdown: Flag = False,
+    csv: Flag = False,
     output: Output = Output(),
 ) -> int:
     """Write a finished run's page anew, or with several runs one page that compares them; no cluster is started.
@@ -296,14 +303,29 @@ def report(
     ----------
     out
         Where a comparison goes, a folder or an .html file; report-comparison beside the first run unless given.
+    samples
+        Number of held-out prompts whose answers a run's page shows; 50 unless given.
+    open
+        Open the page in the browser.
+    markdown
+        Print the results as Markdown, for a pull request or a model card, and write no page.
+    csv
+        Print every score with its interval as CSV, and write no page.
     """
 
     def work() -> None:
         set_verbosity(False)
         from spo_ray.pipeline.finished import read_finished
-        from spo_ray.report.comparison import write_reports
+        from spo_ray.report.comparison import named, write_reports
+        from spo_ray.report.texts import as_csv, as_markdown
 
-        write_reports([read_finished(folder, verify=output.verify) for folder in runs], out)
+        found = named([read_finished(folder, verify=output.verify) for folder in runs])
+        if markdown or csv:
+            print((as_markdown if markdown else as_csv)(found))
+            return
+        page = write_reports(found, out, samples)
+        if open:
+            webbrowser.open(page.absolute().as_uri())
 
     return guarded(work, output)
 

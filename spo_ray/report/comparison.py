@@ -42,25 +42,36 @@ class Measured(NamedTuple):
     """Values by metric and question."""
 
 
-def write_reports(found: Sequence[Finished], out: Path | None) -> None:
-    """Write one run's own page anew, or a page that compares several; ``out`` says where that goes.
+def named(found: Sequence[Finished]) -> dict[str, Finished]:
+    """Return runs by their labels.
 
     Raises:
-        UserError: a run is named twice, or ``out`` is given for a run's own page.
+        UserError: there are none, or one is named twice.
     """
     if not found:
         raise UserError("name the folder of a finished run, such as runs/quickstart; with several they are compared")
     if len({each.run.root for each in found}) < len(found):
         raise UserError("a run is named twice")
-    if len(found) == 1:
+    return dict(zip(labels(found), found, strict=True))
+
+
+def write_reports(runs: Runs, out: Path | None, samples: int | None = None) -> Path:
+    """Write one run's own page anew, with ``samples`` prompts, or a page that compares several at ``out``; return it.
+
+    Raises:
+        UserError: ``out`` is given for a run's own page.
+    """
+    first = next(iter(runs.values()))
+    if len(runs) == 1:
         if out:
             raise UserError("--out is for a comparison: a run's own page is always in its folder, report/index.html")
-        rewrite(found[0])
-        return
-    file = out or found[0].run.root.parent / "report-comparison"
+        rewrite(first, samples)
+        return first.run.root / "report" / "index.html"
+    file = out or first.run.root.parent / "report-comparison"
     file = file if file.suffix == ".html" else file / "index.html"
-    write_comparison(dict(zip(labels(found), found, strict=True)), file)
+    write_comparison(runs, file)
     log("report", place(file))
+    return file
 
 
 def write_comparison(runs: Runs, file: Path) -> None:
@@ -85,7 +96,7 @@ def _results(runs: Runs, folder: Path) -> Table:
         root = found.run.root
         prefix = quote(os.path.relpath(root, folder))
         own = Link(label, f"{prefix}/report/index.html") if (root / "report" / "index.html").exists() else label
-        for line in _lines(found):
+        for line in lines_of(found):
             path = found.methods[line["method"]].path if line["method"] in found.methods else None
             lines.append({"run": own} | scores.linked(line, root, prefix, path))
     return scores.results_table(lines, ("run", "method"))
@@ -104,7 +115,8 @@ def _sweeps(runs: Runs) -> list[dict[str, Any]]:
     return sweeps
 
 
-def _lines(found: Finished) -> list[dict[str, str]]:
+def lines_of(found: Finished) -> list[dict[str, str]]:
+    """Return the results of a run, one line for each checkpoint."""
     if found.evaluation:
         summary = summarise(found.run, found.methods, found.evaluation)
         return scores.results(summary["methods"], summary["comparisons"], found.run.config.reference)

@@ -34,8 +34,8 @@ class Finished(NamedTuple):
     trials: Trials | None = None
 
 
-def rewrite(found: Finished) -> None:
-    """Write a run's own page anew, also where it is there.
+def rewrite(found: Finished, samples: int | None = None) -> None:
+    """Write a run's own page anew, also where it is there; ``samples`` is the number of prompts with answers.
 
     Raises:
         UserError: another process is at work in the folder.
@@ -46,7 +46,7 @@ def rewrite(found: Finished) -> None:
         if trials:
             write_sweep_report(run, trials.artifact, trials.best, evaluation)
         elif evaluation and found.pairs:
-            write_report(run, found.methods, evaluation, found.pairs, found.held_out)
+            write_report(run, found.methods, evaluation, found.pairs, found.held_out, samples)
 
 
 def labels(runs: Iterable[Finished]) -> list[str]:

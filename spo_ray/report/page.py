@@ -1,8 +1,6 @@
 """HTML pages from the Jinja2 templates in ``templates/``, which escape all text; Python code prepares plain data."""
 
-import re
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,7 +15,15 @@ class Link(NamedTuple):
     """URL of the file, relative to the page."""
 
 
-Cell = str | Link
+class Shade(NamedTuple):
+    """A cell that is coloured by a difference."""
+
+    text: str
+    level: int = 0
+    """From -2, clearly below, to 2, clearly above; 0: not distinguishable from noise."""
+
+
+Cell = str | Link | Shade
 
 
 class Table(NamedTuple):
@@ -54,10 +60,3 @@ def _figure_code() -> str:
 
     script = environment().get_template("draw.js").render()
     return vl_convert.javascript_bundle(script).replace("</script", "<\\/script")
-
-
-def differing(value: str, other: str) -> list[tuple[str, bool]]:
-    """Split ``value`` into pieces, each with True if ``other`` does not have its words in that place."""
-    mine, theirs = (re.findall(r"\s+|\w+|[^\w\s]", words) for words in (value, other))
-    matches = SequenceMatcher(None, theirs, mine, autojunk=False).get_opcodes()
-    return [("".join(mine[start:end]), kind != "equal") for kind, _, _, start, end in matches if start < end]

@@ -13,7 +13,9 @@ from spo_ray.core.text_metrics import words_and_marks
 from spo_ray.data.filter import Contamination
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.report import figures, scores
-from spo_ray.report.page import Cell, Link, Table, differing, render
+from spo_ray.report.headline import Sentence, headline, plain
+from spo_ray.report.page import Cell, Link, Table, render
+from spo_ray.report.samples import shown_samples
 from spo_ray.report.summary import summarise
 from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place, show
@@ -22,28 +24,39 @@ from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.train.alarm import PREFIX, describe
 from spo_ray.train.spec import RESULT
 
-SHOWN_PROMPTS = 8
-"""Number of held-out prompts whose answers are shown."""
 SHOWN_DROPPED = 20
 """Number of dropped rows that the page lists for each stage and reason."""
 SHARED_WORDS = 13
 """Number of consecutive words shared with a held-out prompt that count as contamination."""
+BATCH = f"The pairs of each step, before the step. Moving average with weight {figures.EMA} on the past."
+DYNAMICS = (
+    "Under the preference loss alone, the green term gives the change of the chosen log-probability and the pink term "
+    "that of the rejected one. Where the green term is negative, the step lowers the log-probability of the chosen "
+    "answers, unless another term of the loss prevents it. Computed from batch-mean gradients."
+)
+HEALTH = "Answers sampled at temperature 1, to the prompts of some of the probe pairs."
 NOTED = ("requests", "cost", "restarts")
 """Facts of a stage that the table of stages shows."""
 
 
 def write_report(
-    run: Run, methods: dict[str, Artifact], evaluation: Evaluation, pairs: Artifact, held_out: Artifact
+    run: Run,
+    methods: dict[str, Artifact],
+    evaluation: Evaluation,
+    pairs: Artifact,
+    held_out: Artifact,
+    samples: int | None = None,
 ) -> None:
     """Write ``report/index.html`` and ``summary.json`` from the finished stages.
 
-    ``pairs`` are the training pairs as text, ``held_out`` the questions or pairs of the evaluation.
+    ``pairs`` are the training pairs as text, ``held_out`` the questions or pairs of the evaluation,
+    ``samples`` the number of held-out prompts with answers.
     """
     summary = cache(partial(summarise, run, methods, evaluation))
 
     def build(out: Path, row_counts: RowCounts) -> None:
         row_counts.facts["summary"] = "../summary.json"
-        page = render("run.html.j2", **_content(run, summary(), methods, evaluation, pairs, held_out))
+        page = render("run.html.j2", **_content(run, summary(), methods, evaluation, pairs, held_out, samples))
         (out / "index.html").write_text(page, encoding="utf-8")
 
     inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in evaluation.answers.items()}
@@ -52,6 +65,7 @@ def write_report(
     if run.mode == "plan":
         return
     write_json(run.root / "summary.json", summary())
+    print(plain(run_headline(run, summary())))
     for line in scores.text_table(summary()["methods"], summary()["comparisons"], run.config.reference):
         show(line)
     log("report", place(report.path / "index.html"))
@@ -64,30 +78,35 @@ def _content(
     evaluation: Evaluation,
     pairs: Artifact,
     held_out: Artifact,
+    samples: int | None,
 ) -> dict[str, Any]:
     """Return the data of ``run.html.j2``."""
     table, compared, reference = summary["methods"], summary["comparisons"], run.config.reference
     paths = {name: artifact.path for name, artifact in methods.items()}
     lines = scores.results(table, compared, reference)
     cells = [scores.linked(line, run.root, "..", paths.get(line["method"])) for line in lines]
+    alarms = _alarms(run, paths)
     return {
         "config": run.config,
         "versions": summary["versions"],
+        "headline": scores.linked_sentences(run_headline(run, summary), run.root, paths),
         "results": scores.results_table(cells),
-        "alarms": _alarms(run, paths),
-        "verdict": scores.verdict(compared),
+        "alarms": _alarm_table(alarms),
+        "matrix": scores.matrix(compared),
         "comparisons": scores.comparison_tables(compared),
-        "smoothing": figures.EMA,
         "figures": {
-            "accuracy": figures.accuracy_figure(table) if evaluation.answers else None,
-            "logps": figures.log_probability_figure(paths, reference),
-            "batch": figures.batch_figure(paths),
-            "ratio": figures.ratio_figure(paths),
-            "dynamics": figures.dynamics_figure(paths),
-            "health": figures.health_figure(paths),
+            "accuracy": figures.accuracy_figure(table, reference) if evaluation.answers else None,
+            "displacement": figures.displacement_figure(table),
+            "logps": figures.log_probability_figure(paths, reference, alarms),
         },
+        "curves": [
+            ("Each step's own pairs", figures.batch_figure(paths), BATCH),
+            ("Gradient terms (Theorem 1)", figures.dynamics_figure(paths), DYNAMICS),
+            ("Text health of samples during training", figures.health_figure(paths), HEALTH),
+        ],
         "suites": scores.other_suites(table, run.root),
-        "answers": _answers(_greedy(run, table, evaluation.answers), held_out, reference),
+        "health": scores.health_strip(table, reference),
+        "samples": shown_samples(_greedy(run, table, evaluation.answers), held_out.rows(), reference, samples),
         "reference": reference,
         "pairs": _pairs(run, pairs, held_out),
         "stages": _stages(run),
@@ -96,14 +115,33 @@ def _content(
     }
 
 
-def _alarms(run: Run, paths: dict[str, Path]) -> list[str]:
-    """Return the messages of the displacement alarm in each method's training."""
-    messages = []
+def run_headline(run: Run, summary: dict[str, Any]) -> list[Sentence]:
+    """Return the results of a run in sentences."""
+    words = "the SFT model" if run.config.sft else "the reference model"
+    return headline(summary["methods"], summary["comparisons"], run.config.reference, words)
+
+
+def _alarms(run: Run, paths: dict[str, Path]) -> list[dict[str, Any]]:
+    """Return method, step, text and advice of each alarm in the methods' trainings."""
+    found = []
     for name, path in paths.items():
         for alarm in json.loads((path / RESULT).read_text()).get("alarms", []):
             record = {"step": alarm["step"], f"{PREFIX}{alarm['alarm']}": alarm["value"]}
-            messages += [f"{name}: {text}" for text in describe(record, run.config.preference.alarm)]
-    return messages
+            told = describe(record, run.config.preference.alarm)
+            found += [{"method": name, "step": alarm["step"], "text": text, "advice": advice} for text, advice in told]
+    return found
+
+
+def _alarm_table(alarms: list[dict[str, Any]]) -> Table:
+    """Return a line for each method and kind of alarm: its steps, the text of the first, and what to do."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for alarm in alarms:
+        kinds.setdefault((alarm["method"], alarm["advice"]), []).append(alarm)
+    lines = [
+        [method, ", ".join(str(alarm["step"]) for alarm in found), found[0]["text"], advice]
+        for (method, advice), found in kinds.items()
+    ]
+    return Table(["method", "steps", "what happened first", "what to do"], lines)
 
 
 def _greedy(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
@@ -114,32 +152,6 @@ def _greedy(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dic
         rows = [row for row in artifact.rows() if row["seed"] is None and row.get("written_by", name) == name]
         found |= {name: {row["id"]: row for row in rows}} if rows else {}
     return found
-
-
-def _answers(greedy: dict[str, dict[str, Any]], held_out: Artifact, reference: str) -> dict[str, Any] | None:
-    """Return the first prompts on which checkpoints disagree, with all answers to them; None without answers.
-
-    Words that differ from those of the checkpoint ``reference`` are marked.
-    """
-    if not greedy:
-        return None
-    first = next(iter(greedy.values()))
-    disputed = [i for i in first if len({rows[i].get("correct", rows[i]["response"]) for rows in greedy.values()}) > 1]
-    prompts = {row["id"]: row["prompt"] for row in held_out.rows()}
-    lines = []
-    for row_id in (disputed or list(first))[:SHOWN_PROMPTS]:
-        usual = greedy.get(reference, first)[row_id]["response"]
-        answers = [
-            {"pieces": differing(rows[row_id]["response"], usual), "correct": rows[row_id].get("correct")}
-            for rows in greedy.values()
-        ]
-        lines.append({"prompt": _prompt(prompts[row_id]), "answers": answers})
-    return {"checkpoints": list(greedy), "lines": lines, "graded": "correct" in next(iter(first.values()))}
-
-
-def _prompt(prompt: Any) -> str:
-    """Return a question, or a conversation as text."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def _stages(run: Run) -> Table:

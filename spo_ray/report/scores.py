@@ -1,5 +1,6 @@
 """Tables of measured numbers; each number links to the rows it was computed from."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,22 +10,37 @@ from urllib.parse import quote
 from spo_ray.config.evaluate import LM_EVAL
 from spo_ray.evaluate.lm_eval import RESULTS
 from spo_ray.evaluate.statistics import LEVEL, in_words
-from spo_ray.report.page import Cell, Link, Table
+from spo_ray.report.headline import Sentence, p_text
+from spo_ray.report.page import Cell, Link, Shade, Table
 from spo_ray.train.spec import RESULT
 
 AGAINST = "p against "
 """Beginning of the name of the column with p-values."""
 COLUMNS = {
     "greedy, 95%": "eval",
-    "sampled ± sd, 95%": "eval",
     AGAINST: "comparisons",  # the name of the reference follows
+    "held-out Δ log π chosen": "method",
+    "held-out Δ log π rejected": "method",
+    "held-out reward accuracy, 95%": "method",
     "Δ log π chosen": "method",
     "Δ log π rejected": "method",
-    "held-out reward accuracy, 95%": "method",
+    "sampled ± sd, 95%": "eval",
 }
 """Kind of stage with the rows of each column of the results."""
 SHIFTED = re.compile(r"logp_.+_of_samples|kl_checkpoint_to_.+")
 """Pattern of the text health metrics that the stage ``shift`` computes."""
+HEALTH = {
+    "sampled/length": ("tokens per answer", ".1f"),
+    "sampled/unfinished": ("answers cut off", ".1%"),
+    "sampled/repetition_4": ("repeated 4-grams", ".1%"),
+    "sampled/longest_run": ("longest repeated run, words", ".1f"),
+    "entropy": ("entropy per answer, nats", ".2f"),
+    "entropy_per_token": ("entropy per token, nats", ".2f"),
+    "kl_{}_to_checkpoint": ("KL({} ‖ checkpoint), nats", ".2f"),
+    "kl_checkpoint_to_{}": ("KL(checkpoint ‖ {}), nats", ".2f"),
+}
+"""Metrics of text health that are shown coloured, with their names and formats; {} is the reference."""
+NOTHING_MOVED = {"value": 0.0}
 PART = "part-0.parquet"
 Methods = Mapping[str, Any]
 """Results by checkpoint; ``methods`` of ``summary.json``."""
@@ -40,25 +56,30 @@ def results(methods: Methods, compared: Rows, reference: str) -> list[dict[str, 
     for row in compared:
         pair = {row["first"], row["second"]}
         if row["metric"] == "accuracy_greedy" and reference in pair:
-            p_values[(pair - {reference}).pop()] = f"{row['p_adjusted']:.2g}"
+            p_values[(pair - {reference}).pop()] = p_text(row["p_adjusted"])
     lines = [{"method": name} | _cells(entry, p_values.get(name), reference) for name, entry in methods.items()]
     return [line for line in lines if len(line) > 1]
 
 
 def _cells(entry: Mapping[str, Any], p_value: str | None, reference: str) -> dict[str, str]:
-    greedy, sampled = entry["accuracy_greedy"], entry["accuracy_sampled"]
-    changes = (entry["delta_logp_chosen"], entry["delta_logp_rejected"])
-    reward = entry.get("held_out", {}).get("reward_accuracy")
+    greedy, sampled, held_out = entry["accuracy_greedy"], entry["accuracy_sampled"], entry.get("held_out", {})
+    reward = held_out.get("reward_accuracy")
     spread = f" ± {sampled['std']:.1%}" if sampled and sampled["std"] is not None else ""
     cells = (
         greedy and f"{greedy['value']:.1%}{_percent_interval(greedy)}",
-        sampled and f"{sampled['value']:.1%}{spread}{_percent_interval(sampled)}",
         p_value,
-        *(None if change is None else f"{change:+.2f}" for change in changes),
+        *_changes(held_out),
         reward and f"{reward['value']:.1%}{_percent_interval(reward)}",
+        *_changes(entry),
+        sampled and f"{sampled['value']:.1%}{spread}{_percent_interval(sampled)}",
     )
     names = (f"{AGAINST}{reference}" if column == AGAINST else column for column in COLUMNS)
     return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+
+
+def _changes(entry: Mapping[str, Any]) -> list[str | None]:
+    changes = (entry.get(f"delta_logp_{side}") for side in ("chosen", "rejected"))
+    return [None if change is None else f"{change:+.2f}" for change in changes]
 
 
 def _percent_interval(entry: Mapping[str, float]) -> str:
@@ -90,12 +111,24 @@ def linked(line: Mapping[str, str], root: Path, prefix: str, trained: Path | Non
 
     ``prefix`` is the URL of ``root`` relative to the page; ``trained`` the folder of the method's training, if any.
     """
-    name = line["method"]
-    targets = {"eval": f"eval_{name}/{PART}", "comparisons": f"comparisons/{PART}", "method": ""}
-    if trained:
-        targets["method"] = f"{trained.relative_to(root)}/{RESULT}"
-    stages = {"method": "eval"} | COLUMNS
-    return {name: _link(value, root, prefix, targets[stages[_column(name)]]) for name, value in line.items()}
+    stages, paths = {"method": "eval"} | COLUMNS, {line["method"]: trained} if trained else {}
+    places = {column: _place(root, stages[_column(column)], line["method"], paths) for column in line}
+    return {column: _link(value, root, prefix, places[column]) for column, value in line.items()}
+
+
+def linked_sentences(found: Sequence[Sentence], root: Path, paths: Mapping[str, Path]) -> list[list[Cell]]:
+    """Return sentences whose facts link to their rows in the run at ``root``."""
+    return [
+        [p if isinstance(p, str) else _link(p.text, root, "..", _place(root, p.stage, p.name, paths)) for p in each]
+        for each in found
+    ]
+
+
+def _place(root: Path, stage: str, name: str, paths: Mapping[str, Path]) -> str:
+    """Return the path of a checkpoint's rows in a kind of stage; empty for a checkpoint that has no such stage."""
+    if stage == "method":
+        return f"{paths[name].relative_to(root)}/{RESULT}" if name in paths else ""
+    return f"comparisons/{PART}" if stage == "comparisons" else f"eval_{name}/{PART}"
 
 
 def _link(value: str, root: Path, prefix: str, target: str) -> Cell:
@@ -131,6 +164,45 @@ def _tested(row: Mapping[str, Any]) -> list[str]:
         f"{row['p_adjusted']:.2g}",
         in_words(row),
     ]
+
+
+def matrix(compared: Rows) -> Table:
+    """Return the paired tests of the greedy accuracies, row minus column, with a row and a column for a checkpoint."""
+    rows = [row for row in compared if row["metric"] == "accuracy_greedy"]
+    names = list(dict.fromkeys(row[side] for side in ("first", "second") for row in rows))
+    found = {(row["second"], row["first"]): row for row in rows}
+    lines: list[list[Cell]] = [
+        [name, *(_tested_cell(found[name, other]) if (name, other) in found else Shade("") for other in names[:-1])]
+        for name in names[1:]
+    ]
+    return Table(["", *names[:-1]], lines)
+
+
+def _tested_cell(row: Mapping[str, Any]) -> Shade:
+    difference, p_value = -row["difference"], row["p_adjusted"]
+    level = 0 if p_value >= LEVEL else 1 if p_value >= LEVEL / 50 else 2
+    return Shade(f"{100 * difference:+.1f} (p {p_text(p_value)})", level if difference > 0 else -level)
+
+
+def health_strip(methods: Methods, reference: str) -> Table:
+    """Return text health of samples, coloured by the departure from the reference in widths of both 95% intervals."""
+    lines: list[list[Cell]] = []
+    for key, (title, form) in HEALTH.items():
+        found = [entry["scores"].get(f"health/{key.format(reference)}") for entry in methods.values()]
+        usual = NOTHING_MOVED if key.startswith("kl_") else found[list(methods).index(reference)]
+        if usual and any(found):
+            lines.append([title.format(reference), *(_departure(value, usual, form) for value in found)])
+    return Table(["", *methods], lines)
+
+
+def _departure(entry: Mapping[str, Any] | None, usual: Mapping[str, Any], form: str) -> Shade:
+    if entry is None:
+        return Shade("")
+    widths = [(each.get("high", each["value"]) - each.get("low", each["value"])) / 2 for each in (entry, usual)]
+    difference, room = entry["value"] - usual["value"], math.hypot(*widths)
+    level = (abs(difference) > room) + (abs(difference) > 2 * room)
+    arrow = ("", " ▲", " ▼")[(difference > 0) - (difference < 0)] if level else ""
+    return Shade(f"{entry['value']:{form}}{arrow}", level if difference > 0 else -level)
 
 
 def verdict(compared: Rows, metric: str = "accuracy_greedy") -> str:

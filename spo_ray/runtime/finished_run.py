@@ -18,7 +18,7 @@ class FinishedRun(Run):
         super().__init__(config, verify=verify)
         self.root = root.resolve()
 
-    def open(self, stage: Stage) -> Artifact:
+    def open(self, stage: Stage, *, queued: bool = False) -> Artifact:
         """Return a stage as it is on disk; if it is missing, an artifact that raises an error when it is read.
 
         Raises:

@@ -210,10 +210,11 @@ class Run:
         stage.build(opened.scratch, opened.counts)
         return self.close(opened)
 
-    def open(self, stage: Stage) -> "Artifact | OpenStage":
+    def open(self, stage: Stage, *, queued: bool = False) -> "Artifact | OpenStage":
         """Return the finished stage if it can be reused, else a folder to build it in.
 
-        The folder is empty, unless the same stage was interrupted there and is resumable.
+        The folder is empty, unless the same stage was interrupted there and is resumable. A ``queued`` stage starts
+        later, and whoever starts it logs this and its end.
         """
         name = stage.name
         identity, digest = self.identify(stage)
@@ -232,7 +233,8 @@ class Run:
                     set_aside(path, "is no folder")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-        log(name, found.state)
+        if not queued:
+            log(name, found.state)
         if stage.resumable:
             write_json(scratch / STARTED, {"digest": digest})
         if name not in self.under_way:  # it is there if an earlier attempt failed
@@ -282,7 +284,7 @@ class Run:
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
         """Write the manifest, move the stage to its place and return it.
 
-        ``wall_s`` is the recorded time in seconds; None: the time since the stage was opened.
+        ``wall_s`` is the time in seconds of a stage that was queued; None: the time since the stage was opened.
         """
         counts = stage.counts
         if counts.rejected:
@@ -300,7 +302,8 @@ class Run:
         self._put(stage.name)
         self.under_way.remove(stage.name)
         self.changed()
-        log(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(counts)}")
+        if wall_s is None:
+            log(stage.name, f"done in {manifest['wall_s']:.1f} s{_summary(counts)}")
         return Artifact(self.root / stage.name, stage.digest)
 
     def _put(self, name: str) -> None:
@@ -332,7 +335,7 @@ class PlannedRun(Run):
         except UserError as error:
             self.problem = self.problem or str(error)
 
-    def open(self, stage: Stage) -> Artifact:
+    def open(self, stage: Stage, *, queued: bool = False) -> Artifact:
         """Record a stage; return it if it is finished, else a planned artifact."""
         identity, digest = self.identify(stage)
         found = self.find(stage.name, identity, digest)

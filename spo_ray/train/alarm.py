@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from spo_ray.config.train import AlarmConfig
 from spo_ray.core.losses import Metrics
@@ -33,33 +33,31 @@ class Rule:
     """Function of the metric now and at its first measurement; its result is compared with the limit."""
 
 
-SLOWER = "lower preference.theta.lr and preference.phi.lr, or train for fewer epochs"
-ANCHOR = "use a method with an SFT term (spo, dpo_nll), or raise its lambda_sft or mu"
 RULES = {
     "chosen": Rule(
         "max_fall",
         "probe/delta_logp_chosen",
-        "the mean log pi(y_w) of the probe pairs is {value:.2f} nats below its start (limit {limit:g})",
-        f"{ANCHOR}; or {SLOWER}",
+        "preferred answers lost {value:.2f} nats (limit {limit:g})",
+        "use spo or dpo_nll, or lower the learning rate",
         lambda value, start: -value,
     ),
     "both_fell": Rule(
         "max_both_fell",
         "probe/both_fell",
-        "in {value:.0%} of the probe pairs both log-probabilities fell (limit {limit:.0%})",
-        f"{ANCHOR}; look for pairs with nearly equal sides (pairs.dedup, pairs.select)",
+        "both log-probabilities fell in {value:.0%} of pairs (limit {limit:.0%})",
+        "use spo or dpo_nll; drop pairs with nearly equal sides",
     ),
     "repetition": Rule(
         "max_repetition",
         "health/repetition",
-        "{value:.0%} of the 4-grams in sampled answers occurred before in the same answer (limit {limit:.0%})",
-        f"{SLOWER}; the rejected answers may differ from the chosen ones in form",
+        "{value:.0%} of 4-grams in samples are repeats (limit {limit:.0%})",
+        "lower the learning rate, or train for fewer epochs",
     ),
     "length": Rule(
         "max_length_ratio",
         "health/length",
-        "sampled answers are {value:.1f} times as long, or as short, as at the start (limit {limit:g})",
-        f"{SLOWER}; compare lengths of both sides (spo-ray inspect, pairs.max_length_ratio)",
+        "samples became {value:.1f} times longer or shorter (limit {limit:g})",
+        "lower the learning rate; compare both sides' lengths",
         _ratio,
     ),
 }
@@ -112,14 +110,18 @@ class Alarm:
         self.start, self.exceeded, self.sounded = dict(state["start"]), set(state["exceeded"]), list(state["sounded"])
 
 
-def describe(record: Mapping[str, Any], config: AlarmConfig) -> list[str]:
-    """Return the messages of a step's alarms: step, value, limit and what to try, and if training ends."""
-    texts = []
-    for name, rule in RULES.items():
-        value = record.get(f"{PREFIX}{name}")
-        if value is not None:
-            text = rule.text.format(value=value, limit=getattr(config, rule.setting))
-            texts.append(f"ALARM at step {record['step']}: {text}. Try: {rule.advice}")
-    if texts and record.get(STOP):
-        texts.append(f"training ends at step {record['step']} (on_alarm: stop)")
-    return texts
+class Told(NamedTuple):
+    """An alarm in words."""
+
+    text: str
+    advice: str
+
+
+def describe(record: Mapping[str, Any], config: AlarmConfig) -> list[Told]:
+    """Return a step's alarms in words: value and limit, and what to do."""
+    values = {name: record.get(f"{PREFIX}{name}") for name in RULES}
+    return [
+        Told(RULES[name].text.format(value=value, limit=getattr(config, RULES[name].setting)), RULES[name].advice)
+        for name, value in values.items()
+        if value is not None
+    ]

@@ -20,6 +20,15 @@ HEALTH_PROMPTS, HEALTH_TOKENS = 8, 64
 """Prompts with a sampled answer, and the longest answer in tokens: enough to see repetition, at little cost."""
 
 
+PROBES, LONGEST = 20, 200
+"""Measurements of the probe pairs in a training, and most steps between two, where no interval is set."""
+
+
+def probe_interval(every: int | None, total: float) -> int:
+    """Return the number of steps between measurements of the probe pairs in a training of ``total`` steps."""
+    return every or max(1, min(LONGEST, int(total) // PROBES))
+
+
 class DynamicsCallback(Callback):
     """Compare Theorem 1's first-order forecast of an optimizer step with the realised change, every ``every`` steps.
 
@@ -65,7 +74,11 @@ class ProbePairsCallback(Callback):
     def on_step_end(self, record: Metrics, indices: Sequence[int]) -> Metrics:
         """Return ``probe/*`` and ``held_out/*``."""
         step, metrics = record["step"], {}
-        if step % self.every == 0 or step == record["total_steps"] or step in self.score_at:
+        if (
+            step % probe_interval(self.every, record["total_steps"]) == 0
+            or step == record["total_steps"]
+            or step in self.score_at
+        ):
             means = self.measure.pair_means(self.table, self.pairs)
             metrics = {f"probe/{key}": value for key, value in means.items()}
             if self.tops:

@@ -53,7 +53,7 @@ def train_sft(run: Run, model: Artifact, rows: Artifact) -> Artifact:
         settings["lora_targets"] = run.config.model.lora_targets
     work = _work(run.config, rows, "sft", sft.batch_size, sft.epochs)
     inputs = {"model": model, "rows": rows}
-    stage = run.open(Stage("sft", never_built, settings, inputs, work, resumable=True))
+    stage = run.open(Stage("sft", never_built, settings, inputs, work, resumable=True), queued=True)
     if isinstance(stage, Artifact):
         return stage
     # In a thread, like the methods: in the main thread Ray Train replaces the handler of Ctrl-C for good.
@@ -85,7 +85,8 @@ def train_methods(
                 {"model": start.model, "pairs": start.rows} | more,
                 _work(config, start.rows, name, config.preference.batch_size, config.preference.epochs),
                 resumable=True,
-            )
+            ),
+            queued=True,
         )
         for name, start in starts.items()
     }
@@ -148,6 +149,8 @@ def _train(
     closed = {}
     try:
         if all(job.finished for job in jobs):  # an earlier driver ended before it closed these stages
+            for stage in stages:
+                log(stage.name, "resume")
             _forget(run, group)
         else:
             fit(run, jobs, [stage.name for stage in stages], group)

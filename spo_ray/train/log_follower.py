@@ -4,18 +4,29 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from spo_ray.runtime.artifact import STEP_LOG
-from spo_ray.runtime.console import Update, progress, warn
+from spo_ray.runtime.console import Update, log, progress, warn
 from spo_ray.runtime.heartbeat import STILL_S
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
-from spo_ray.train.alarm import describe
+from spo_ray.train.alarm import STOP, describe
 from spo_ray.train.method_state import lower_level_notices
-from spo_ray.train.spec import CONTROLLER, FAILURES, TrainJob
+from spo_ray.train.spec import CONTROLLER, FAILURES, RESULT, TrainJob
 
 POLL_S = 1.0
+SHOWN = {
+    "logps/chosen_change": "chosen {:+.2f}",
+    "logps/rejected_change": "rejected {:+.2f}",
+    "rewards/margins": "margin {:+.2f}",
+    "rewards/accuracies": "accuracy {:.0%}",
+    "learning_rate": "lr {:.1e}",
+}
+"""Metrics of a step's line, with their texts."""
+PAGE = "docs/failures.md"
+"""Page about the displacement alarm."""
 STILL_STEPS = 5
 """Times the slowest step, if that is more than :data:`~spo_ray.runtime.heartbeat.STILL_S`, until a step is missed."""
 
@@ -42,8 +53,14 @@ class JobView:
         self.job, self.name, self.trackers = job, name, trackers
         self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
         self.failures.new()  # failures of an earlier start were reported then
+        self.state = "resume" if self.steps.path.exists() else "build"
         self.tracker: TrackerGroup | None = None
-        self.last = -1
+        self.last, self.clipped = -1, 0
+        self.since: tuple[int, float] | None = None
+        """Step and time of the first look, from which the speed is counted."""
+        config, sft = job.config.preference, job.config.sft
+        groups = {"theta": config.theta, "phi": config.phi} if job.method or sft is None else {"theta": sft}
+        self.limits = {f"grad_norm/{name}": group.max_grad_norm for name, group in groups.items()}
         self.moved, self.slowest = time.monotonic(), 0.0
         """When the last step came, and the longest time between two."""
         self.still = False
@@ -62,18 +79,37 @@ class JobView:
             if self.tracker is None:
                 self.tracker = self.trackers.open(self.name, self.job.key, step)
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
-            for text in describe(record, self.job.config.preference.alarm):
-                warn(self.name, text)
+            for text, advice in describe(record, self.job.config.preference.alarm):
+                warn(self.name, f"ALARM at step {step}: {text}")
+                warn(self.name, f"{advice}; see {PAGE}")
+            if record.get(STOP):
+                warn(self.name, f"training ends at step {step} (on_alarm: stop)")
             for kind, text in lower_level_notices(record).items():
                 if kind not in self.noticed:
                     self.noticed.add(kind)
                     warn(self.name, f"step {step}: {text}")
+            self.clipped += any((record.get(key) or 0.0) > limit for key, limit in self.limits.items())
             if step:
-                update(step, record["total_steps"], _step(record))
-
+                text = self._text(record)
+                update(step, record["total_steps"], text)
+                if step == record["total_steps"]:
+                    log(self.name, text)
+        if self.since is None and self.last >= 0:
+            self.since = self.last, time.monotonic()
         if not self.still and time.monotonic() - self.moved > max(STILL_S, STILL_STEPS * self.slowest):
             self.still = True
             warn(self.name, f"no step for {time.monotonic() - self.moved:.0f} s")
+
+    def _text(self, record: dict[str, Any]) -> str:
+        """Return a step's line: loss, changes since the reference, speed, and the share of clipped steps so far."""
+        step, total = record["step"], record["total_steps"]
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        told = [form.format(record[key]) for key, form in SHOWN.items() if record.get(key) is not None]
+        if self.since and step > self.since[0]:
+            seconds = (time.monotonic() - self.since[1]) / (step - self.since[0])
+            left = timedelta(seconds=round(seconds * (total - step)))
+            told += [f"{seconds:.2g} s/step", *([f"{left} left"] if step < total else [])]
+        return ", ".join([f"step {step}/{total}", f"loss {loss}", *told, f"{self.clipped / step:.0%} clipped"])
 
     def _note_step(self, now: float) -> None:
         if self.last > 0 and not self.still:
@@ -81,7 +117,10 @@ class JobView:
         self.moved, self.still = now, False
 
     def close(self) -> None:
-        """Close the trackers."""
+        """Close the trackers, and log the time of a finished training."""
+        if self.job.finished:
+            result = json.loads((Path(self.job.out) / RESULT).read_text())
+            log(self.name, f"done in {result['wall_s']:.1f} s")
         if self.tracker is not None:
             self.tracker.close()
 
@@ -96,6 +135,9 @@ class Follower:
 
     def _follow(self) -> None:
         for view in self.views:
+            if self.finished.is_set() and not view.job.finished:  # an earlier one failed, so this one never started
+                break
+            log(view.name, view.state)
             with progress(view.name) as update:
                 while not (view.job.finished or self.finished.wait(POLL_S)):
                     view.look(update)
@@ -108,12 +150,6 @@ class Follower:
     def __exit__(self, *error: object) -> None:
         self.finished.set()
         self.thread.join()
-
-
-def _step(record: dict[str, Any]) -> str:
-    logps = f", log pi(y_w) {record['logps/chosen']:.2f}" if record.get("logps/chosen") is not None else ""
-    loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-    return f"step {record['step']}/{record['total_steps']}, loss {loss}{logps}"
 
 
 def _failure(record: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ def test_score_without_a_usable_row(tmp_path, capsys, text, message):
 
 
 def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, capsys):
-    rows = [{"prompt": "How many?", "chosen": "5 pens", "rejected": "6 pens"}] * 3
+    rows = [{"prompt": "How many?", "chosen": "5 pens", "rejected": f"{n} pens"} for n in (6, 6, 7, 8)]
     rows += [
         {"prompt": "How many?", "chosen": "5" * 300, "rejected": "6"},
         {"prompt": "p", "chosen": "", "rejected": "6"},
@@ -94,7 +94,9 @@ def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, c
     assert text.count(f"chosen: {chosen} tokens, mask 0 x {prompt}, 1 x {chosen}") == 2
     assert "dropped: 1 (longer than train.max_length=100 tokens)" in text
     assert "dropped: 1 ('chosen' is empty)" in text
-    assert "5 rows" in text
+    assert "dropped: 1 (duplicate)" in text  # as in training
+    assert "1 of 6 rows dropped for exceeding max_length (100). Rows are never truncated." in text
+    assert "6 rows" in text
 
 
 def test_inspect_says_what_to_set(in_root, tmp_path, capsys):

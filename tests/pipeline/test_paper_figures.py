@@ -3,13 +3,18 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines.paper_figures import GROUP, mass_shift_command, probe_config, ranked
+from pipelines import paper_figures
+from pipelines.paper_figures import GROUP, mass_shift_command, probe_config, ranked, response_groups
 from spo_ray.config.methods import Ipo
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.run import Run, Stage
 
 from ..conftest import ROOT
 from ..helpers import SMALL, small_config
@@ -43,6 +48,47 @@ def test_a_probe_needs_dpo_or_spo(in_root, tmp_path):
 def test_mass_shift_needs_samples_that_are_graded(in_root, capsys):
     assert mass_shift_command(config=ROOT / "configs" / "preferences.yaml") == 2
     assert "take data of questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("usable", [2, 9])
+def test_mass_shift_tries_other_questions_with_more_samples(in_root, tmp_path, monkeypatch, usable):
+    """With a stand-in for the engine, which would sample for minutes: the question of this number is usable."""
+    run, asked = Run(small_config(tmp_path)), []
+    rows = [{"id": f"q{i}", "prompt": f"p{i}", "gold": "g", "correct": [True, False]} for i in range(12)]
+
+    def scores(out, counts):
+        pq.write_table(pa.Table.from_pylist(rows), out / "part-0.parquet")
+
+    def sample(run, name, source, questions):
+        asked.append((source.sampling.samples, [row["id"] for row in questions.rows()]))
+        return questions
+
+    def grade(run, name, questions):
+        def build(out, counts):
+            table = []
+            for row in questions.rows():
+                right = GROUP if row["id"] == f"q{usable}" else 1
+                correct = [True] * right + [False] * (GROUP + 1)
+                texts = [f"answer {i}" for i in range(len(correct))]
+                logps = [-9.0] * right + [-1.0] * (GROUP + 1)
+                own = {"samples": texts, "sample_logps": logps, "correct": correct, "finished": [True] * len(correct)}
+                table.append(row | own)
+            pq.write_table(pa.Table.from_pylist(table), out / "part-0.parquet")
+
+        return run.execute(Stage(name, build, {}, {"questions": questions}))
+
+    run.execute(Stage("sft_scores", scores, {}, {}))
+    monkeypatch.setattr(paper_figures, "sample", sample)
+    monkeypatch.setattr(paper_figures, "grade_samples", grade)
+    job = SimpleNamespace(policy=Artifact(tmp_path, "policy"))
+    order = sorted(row["id"] for row in rows)
+    place = order.index(f"q{usable}") // paper_figures.CANDIDATES
+    pairs = response_groups(run, job, 100)
+    assert {row["source_id"] for row in pairs.rows()} == {f"q{usable}"}
+    assert asked == [(100 * 2**i, order[4 * i : 4 * i + 4]) for i in range(place + 1)]
+    monkeypatch.setattr(paper_figures, "GROUP", 99)  # no question has so many responses
+    with pytest.raises(UserError, match="no more questions that the SFT model answers correctly sometimes"):
+        response_groups(run, job, 100)
 
 
 @pytest.fixture(scope="module")

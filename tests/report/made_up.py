@@ -103,8 +103,8 @@ def trained(name):
             record = {
                 "step": step,
                 "total_steps": STEPS,
-                "logps/chosen": -9 + gain * share,
-                "logps/rejected": -8 - share,
+                "logps/chosen_change": gain * share,
+                "logps/rejected_change": -share,
             }
             record |= {"probe/logps/chosen": -9 + gain * share, "probe/logps/rejected": -8 - 4 * share}
             record |= {"dynamics/chosen_term": 5.0, "dynamics/rejected_term": -5.0, "health/repetition": share / 2}

@@ -1,5 +1,6 @@
 """`spo-ray report` on small made-up folders: one run's page anew, several runs compared."""
 
+import csv
 import json
 import re
 import shutil
@@ -7,7 +8,7 @@ from html import unescape
 
 import pytest
 
-from spo_ray.evaluate.statistics import holm, mcnemar
+from spo_ray.evaluate.statistics import holm, mcnemar, wilson
 from spo_ray.pipeline import cli
 
 from .conftest import RIGHTS
@@ -60,7 +61,7 @@ def test_figures_lead_to_rows_that_are_there(copy):
     assert len(targets) > 20
     assert all((copy / "report" / target).exists() for target in targets)
     for name in ("base", "sft", "dpo", "spo"):
-        greedy = f'<a href="../eval_{name}/part-0.parquet">{RIGHTS[name] / 12:.1%} ('
+        greedy = f'<a href="../eval_{name}/part-0.parquet">{RIGHTS[name] / 12:.1%}<small> ('
         assert greedy in page
 
 
@@ -80,7 +81,7 @@ def test_every_run_and_checkpoint_has_a_line(compared):
     assert results["a", "spo"][0].startswith("100.0% (")
     assert results["b", "spo"][0].startswith("8.3% (")
     assert results["s", "trial_00003"][0].startswith("91.7% (")
-    assert results["b", "dpo"][3:] == ["-2.00", "-4.00"]
+    assert results["b", "dpo"][2:4] == ["-2.00", "-4.00"]
     assert compared.count('<td class="fell">') == 3  # dpo's chosen answers, in three runs
 
 
@@ -126,9 +127,9 @@ def test_curves_are_overlaid_by_run(compared):
     specs = [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', compared)]
     records = specs[0]["data"]["values"]
     last = {(r["method"], r["series"], r["side"]): r["value"] for r in records if r["step"] == 6}
-    assert last["spo", "a", "chosen"] == last["spo", "s", "chosen"] == -8
-    assert last["dpo", "b", "chosen"] == -11
-    assert last["dpo", "c", "rejected"] == -12
+    assert last["spo", "a", "chosen"] == last["spo", "s", "chosen"] == 1
+    assert last["dpo", "b", "chosen"] == -2
+    assert last["dpo", "c", "rejected"] == -4
     assert ("dpo", "s", "chosen") not in last
     points = next(spec for spec in specs if "against" not in str(spec) and "lambda_sft" in str(spec))["data"]["values"]
     assert [(p["x"], round(p["mean"], 6)) for p in points] == [(0.01, 0.5), (0.1, 0.6), (1.0, 0.7), (30.0, 0.8)]
@@ -236,3 +237,30 @@ def test_runs_of_the_same_name_are_told_apart(folder, copy, tmp_path):
     assert f"{copy.parent.name}/a" in text
     assert f"{folder.name}/a" in text
     assert "None." in text.partition("Settings that differ")[2]
+
+
+def test_results_as_markdown_and_csv(folder, capsys):
+    assert report(folder / "a", folder / "s", "--markdown") == 0
+    told, table = capsys.readouterr().out.split("\n\n")
+    assert told.startswith("**a**: No method is shown to be better than the SFT model, which solves 50.0% of the 12 ")
+    lines = [line.split(" | ") for line in table.strip().strip("|").splitlines()]
+    assert [line[:3] for line in lines[:1] + lines[-1:]] == [
+        [" run", "method", "greedy, 95%"],
+        ["| s", "trial_00003", "91.7% (64.6 – 98.5)"],
+    ]
+    assert {len(line) for line in lines} == {7}
+    assert report(folder / "a", "--csv") == 0
+    scores = {(row["checkpoint"], row["metric"]): row for row in csv.DictReader(capsys.readouterr().out.splitlines())}
+    dpo = scores["dpo", "accuracy_greedy"]
+    assert (dpo["run"], float(dpo["value"]), dpo["n"]) == ("a", 4 / 12, "12")
+    assert (float(dpo["low"]), float(dpo["high"])) == pytest.approx(wilson(4, 12))
+
+
+def test_more_samples_and_the_browser(copy, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)  # tests have no browser of a user's
+    assert report(copy, "--samples", 3, "--open") == 0
+    page = copy / "report" / "index.html"
+    assert opened == [page.as_uri()]
+    assert page.read_text().count("<details class=sample") == 3
+    assert "Greedy answers to 3 of 12 held-out prompts" in text_of(page.read_text())

@@ -17,7 +17,8 @@ HOSTILE = "<!--<script>\"'&lt;{{ 7 * 7 }}</script><img src=x onerror=document.ti
 LABEL = HOSTILE.replace("/", "")
 """Name of a folder, so without a slash."""
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "table", "tr", "th", "td", "a"}
-TAGS |= {"script", "noscript", "details", "summary", "pre", "code", "mark", "footer"}
+TAGS |= {"script", "noscript", "details", "summary", "pre", "code", "mark", "footer", "small", "b", "br", "span"}
+TAGS |= {"label", "select", "option", "input", "output", "ul", "li"}
 PIECES = [
     "<!--",
     "-->",
@@ -142,31 +143,48 @@ def test_hostile_strings_are_text(pages, name):
         assert any(json.dumps(LABEL) in json.dumps(json.loads(figure)) for figure in figures)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: apt-get install chromium")
-@pytest.mark.parametrize("name", FIGURES)
-def test_hostile_strings_run_nothing_in_a_browser(pages, name):
+@pytest.fixture(scope="module")
+def browser():
+    if shutil.which("chromium") is None:
+        pytest.skip("no Chromium: apt-get install chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        messages = []
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.goto(pages[name].as_uri())
-        page.wait_for_function(f"document.querySelectorAll('.figure svg').length == {FIGURES[name]}", timeout=60_000)
-        assert page.evaluate("document.images.length") == 0
-        assert page.title() != "run"
-        assert page.evaluate("document.querySelector('footer').innerText").startswith("spo_ray")
-        browser.close()
+        opened = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_pages_in_a_browser_on_a_phone(pages, browser, name):
+    """Nothing hostile runs, nothing is logged, all figures are drawn and described, and no page scrolls sideways."""
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    messages = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.goto(pages[name].as_uri())
+    page.wait_for_function(f"document.querySelectorAll('.figure svg').length == {FIGURES[name]}", timeout=60_000)
+    assert page.evaluate("document.images.length") == 0
+    assert page.title() != "run"
+    assert page.evaluate("document.querySelector('footer').innerText").startswith("spo_ray")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    if name == "run":
+        told = page.evaluate(
+            "[...document.querySelectorAll('.figure > div')].map(div => div.getAttribute('aria-label'))"
+        )
+        assert told[0].startswith("Greedy accuracy: base 16.7% (4.7% to 44.8%), sft 50.0% ")
+        assert all(":" in text for text in told)
+        for choice, words, shown in (("wrong:dpo", "", 2), ("right", "", 6), ("", "no such words", 0), ("", "", 12)):
+            page.select_option("#filter", choice)
+            page.fill("#search", words)
+            assert page.locator(".sample:visible").count() == shown
+            assert page.inner_text("#found") == f"{shown} shown"
+    page.close()
     assert not messages
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: apt-get install chromium")
-def test_a_thousand_generated_strings_stay_text_and_data_in_a_browser(tmp_path):
+def test_a_thousand_generated_strings_stay_text_and_data_in_a_browser(tmp_path, browser):
     """As title, cells, attributes and data of a figure: the page has every one, and no other node or request."""
-    from playwright.sync_api import sync_playwright
-
     rng = random.Random(0)
     texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 8))) for _ in range(1000)]
     body = """{% extends "base.html.j2" %}{% from "macros.html.j2" import cell, figure %}
@@ -176,21 +194,19 @@ def test_a_thousand_generated_strings_stay_text_and_data_in_a_browser(tmp_path):
     spec = {"mark": "point", "data": {"values": [{"text": text, "n": n % 9} for n, text in enumerate(texts)]}}
     spec["encoding"] = {"x": {"field": "n", "title": texts[1]}, "color": {"field": "text", "legend": None}}
     (tmp_path / "page.html").write_text(render(environment().from_string(body), texts=texts, spec=spec, versions={}))
-    with sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page()
-        asked, messages = [], []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.goto((tmp_path / "page.html").as_uri())
-        page.wait_for_function("document.querySelectorAll('.figure svg').length == 1", timeout=60_000)
-        assert page.eval_on_selector_all("td", "all => all.map(cell => cell.textContent)") == texts
-        assert page.eval_on_selector_all("tr", "all => all.map(row => row.title)") == texts
-        data = "JSON.parse(document.querySelector('.figure script').textContent).data.values.map(row => row.text)"
-        assert page.evaluate(data) == texts
-        tags = page.evaluate("[...new Set([...document.querySelectorAll('*:not(svg, svg *)')].map(e => e.localName))]")
-        assert set(tags) <= TAGS | {"tbody", "form"}  # Vega-Embed adds an empty form
-        browser.close()
+    page = browser.new_page()
+    asked, messages = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_function("document.querySelectorAll('.figure svg').length == 1", timeout=60_000)
+    assert page.eval_on_selector_all("td", "all => all.map(cell => cell.textContent)") == texts
+    assert page.eval_on_selector_all("tr", "all => all.map(row => row.title)") == texts
+    data = "JSON.parse(document.querySelector('.figure script').textContent).data.values.map(row => row.text)"
+    assert page.evaluate(data) == texts
+    tags = page.evaluate("[...new Set([...document.querySelectorAll('*:not(svg, svg *)')].map(e => e.localName))]")
+    assert set(tags) <= TAGS | {"tbody", "form"}  # Vega-Embed adds an empty form
+    page.close()
     assert not messages
     assert asked == [(tmp_path / "page.html").as_uri()]

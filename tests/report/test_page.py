@@ -10,8 +10,9 @@ from html import unescape
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_ray.report.figures import _smoothed, batch_figure, ratio_figure
-from spo_ray.report.page import Link, Table, differing, environment
+from spo_ray.report.figures import _smoothed, batch_figure, log_probability_figure
+from spo_ray.report.page import Link, Table, environment
+from spo_ray.report.samples import differing
 from spo_ray.report.scores import COLUMNS
 
 from ..conftest import ROOT
@@ -26,7 +27,7 @@ def laid_out(macros, **data):
 
 def test_what_a_model_writes_is_never_code():
     table = Table([EVIL, "b"], [[EVIL, Link(EVIL, EVIL)]])
-    macros = "{{ table(content, words=1, signs=evil) }}{{ note(evil) }}{{ link(evil, evil) }}{{ cell(evil) }}"
+    macros = "{{ table(content, words=[1], signs=evil) }}{{ note(evil) }}{{ link(evil, evil) }}{{ cell(evil) }}"
     pieces = laid_out(macros + "{% call details(evil) %}{{ evil }}{% endcall %}", content=table, evil=EVIL)
     assert not re.search(r"<script|<!--|alert\('x'\)<", pieces)
     assert unescape(pieces).count(EVIL) == 10
@@ -57,10 +58,16 @@ def test_signs_have_colours_where_asked():
     assert re.findall('<td class="(.*?)">(.*?)</td>', found) == [("fell", "-1"), ("rose", '<a href="rows">+1</a>')]
 
 
+def test_intervals_stand_in_a_line_of_their_own():
+    cells = laid_out('{{ cell(value) }}{{ cell(value, "text") }}', value="5 (4 – 6)")
+    assert re.findall("<td.*?</td>", cells) == ["<td>5<small> (4 – 6)</small></td>", '<td class="text">5 (4 – 6)</td>']
+
+
 def test_explained_columns_are_columns_of_the_results():
     context = {"config": {"sft": None}, "reference": ""}
     explained = environment().get_template("explanations.j2").make_module(context).columns
-    assert explained.keys() == COLUMNS.keys() - {"Δ log π rejected"}  # explained with that of the chosen answers
+    rejected = {name for name in COLUMNS if name.endswith("rejected")}  # explained with those of the chosen answers
+    assert explained.keys() == COLUMNS.keys() - rejected
 
 
 def test_the_wheel_has_the_templates(tmp_path):
@@ -75,15 +82,18 @@ def test_the_wheel_has_the_templates(tmp_path):
 
 def test_curves_are_smoothed_by_method_and_side():
     values = [("a", "x", 1.0), ("b", "x", 5.0), ("a", "x", 2.0), ("a", "x", 2.0)]
-    records = [{"method": m, "series": s, "value": v} for m, s, v in values]
+    records = [{"method": m, "series": s, "value": v, "step": 1} for m, s, v in values]
     assert [round(r["value"], 6) for r in _smoothed(records)] == [1.0, 5.0, 1.1, 1.19]
 
 
 def test_a_step_without_finite_log_probabilities_is_left_out_of_the_curves(tmp_path):
-    keys = ("logps/chosen", "logps/rejected", "probe/logps/chosen", "probe/logps/rejected")
-    steps = [dict.fromkeys(keys, value) | {"step": step} for step, value in enumerate([-1.0, None, -2.0])]
+    keys = ("logps/chosen_change", "logps/rejected_change", "probe/logps/chosen", "probe/logps/rejected")
+    steps = [dict.fromkeys(keys, value) | {"step": step} for step, value in enumerate([-1.0, None, -2.0, -3.0])]
     steps[0]["probe/logps/rejected"] = None
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     drawn = batch_figure({"dpo": tmp_path})["data"]["values"]
-    assert [(r["step"], r["series"]) for r in drawn] == [(s, side) for s in (0, 2) for side in ("chosen", "rejected")]
-    assert [r["step"] for r in ratio_figure({"dpo": tmp_path})["data"]["values"]] == [2]
+    assert [(r["step"], r["series"]) for r in drawn] == [
+        (s, side) for s in (0, 2, 3) for side in ("chosen", "rejected")
+    ]
+    changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path}, "sft")["data"]["values"]]
+    assert changes == [0.0, -1.0, 0.0, -2.0, -1.0]  # the rejected answers are measured from step 2 on

@@ -7,7 +7,9 @@ import pytest
 
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.finished import rewrite
-from spo_ray.report.run_page import _alarms, _answers, _greedy
+from spo_ray.report.headline import p_text
+from spo_ray.report.run_page import _alarm_table, _alarms, _greedy
+from spo_ray.report.samples import shown_samples
 from spo_ray.report.scores import comparison_tables, other_suites, results, results_table
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
@@ -24,12 +26,14 @@ def run(folder, tmp_path):
 
 def test_alarms_are_told(run):
     alarms = [{"step": 20, "alarm": "chosen", "value": 1.5}, {"step": 40, "alarm": "both_fell", "value": 0.75}]
+    alarms.append({"step": 60, "alarm": "chosen", "value": 1.1})
     path = run.root / "method_dpo"
     write_json(path / "result.json", json.loads((path / "result.json").read_text()) | {"alarms": alarms})
-    first, second = _alarms(run, {"dpo": path, "spo": run.root / "method_spo"})
-    assert "dpo: ALARM at step 20: " in first
-    assert "1.5" in first
-    assert "in 75% of the probe pairs both log-probabilities fell (limit 50%)" in second
+    found = _alarms(run, {"dpo": path, "spo": run.root / "method_spo"})
+    assert [row[:3] for row in _alarm_table(found).rows] == [
+        ["dpo", "20, 60", "preferred answers lost 1.50 nats (limit 1)"],
+        ["dpo", "40", "both log-probabilities fell in 75% of pairs (limit 50%)"],
+    ]
 
 
 def test_ungraded_answers_come_from_text_health(run):
@@ -44,14 +48,13 @@ def test_ungraded_answers_come_from_text_health(run):
 
         run.execute(Stage(f"health_{name}", build, config={}, inputs={}))
     prompts = [{"id": "q", "prompt": [{"role": "user", "content": "How <many>?"}]}]
-    held_out = type("Prompts", (), {"rows": lambda self: prompts})()
     greedy = _greedy(run, {"base": {}, "sft": {}, "dpo": {}}, {})
     assert {name: rows["q"]["response"] for name, rows in greedy.items()} == {
         "sft": "<i>sft</i> says 5",
         "dpo": "<i>dpo</i> says 5",
     }
-    shown = _answers(greedy, held_out, "sft")
-    assert (shown["checkpoints"], shown["graded"]) == (["sft", "dpo"], False)
+    shown = shown_samples(greedy, prompts, "sft")
+    assert (shown["asked"], shown["graded"], shown["filters"]) == (1, False, {})
     (line,) = shown["lines"]
     assert line["prompt"] == "user: How <many>?"
     assert [answer["correct"] for answer in line["answers"]] == [None, None]
@@ -83,11 +86,11 @@ def test_without_sft_the_page_and_the_summary_call_it_reference(in_root, tmp_pat
         if row["metric"] == "accuracy_greedy" and {row["first"], row["second"]} == {"reference", "spo"}
     ]
     (line,) = [x for x in results(summary["methods"], summary["comparisons"], "reference") if x["method"] == "spo"]
-    assert line["p against reference"] == f"{p_value:.2g}"
+    assert line["p against reference"] == p_text(p_value)
     assert "<th>p against reference</th>" in page
     assert "those of reference" in page
     assert "the same reference checkpoint" in " ".join(page.split())
-    assert "SFT" not in page.partition("<h2>Training pairs")[0]
+    assert "SFT" not in page.partition("<h2>More about")[0]
 
 
 def test_runs_with_different_references_have_a_column_of_p_values_each():

@@ -137,7 +137,7 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
     out = tmp_path / "out"
     out.mkdir()
     lines = (trained / "log.jsonl").read_text().splitlines(keepends=True)
-    lines[3] = json.dumps(json.loads(lines[3]) | {"alarm/chosen": 1.5}) + "\n"
+    lines[3] = json.dumps(json.loads(lines[3]) | {"alarm/chosen": 1.5, "alarm/stop": 1.0}) + "\n"
     rows = Artifact(trained, "rows")
     job = TrainJob(config=run.config, model="model", rows=rows, out=str(out), key="key", method="dpo")
     view, told = JobView(job, "method_dpo", Trackers(run)), []
@@ -146,4 +146,10 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
         view.look(lambda *progress: told.append(progress[0]))
     view.close()
     assert told == [1, 2, 3, 4, 5]
-    assert caplog.text.count("ALARM at step 3: the mean log pi(y_w) of the probe pairs is 1.50 nats") == 1
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    start = messages.index("ALARM at step 3: preferred answers lost 1.50 nats (limit 1)")
+    assert messages[start + 1 :] == [
+        "use spo or dpo_nll, or lower the learning rate; see docs/failures.md",
+        "training ends at step 3 (on_alarm: stop)",
+    ]
+    assert all(len(f"[12:00:00] method_dpo: {message}") <= 100 for message in messages)

@@ -8,6 +8,7 @@ import torch
 from spo_ray.config.train import AlarmConfig, TrainConfig
 from spo_ray.core.text_metrics import distinct, repetition
 from spo_ray.train.alarm import Alarm, describe
+from spo_ray.train.callbacks import probe_interval
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.generation import text_health
 from spo_ray.train.logp_eval import Measure
@@ -51,22 +52,23 @@ def test_lengths_are_compared_with_the_start(length, sounds):
     assert found.get("alarm/length") == (None if sounds is None else pytest.approx(sounds))
 
 
+@pytest.mark.parametrize(("every", "total", "steps"), [(None, 9, 1), (None, 50, 2), (None, 9000, 200), (7, 9000, 7)])
+def test_short_trainings_are_probed_often_enough_for_a_curve(every, total, steps):
+    assert probe_interval(every, total) == steps
+
+
 def test_limits_can_be_taken_away():
     alarm = Alarm(AlarmConfig(max_fall=None, max_repetition=None))
     assert alarm.check(probe(2, fell=9.0, **{"health/repetition": 1.0})) == {}
 
 
-def test_what_it_says_has_step_numbers_and_advice():
+def test_what_it_says_has_numbers_and_advice():
     config = AlarmConfig(on_alarm="stop")
     record = probe(7, fell=1.25, both=0.75)
     record |= Alarm(config).check(record)
-    first, second, last = describe(record, config)
-    assert first.startswith(
-        "ALARM at step 7: the mean log pi(y_w) of the probe pairs is 1.25 nats below its start (limit 1)"
-    )
-    assert "lambda_sft" in first
-    assert "75% of the probe pairs" in second
-    assert last == "training ends at step 7 (on_alarm: stop)"
+    first, second = describe(record, config)
+    assert first == ("preferred answers lost 1.25 nats (limit 1)", "use spo or dpo_nll, or lower the learning rate")
+    assert second.text == "both log-probabilities fell in 75% of pairs (limit 50%)"
 
 
 def test_a_harmful_training_is_stopped(referenced, tmp_path):
