@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from spo_ray.config.data import EngineConfig
 from spo_ray.core.logps import IGNORE, completion_logps
+from spo_ray.model.checkpoint_files import check_finite, stored_tensors
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
 from spo_ray.model.completion import (
     TEMPLATE_REFUSES,
@@ -53,6 +54,7 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 
     Raises:
         RuntimeError: they differ by more than PROBE_TOLERANCE.
+        UserError: the weights are incomplete, damaged or not finite.
     """
     engine: Engine = ENGINES[kind](path, config, chat)
     probe = read_probe(path)
@@ -106,6 +108,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
 
+        stored_tensors(path)
+        check_finite(path)
         self.chat = chat
         # If vLLM 0.32's CPU build splits the prompt of a seeded request, it rewinds the random generator, which fails
         # on a CPU; without chunked prefill no prompt is split.

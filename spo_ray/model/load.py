@@ -18,6 +18,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from spo_ray.config.model import LastLayers, ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.errors import UserError
+from spo_ray.model.checkpoint_files import check_finite, load_weights
 from spo_ray.model.fsdp import decoder_layers
 
 logging.disable_progress_bar()
@@ -39,16 +40,13 @@ def load_model(
         compute: type of forward passes, if it differs from ``dtype``.
 
     Raises:
-        UserError: the attention implementation is not installed, or does not support this model.
+        UserError: the attention implementation is not installed or does not support this model, or the weights are
+            incomplete, damaged or not finite.
     """
     config = AutoConfig.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        attn_implementation=_attention(config, attention, compute or dtype),
-    )
+    implementation = _attention(config, attention, compute or dtype)
+    model = load_weights(path, config=config, dtype=getattr(torch, dtype), attn_implementation=implementation)
+    check_finite(path)
     _make_savable(model.generation_config)
     return model
 

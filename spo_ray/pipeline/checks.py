@@ -12,6 +12,7 @@ from spo_ray.errors import UserError
 from spo_ray.evaluate.alpaca import read_instructions
 from spo_ray.evaluate.judge import read_template
 from spo_ray.evaluate.lm_eval import known_task
+from spo_ray.model.checkpoint_files import check_checkpoint
 from spo_ray.model.completion import choose_engine
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import on_hub
@@ -39,8 +40,9 @@ def preflight(config: Config) -> None:
     except Exception as error:  # missing files, but also any mistake in a chat template
         absent = f"there is no folder {name} here, and on the hub " if is_hub_id else ""
         raise UserError(f"{absent}the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
+    check_checkpoint(name)
     if not is_hub_id:
-        _check_files(config, path)
+        _check_lengths(config, path)
     engine, why = choose_engine(config.engine)
     log("engine", f"{engine} ({why})")
     for teacher in config.sft_data.teachers:
@@ -72,6 +74,7 @@ def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) 
     choose_engine(engine)
     if not on_hub(Path(model)) and not (Path(model) / "config.json").is_file():
         raise UserError(f"no {what} in {model} (no config.json there): set a directory or a hub id")
+    check_checkpoint(model)
 
 
 def _check_judges(config: AlpacaConfig) -> None:
@@ -82,9 +85,7 @@ def _check_judges(config: AlpacaConfig) -> None:
         _check_engine("annotator", annotator.model, annotator.engine)
 
 
-def _check_files(config: Config, path: Path) -> None:
-    if not list(path.glob("*.safetensors")):
-        raise UserError(f"no weights in {path}: only safetensors are loaded, and there is no *.safetensors file")
+def _check_lengths(config: Config, path: Path) -> None:
     positions = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
     lengths = {"train.max_length": config.train.max_length, "engine.max_model_len": config.engine.max_model_len}
     for field, length in lengths.items():

@@ -10,6 +10,7 @@ from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.evaluate.statistics import in_words
+from spo_ray.model.checkpoint_files import check_checkpoint
 from spo_ray.model.export import adapted, is_adapter
 from spo_ray.pipeline.checks import check_evaluation
 from spo_ray.runtime.artifact import Artifact, external, on_hub, write_json
@@ -59,6 +60,7 @@ def _checkpoint(name: str, path: str) -> Artifact:
         raise UserError(f"a checkpoint can't be called {name!r}: use letters, digits, '.', '_' and '-' only")
     if not on_hub(Path(path)) and not is_adapter(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"no model in {path} (neither config.json nor adapter_config.json there)")
+    check_checkpoint(path)
     found = external(path)
     if not is_adapter(path):
         return found

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import ray.data
 
-from spo_ray.errors import RowRejectedError
+from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_rows
 from spo_ray.runtime.console import log, progress
@@ -78,6 +78,9 @@ def map_shards(
         batch_size: input rows per call of the row mapper and per shard.
         pool: resources of the actors; None: stateless tasks of one CPU.
         arguments: keyword arguments of ``mapper``.
+
+    Raises:
+        UserError: ``mapper`` raised it.
     """
     every = _shards_of(source, batch_size)
     shards = []
@@ -116,6 +119,8 @@ def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None,
     done, kept = 0, 0
     with progress(name) as update:
         for shard in stats.iter_rows():
+            if shard["refused"] is not None:
+                raise UserError(shard["refused"])
             row_counts.read += shard["read"]
             row_counts.kept += shard["kept"]
             done, kept = done + shard["read"], kept + shard["kept"]
@@ -126,9 +131,16 @@ class _MapAndWrite:
     """Reads the rows of a shard, maps them and writes the result."""
 
     def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: Path, kind: Any) -> None:
-        self.mapper, self.out, self.kind = mapper(**arguments), out, kind
+        self.out, self.kind = out, kind
+        self.mapper, self.refused = None, None
+        try:
+            self.mapper = mapper(**arguments)
+        except UserError as error:  # raised in the driver: Ray would print its own traces of it
+            self.refused = str(error)
 
     def __call__(self, shard: Row) -> Row:
+        if self.mapper is None:
+            return {"read": 0, "kept": 0, "refused": self.refused}
         table: list[Row] = []
         for piece in shard["pieces"]:
             table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
@@ -140,7 +152,7 @@ class _MapAndWrite:
         if rejected:  # before the kept rows, whose file marks the shard as done
             write_rows(self.out / f"rejected-{shard['name']}.parquet", rejected, schema.Rejected)
         write_rows(_part(self.out, shard), kept, self.kind)
-        return {"read": len(table), "kept": len(kept)}
+        return {"read": len(table), "kept": len(kept), "refused": None}
 
 
 def _shards_of(source: Artifact, batch_size: int) -> list[Row]:

@@ -6,6 +6,7 @@ from functools import partial
 import pyarrow.parquet as pq
 import pytest
 
+from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.map_rows import Pool, RowRejectedError, each_row, map_shards
@@ -80,6 +81,15 @@ def test_a_killed_actor_loses_and_repeats_no_row(local_ray, source, tmp_path):
     assert (tmp_path / "killed").exists()
     assert [row["id"] for row in artifact.rows()] == [f"q{i:03d}" for i in range(100)]
     assert row_counts.read == row_counts.kept == 100
+
+
+def refusing():
+    raise UserError("no such model")
+
+
+def test_what_a_mapper_refuses_is_the_users_error(local_ray, source, tmp_path):
+    with pytest.raises(UserError, match=r"^no such model$"):
+        run(source, tmp_path, refusing, batch_size=10, pool=Pool(1, 1))
 
 
 class Counting:
