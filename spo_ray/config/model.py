@@ -1,5 +1,6 @@
 """Section for the model and its adapters."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
@@ -38,7 +39,9 @@ class ModelConfig(ConfigModel):
     """Base model and its LoRA adapters."""
 
     path: str
-    """Local folder or hub id of an instruction-tuned model."""
+    """Local folder or hub id of an instruction-tuned model, or local folder of a PEFT adapter that names its model."""
+    adapter: Path | None = None
+    """Folder of a PEFT adapter that is merged into the model before the job; None: none, or ``path`` itself."""
     chat_template: str | None = None
     """Jinja text that replaces the tokenizer's chat template."""
     max_template_mismatch: Fraction = 0.05

@@ -16,6 +16,7 @@ from spo_ray.data.read import raw_rows
 from spo_ray.data.sources import PAIR
 from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
+from spo_ray.model.adapter import ModelSource
 from spo_ray.model.tokenizer import ChatTokenizer
 
 COLUMNS = {"prompt": "prompt_ids", **SIDES}
@@ -39,7 +40,8 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
         section = (section or PreferenceData(path=data)).model_copy(update={"path": data})
     if section is None:
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
-    chat, limit = ChatTokenizer.load(config.model.path, config.model.chat_template), config.train.max_length
+    chat = ChatTokenizer.load(ModelSource.of(config.model).tokenizer, config.model.chat_template)
+    limit = config.train.max_length
     reasons: Counter[str] = Counter()
     tokenised: list[dict[str, Any]] = []
     for raw in islice(raw_rows(section, section.train_split), LOOKED_AT):

@@ -4,6 +4,7 @@ A prompt is templated and tokenised; a completion is tokenised separately and en
 Therefore no token spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spo_ray.errors import UserError
+from spo_ray.model.checkpoint_config import embedding_rows
 
 Message = dict[str, str]
 _PROBE = "completion-boundary"
@@ -19,25 +21,38 @@ _PROBE = "completion-boundary"
 class ChatTokenizer:
     """Wrapper of a Hugging Face tokenizer with the operations that training and sampling need.
 
+    Args:
+        tokenizer: the tokenizer.
+        rows: number of token ids that the model knows; None: any.
+
     Raises:
-        UserError: the tokenizer has no chat template, or no end-of-turn token can be found.
+        UserError: the tokenizer has no chat template, no end-of-turn token can be found, or the model does not know a
+            token other than the padding, for which any other will do because it is masked.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> None:
         if not tokenizer.chat_template:
             name = tokenizer.name_or_path or "the tokenizer"
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
         self.tokenizer = tokenizer
         self.end_id = _end_of_turn(tokenizer)
-        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
+        self.rows = sys.maxsize if rows is None else rows
+        _refuse_unknown(tokenizer, self.rows)
+        pad = tokenizer.pad_token_id
+        self.pad_id = int(self.end_id if pad is None or pad >= self.rows else pad)
 
     @classmethod
-    def load(cls, path: str | Path, chat_template: str | None = None) -> "ChatTokenizer":
-        """Load from a directory or the hub; ``chat_template`` (Jinja text) replaces the tokenizer's own."""
+    def load(
+        cls, path: str | Path, chat_template: str | None = None, model: str | Path | None = None
+    ) -> "ChatTokenizer":
+        """Load from a directory or the hub; ``chat_template`` (Jinja text) replaces the tokenizer's own.
+
+        ``model`` is the checkpoint of the model, if it is not in the same place.
+        """
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
         if chat_template:
             tokenizer.chat_template = chat_template
-        return cls(tokenizer)
+        return cls(tokenizer, embedding_rows(model or path))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -69,9 +84,13 @@ class ChatTokenizer:
         return whole[: len(parts)] != parts
 
     def has_markup(self, text: str) -> bool:
-        """Return True if text contains special tokens, such as the end of a turn, before its last token."""
+        """Return True if text contains special tokens, such as the end of a turn, before its last token.
+
+        Also if it has a token anywhere that the model does not know.
+        """
         special = set(self.tokenizer.all_special_ids) | {self.end_id}
-        return any(token in special for token in self._encode(text)[:-1])
+        ids = self._encode(text)
+        return any(token in special for token in ids[:-1]) or any(token >= self.rows for token in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
@@ -82,19 +101,38 @@ class ChatTokenizer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def _refuse_unknown(tokenizer: Any, rows: int) -> None:
+    """Refuse tokens without a row in the model's embedding, if ordinary texts or the chat template have them.
+
+    A special token that no template uses, such as one that transformers adds by itself, does no harm.
+    """
+    ids = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows and i != tokenizer.pad_token_id}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unknown = {i for i in ids if i not in special} | (set(_turn_ids(tokenizer)) & ids.keys())
+    if unknown:
+        raise UserError(
+            f"the tokenizer has ids up to {max(unknown)}, but the model's embedding has {rows} rows: "
+            f"{ids[min(unknown)]!r} is {min(unknown)}; resize the embedding, or use the model's own tokenizer"
+        )
+
+
 def _messages(prompt: str | Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
 
 
 def _end_of_turn(tokenizer: Any) -> int:
     """Return the first special token after an assistant's answer in the template, else the end-of-text token."""
-    turn = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
-    text = str(tokenizer.apply_chat_template(turn, tokenize=False))
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-    for token in after:
+    for token in _turn_ids(tokenizer, after=True):
         if token in special:
             return int(token)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
     return int(tokenizer.eos_token_id)
+
+
+def _turn_ids(tokenizer: Any, after: bool = False) -> list[int]:
+    """Return the token ids of a templated turn of user and assistant, or of what stands after the answer."""
+    turn = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
+    text = str(tokenizer.apply_chat_template(turn, tokenize=False))
+    return list(tokenizer(text.rpartition(_PROBE)[2] if after else text, add_special_tokens=False)["input_ids"])

@@ -6,6 +6,7 @@ folder of its own and is reused as long as everything that it depends on stays t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import ValidationConfig
@@ -16,13 +17,14 @@ from spo_ray.data.sources import load_data
 from spo_ray.data.tokenize import tokenise_pairs, tokenise_sft
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
+from spo_ray.model.adapter import ModelSource
 from spo_ray.pipeline import Part
 from spo_ray.pipeline.checks import preflight
 from spo_ray.report.run_page import write_report
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.cluster import connect
-from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
 from spo_ray.train.spec import Prepared, Start
@@ -100,7 +102,7 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
     rows = load_data(run, "train", against=job.test)
     yield "data"
 
-    job.base = external(config.model.path)
+    job.base = base_model(run)
     if validation and not has_pairs:
         rows, job.validation = hold_out(run, rows, "questions", validation.questions, schema.Prompt)
     job.chosen = clean_pairs(run, "pairs", rows) if has_pairs else sft_set(run, job.base, rows)
@@ -122,6 +124,16 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
         job.held_out = referenced(run, job.policy, held_out, "held_out_tokens", "held_out_pairs")
     job.reference = referenced(run, job.policy, job.pairs, "pair_tokens", "reference")
     yield "reference"
+
+
+def base_model(run: Run) -> Artifact:
+    """Return the configuration's model; if an adapter is to be merged into it, a stage with the result."""
+    source = ModelSource.of(run.config.model)
+    if source.adapter is None:
+        return external(source.model)
+    inputs = {"model": external(source.model), "adapter": external(source.adapter)}
+    work = Work(cpus=1, note=f"{source.adapter.name} merged into {Path(source.model).name}")
+    return run.execute(Stage("base_model", lambda out, _: source.merge(out), {}, inputs, work))
 
 
 def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number: int) -> dict[str, Artifact]:
