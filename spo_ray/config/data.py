@@ -112,6 +112,13 @@ class SamplingConfig(GenerationConfig):
     """Responses per question, the K of pass@K."""
 
 
+def _without_secrets(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if re.search("token$|key|password|secret", name):
+            raise ValueError(f"{name} may be a secret, and would be written into manifests: set HF_TOKEN instead")
+    return value
+
+
 class EngineConfig(ConfigModel):
     """Generation engines, for sampling and evaluation."""
 
@@ -134,13 +141,7 @@ class EngineConfig(ConfigModel):
     arguments: dict[str, str | int | float | bool | None] = {}
     """Further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``; they override the other fields."""
 
-    @field_validator("arguments")
-    @classmethod
-    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if re.search("token$|key|password|secret", name):
-                raise ValueError(f"{name} may be a secret, and would be written into manifests: set HF_TOKEN instead")
-        return value
+    _no_secrets = field_validator("arguments")(_without_secrets)
 
     @model_validator(mode="after")
     def _range(self) -> "EngineConfig":
@@ -163,6 +164,11 @@ class EndpointConfig(ConfigModel):
     """Seconds until a request counts as failed."""
     retries: Annotated[int, Field(ge=0)] = 5
     """Retries after a failed, rate-limited or timed-out request."""
+    request: dict[str, Any] = {}
+    """Further fields of every request, such as ``{max_completion_tokens: 4000, temperature: null}``. They replace this
+    program's own (null: the field is left out); ``max_completion_tokens`` replaces ``max_tokens`` too."""
+
+    _no_secret_fields = field_validator("request")(_without_secrets)
 
     @field_validator("url")
     @classmethod
