@@ -247,3 +247,6 @@ class PairsConfig(ConfigModel):
     """Drop duplicate pairs: none; equal text; equal but for case, punctuation and spaces; or similar text (MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Largest ratio of the two sides' lengths in characters; None: no limit."""
+    max_ches_quantile: Annotated[Fraction, Field(gt=0.0)] | None = None
+    """Share of the training pairs that are kept, those with the lowest CHES score per token under the reference model:
+    the others would lower their chosen response's probability most. None: all."""

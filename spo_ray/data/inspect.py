@@ -17,6 +17,9 @@ from spo_ray.data.sources import PAIR
 from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.adapter import ModelSource
+from spo_ray.model.collate import rows_at_once
+from spo_ray.model.displacement import ches_scores
+from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 
 COLUMNS = {"prompt": "prompt_ids", **SIDES}
@@ -29,8 +32,10 @@ EXCERPT = 400
 """Tokens shown at each end of a long text."""
 
 
-def inspect_data(config: Config, data: Path | None, rows: int, console: Console) -> None:
+def inspect_data(config: Config, data: Path | None, rows: int, console: Console, displacement: bool = False) -> None:
     """Print some rows, then the lengths and the drop reasons of the first thousand.
+
+    With ``displacement`` also the pairs with the highest CHES scores (:mod:`spo_ray.model.displacement`).
 
     Raises:
         UserError: the data can't be read, or no row can be used.
@@ -60,6 +65,26 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
     _summary(console, tokenised, reasons, config)
     if not tokenised:
         raise UserError("no row can be used: the reasons are above")
+    if displacement:
+        _show_displacement(console, chat, tokenised, rows, config)
+
+
+def _show_displacement(
+    console: Console, chat: ChatTokenizer, tokenised: list[dict[str, Any]], rows: int, config: Config
+) -> None:
+    source = ModelSource.of(config.model)
+    if source.adapter is not None:
+        raise UserError(
+            "--displacement needs a model without an adapter: run with --until data, and name its base_model"
+        )
+    model, size = load_model(source.model).eval(), rows_at_once(config.train.max_length)
+    scores = ches_scores(model, tokenised, chat.pad_id, size)
+    ranked = sorted(zip(scores, tokenised, strict=True), key=lambda found: -found[0].ches_per_token)
+    console.rule("CHES score per token (and in all), the highest first: these pairs lower log pi(chosen) most")
+    for score, row in ranked[:rows]:
+        line = f"row {row['id']}: {score.ches_per_token:.4g} ({score.ches:.4g})"
+        texts = [f"{side}: {chat.decode(row[column])[:EXCERPT]!r}" for side, column in SIDES.items()]
+        console.print("\n  ".join([line, *texts]), markup=False)
 
 
 def _show(console: Console, chat: ChatTokenizer, row: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import ValidationConfig
-from spo_ray.data.filter import clean_pairs, hold_out
+from spo_ray.data.filter import clean_pairs, hold_out, without_displacement
 from spo_ray.data.pairs import preference_pairs
 from spo_ray.data.sft_set import sft_set
 from spo_ray.data.sources import load_data
@@ -122,7 +122,7 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
 
     if held_out is not None:
         job.held_out = referenced(run, job.policy, held_out, "held_out_tokens", "held_out_pairs")
-    job.reference = referenced(run, job.policy, job.pairs, "pair_tokens", "reference")
+    job.reference = without_displacement(run, referenced(run, job.policy, job.pairs, "pair_tokens", "reference"))
     yield "reference"
 
 
@@ -142,7 +142,8 @@ def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number
     for name, policy in policies.items():
         suffix = f"_{name}_round{number}"
         pairs = preference_pairs(run, policy, chosen, suffix)
-        starts[name] = Start(policy, referenced(run, policy, pairs, f"pair_tokens{suffix}", f"reference{suffix}"))
+        reference = referenced(run, policy, pairs, f"pair_tokens{suffix}", f"reference{suffix}")
+        starts[name] = Start(policy, without_displacement(run, reference))
     return train_methods(run, starts, suffix=f"_round{number}")
 
 
