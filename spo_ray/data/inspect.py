@@ -79,10 +79,10 @@ def _show_displacement(
         )
     model, size = load_model(source.model).eval(), rows_at_once(config.train.max_length)
     scores = ches_scores(model, tokenised, chat.pad_id, size)
-    ranked = sorted(zip(scores, tokenised, strict=True), key=lambda found: -found[0].ches_per_token)
-    console.rule("CHES score per token (and in all), the highest first: these pairs lower log pi(chosen) most")
+    ranked = sorted(zip(scores, tokenised, strict=True), key=lambda found: -getattr(found[0], config.pairs.ches))
+    console.rule("CHES scores (and per token), the highest first: these pairs lower log pi(chosen) most")
     for score, row in ranked[:rows]:
-        line = f"row {row['id']}: {score.ches_per_token:.4g} ({score.ches:.4g})"
+        line = f"row {row['id']}: {score.ches:.4g} ({score.ches_per_token:.4g})"
         texts = [f"{side}: {chat.decode(row[column])[:EXCERPT]!r}" for side, column in SIDES.items()]
         console.print("\n  ".join([line, *texts]), markup=False)
 

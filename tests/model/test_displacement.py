@@ -69,7 +69,9 @@ def test_the_pairs_with_the_highest_scores_are_dropped(in_root, tmp_path):
     write_rows(tmp_path / "reference" / "part-0.parquet", table, schema.ChesPair)
     pairs = Artifact(tmp_path / "reference", "reference")
     assert without_displacement(Run(small_config(tmp_path)), pairs) is pairs
-    kept = without_displacement(Run(small_config(tmp_path, "pairs.max_ches_quantile=0.75")), pairs)
+    kept = without_displacement(
+        Run(small_config(tmp_path, "pairs.max_ches_quantile=0.75", "pairs.ches=ches_per_token")), pairs
+    )
     assert [row["id"] for row in kept.rows()] == ["2", "3", "4", "5", "6", "7"]
     assert kept.manifest["facts"]["max_ches_per_token"] == -2.0
     rejected = pq.read_table(next(kept.path.glob("rejected*.parquet"))).to_pylist()
@@ -83,7 +85,7 @@ def test_inspect_lists_the_worst_pairs(in_root, tmp_path, capsys):
     rows = [json.dumps({"prompt": "2 and 3?", "chosen": chosen, "rejected": rejected}) for chosen, rejected in TEXTS]
     file.write_text("\n".join(rows))
     inspect_data(small_config(tmp_path), file, 2, Console(width=200), displacement=True)
-    listed = capsys.readouterr().out.partition("CHES score per token")[2]
+    listed = capsys.readouterr().out.partition("CHES scores")[2]
     scores = [float(line.split()[2]) for line in listed.splitlines() if line.startswith("row ")]
     assert len(scores) == 2
     assert scores == sorted(scores, reverse=True)
