@@ -248,7 +248,7 @@ class PairsConfig(ConfigModel):
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Largest ratio of the two sides' lengths in characters; None: no limit."""
     max_ches_quantile: Annotated[Fraction, Field(gt=0.0)] | None = None
-    """Share of the training pairs that are kept, those with the lowest CHES scores under the reference model: the others
-    would lower their chosen response's probability most. None: all."""
+    """Share of the training pairs that are kept, those with the lowest CHES scores under the reference model; the
+    others would lower their chosen response's probability most. None: all."""
     ches: Literal["ches", "ches_per_token"] = "ches"
     """Score that is compared: over sums or over means of a response's hidden embeddings."""
