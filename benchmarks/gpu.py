@@ -75,15 +75,13 @@ def zero(pairs: Any) -> Tensor:
 
 TERMS = {"ac": DPO, "bd": SPO | {"base": zero, "eta": 1e-6}, "Re": DPO | {"base": zero, "gamma": 1.0}}
 """Settings that isolate two terms: one of phi's gradient (R: gamma's part), and one of theta's."""
-LITERAL, ROUGH = {"inner_mode": "literal"}, {"full_precision_inner": False}
+EXACT, DIFFERENCE = {"inner_method": "exact"}, {"inner_method": "difference"}
 MODES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fp32": ("fp32", "ac bd Re", {}),
-    "fp32, central differences": ("fp32", "bd Re", {"difference": "central"}),
-    "fp32, literal (b)": ("fp32", "bd", LITERAL),
+    "fp32, exact": ("fp32", "bd Re", EXACT),
     "bf16": ("bf16", "ac bd Re", {}),
-    "bf16, rough (b)": ("bf16", "bd", ROUGH),
-    "bf16, literal (b)": ("bf16", "bd", LITERAL),
-    "bf16, TF32 in (b) and R": ("tf32", "bd Re", {}),
+    "bf16, difference in (b)": ("bf16", "bd", DIFFERENCE),
+    "bf16, TF32 difference in (b)": ("tf32", "bd", DIFFERENCE),
 }
 """Precision, groups of :data:`TERMS` and options."""
 BOUNDS = {"fp32": {"b": 0.02, "R": 0.02, "e": 0.02, "": 1e-5}, "bf16": {"": 0.05}}
@@ -202,11 +200,11 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DPO, shared prompt": (6, DPO | {"share_prompt": True}),
     "DPO, plain Hugging Face, full logits": (6, {}),
     "SFT": (3, {}),
-    "SPO, gamma 0": (8, SPO),
-    "SPO, gamma 0, TF32 in (b)": (8, SPO),
-    "SPO, gamma 0, rough (b)": (8, SPO | ROUGH),
-    "SPO, gamma 0, literal (b)": (8, SPO | LITERAL),
-    "SPO, gamma > 0": (14, SPO | {"gamma": 0.1}),
+    "SPO, K = 0": (6, SPO | {"inner_steps": 0}),
+    "SPO, gamma 0": (12, SPO),
+    "SPO, gamma 0, difference in (b)": (8, SPO | DIFFERENCE),
+    "SPO, gamma 0, TF32 difference in (b)": (8, SPO | DIFFERENCE),
+    "SPO, gamma > 0": (24, SPO | {"gamma": 0.1}),
 }
 """Units of arithmetic of a pair (see :mod:`spo_ray.core.spo`), and options of ``spo_gradients``."""
 PAIRS, SWEPT = 8, (1, 2, 4, 8, 16)

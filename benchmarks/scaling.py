@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.multiprocessing as mp
 
 from benchmarks.common import random_inputs, rate_of_all
@@ -50,15 +51,18 @@ BATCH, EPOCH = 8, 5
 SKIPPED = 2  # steps at the start
 ENVIRONMENT = launch.KEEP_MEMORY | {"OMP_NUM_THREADS": "1"}
 METHODS = ("sft", "dpo", "spo", "spo_hinge")
-SPO = "methods.{}={{type: spo, gamma: {}, inner: {{full_precision: {}}}}}"
+SPO = "methods.{}={{type: spo, gamma: {}, inner: {{{}}}}}"
 UNWATCHED = "probe_every=100000 probe_pairs=1 probe_top_tokens=0 dynamics_every=null"
 BASE = [
     *(f"preference.{setting}" for setting in f"{UNWATCHED} batch_size={BATCH}".split()),
     *(f"sft.batch_size={2 * BATCH}", "train.checkpoint.every=null"),
-    *(SPO.format("spo", 0.0, "true"), SPO.format("spo_rough", 0.0, "false"), SPO.format("spo_hinge", 0.01, "true")),
+    *(SPO.format("spo", 0.0, "eta: 1e-3"), SPO.format("spo_k0", 0.0, "steps: 0"), SPO.format("spo_hinge", 0.01, "")),
 ]
 WHOLE = {"all_gather_single": "output_tensor", "reduce_scatter_single": "input", "all_reduce": "tensor"}
-"""What FSDP2 and the step call, with the argument of which a ring sends (W - 1) / W, in an all-reduce twice."""
+"""What FSDP2 and the step call, with the argument of which a ring sends (W - 1) / W, in an all-reduce twice.
+
+DTensor's functions of the same names are counted too; they gather the directions of exact passes.
+"""
 
 
 class Step(NamedTuple):
@@ -109,19 +113,22 @@ def instrument() -> None:
         save(*arguments)
         notes["save"] += time.perf_counter() - started
 
-    def counted(name: str, whole: str) -> Callable[..., Any]:
-        function = getattr(dist, name)
+    def counted(owner: Any, name: str, argument: str) -> Callable[..., Any]:
+        function = getattr(owner, name)
         signature = inspect.signature(function)
+        parts = dist.get_world_size() if (owner, name) == (funcol, "all_gather_single") else 1  # it is given a shard
 
         def call(*arguments: Any, **named: Any) -> Any:
-            tensor = signature.bind(*arguments, **named).arguments[whole]
-            sent = 1 - 1 / dist.get_world_size()
+            tensor = signature.bind(*arguments, **named).arguments[argument]
+            sent = parts * (1 - 1 / dist.get_world_size())
             notes[name] += (1 + (name == "all_reduce")) * tensor.numel() * tensor.element_size() * sent
             return function(*arguments, **named)
 
         return call
 
-    patches: list[tuple[Any, str, Any]] = [(dist, name, counted(name, whole)) for name, whole in WHOLE.items()]
+    calls = [(dist, *item) for item in WHOLE.items()]
+    calls += [(funcol, name, "self") for name in ("all_gather_single", "reduce_scatter_single")]
+    patches: list[tuple[Any, str, Any]] = [(owner, name, counted(owner, name, key)) for owner, name, key in calls]
     patches += [(worker, "run_job", recorded), (worker, "export_policy", lambda *arguments: None)]
     for owner, name, function in [*patches, (StepLog, "write", written), (Checkpointer, "save", saved)]:
         setattr(owner, name, function)
@@ -232,7 +239,7 @@ def communication(folder: Path, steps: int, only: Sequence[str] = (), workers: i
     few, rows_each = folder / "few", [f"sft.batch_size={2 * workers}", f"preference.batch_size={workers}"]
     random_inputs(few, steps * workers)  # a backward a step
     recompute = "train.gradient_checkpointing=true"
-    cases: list[tuple[str, str, list[str]]] = [("spo_rough", "bfloat16", []), ("spo", "bfloat16", [recompute])]
+    cases: list[tuple[str, str, list[str]]] = [("spo_k0", "bfloat16", []), ("spo", "bfloat16", [recompute])]
     cases = [(name, precision, []) for precision in ("float32", "bfloat16") for name in METHODS] + cases
     cases = [case for case in cases if f"{case[0]},{case[1]}" in only] if only else cases
     jobs = [job(few, f"b_{i}", name, workers, 1, *rows_each, f"train.precision={precision}", *more)

@@ -41,14 +41,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spo, hinge per pair": SPO | {"gamma": GAMMA, "hinge": "pair"},
     "dpo, bf16": DPO | {"bf16": True},
     "spo, bf16": SPO | {"pairs_per_backward": 1, "bf16": True},
-    "spo, bf16, rough (b)": SPO | {"pairs_per_backward": 1, "full_precision_inner": False, "bf16": True},
+    "spo, hinge, bf16": SPO | {"gamma": GAMMA, "pairs_per_backward": 1, "bf16": True},
+    "spo, K = 0": SPO | {"inner_steps": 0, "pairs_per_backward": PAIRS},
+    "dpo, batched, bf16": DPO | {"pairs_per_backward": PAIRS, "bf16": True},
+    "spo, K = 0, bf16": SPO | {"inner_steps": 0, "pairs_per_backward": PAIRS, "bf16": True},
 }
 NAIVE = {"naive": 0.0, "naive, hinge": GAMMA}
 BASELINES = {
     "dpo, bf16": "dpo, bf16",
     "spo, batched": "dpo, batched",
     "spo, bf16": "dpo, bf16",
-    "spo, bf16, rough (b)": "dpo, bf16",
+    "spo, hinge, bf16": "dpo, bf16",
+    "spo, K = 0": "dpo, batched",
+    "spo, K = 0, bf16": "dpo, batched, bf16",
 }
 """What a variant is compared with, where it is not ``dpo``."""
 EXACT = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}

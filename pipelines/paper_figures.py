@@ -101,7 +101,7 @@ def mass_shift(run: Run, job: Job, samples: int) -> dict[str, Any]:
     scored = Artifact(run.root / "sft_scores", "")
     asked = _questions(run, Artifact(scored.path, scored.manifest["digest"]))
     sampling = run.config.sampling.model_copy(update={"samples": samples, "batch_size": 1})
-    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model.chat_template)
+    source = SamplingJob(job.policy, run.config.engine, sampling, run.config.model)
     graded = grade_samples(run, "probe_mass_scores", sample(run, "probe_mass_samples", source, asked))
     pairs = referenced(run, job.policy, _groups(run, graded), "probe_mass_tokens", "probe_mass_reference")
     trained = train_methods(run, dict.fromkeys(run.config.methods, Start(job.policy, pairs)), suffix="_probe_mass")

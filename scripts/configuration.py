@@ -1,5 +1,6 @@
 """Write ``docs/configuration.md`` from the schema; with ``--check`` only say whether it is current."""
 
+import datetime
 import json
 import re
 import sys
@@ -32,6 +33,7 @@ PLAIN = {
     Path: "path",
     NoneType: "null",
 }
+PLAIN |= {datetime.date: "date"}
 
 
 def page() -> str:

@@ -1,12 +1,13 @@
 """Sections for data, sampling, teachers and preference pairs."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import ConfigModel, Fraction
+from spo_ray.config.base import ConfigModel, Fraction, Seconds
 from spo_ray.config.train import Dtype
 
 
@@ -20,11 +21,11 @@ class ToyData(ConfigModel):
     """Questions held out for evaluation."""
 
 
-class FileData(ConfigModel):
-    """Fields of data from files or from the Hugging Face hub."""
+class Location(ConfigModel):
+    """Place of data: files, or a dataset on the Hugging Face hub."""
 
     path: Path
-    """Folder with ``SPLIT.jsonl`` or Parquet files, one such file, or the name of a dataset on the hub."""
+    """Folder with ``SPLIT.jsonl``, JSON or Parquet files, one such file, or the name of a dataset on the hub."""
     subset: str | None = None
     """Configuration of a hub dataset, such as GSM8K's ``main``."""
     revision: str = "main"
@@ -33,9 +34,19 @@ class FileData(ConfigModel):
     """Split to train on."""
     test_split: str = "test"
     """Split held out for evaluation."""
+
+
+class FileData(Location):
+    """Fields of data from files or from the Hugging Face hub."""
+
     contamination_words: Annotated[int, Field(ge=3)] | None = None
     """Contamination check: quarantine training rows whose prompt shares so many consecutive words with a test prompt;
     None: no check."""
+
+    @property
+    def sources(self) -> "Sequence[Location]":
+        """All places that rows are read from."""
+        return [self]
 
 
 class QuestionFields(FileData):
@@ -76,10 +87,22 @@ class QuestionData(QuestionFields):
     """Verifier that grades responses: a name in :mod:`spo_ray.data.verifiers`, or ``package.module:Class``."""
 
 
-class PreferenceData(FileData):
+class PairSource(Location):
+    """One source of preference pairs."""
+
+    columns: dict[Literal["prompt", "chosen", "rejected", "system", "tools", "completions"], str] = {}
+    """Columns of the data that have other names, such as ``prompt: question``."""
+    weight: PositiveFloat | None = None
+    """Share of this source among several, relative to the others: as many random pairs are taken as the smallest
+    allows. None: all of its pairs."""
+
+
+class PreferenceData(FileData, PairSource):
     """Ready preference pairs, in any format of :mod:`spo_ray.data.preference_formats`."""
 
     type: Literal["preference"] = "preference"
+    more: list[PairSource] = []
+    """Further sources, whose pairs are trained on together with those of ``path``."""
     train_pairs: PositiveInt | None = None
     """Random pairs to train on; None: all that are not held out."""
     test_pairs: PositiveInt = 100
@@ -88,6 +111,18 @@ class PreferenceData(FileData):
     """Source of the held-out pairs: random prompts of the training split, or rows of the test split."""
     rejected: Literal["worst", "random"] = "worst"
     """Completion that loses against the best one, where a row has several with scores."""
+
+    @property
+    def sources(self) -> "Sequence[PairSource]":
+        """All sources of pairs."""
+        return [self, *self.more]
+
+    @model_validator(mode="after")
+    def _weights_agree(self) -> "PreferenceData":
+        weights = [source.weight for source in self.sources]
+        if any(weights) and (not all(weights) or not self.more):
+            raise ValueError("weight is relative: set it for data and for each of data.more, or for none of them")
+        return self
 
 
 DataConfig = Annotated[ToyData | QuestionData | Gsm8kData | PreferenceData, Field(discriminator="type")]
@@ -160,7 +195,7 @@ class EndpointConfig(ConfigModel):
     """Environment variable with the API key, of the process that starts the run; if it is unset, no key is sent."""
     concurrency: PositiveInt = 16
     """Requests at a time."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Seconds = 600.0
     """Seconds until a request counts as failed."""
     retries: Annotated[int, Field(ge=0)] = 5
     """Retries after a failed, rate-limited or timed-out request."""
@@ -244,7 +279,7 @@ class PairsConfig(ConfigModel):
     """Choice of wrong samples: any; the most probable; the most similar to the chosen response; or the longest common
     beginning with it."""
     dedup: Literal["none", "exact", "normalised", "near"] = "exact"
-    """Drop duplicate pairs: none; equal text; equal but for case, punctuation and spaces; or similar text (MinHash)."""
+    """Drop duplicate pairs: none; equal text; equal but for case and white space; or similar text (MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Largest ratio of the two sides' lengths in characters; None: no limit."""
     max_ches_quantile: Annotated[Fraction, Field(gt=0.0)] | None = None

@@ -3,6 +3,8 @@
 import difflib
 import re
 from collections.abc import Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -23,19 +25,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or wrong.
     """
-    yaml = YAML(typ="rt")
     try:
-        tree = yaml.load(Path(path).read_text())
+        tree = _parsed(Path(path).read_text(), "rt")
     except FileNotFoundError as error:
         raise UserError(f"no configuration file {path}: see configs/ for complete examples") from error
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise UserError(f"{path} can't be read as YAML: {error}") from error
     if not isinstance(tree, CommentedMap):
         raise UserError(f"{path} must hold a mapping of configuration keys")
     for override in overrides:
         _apply(tree, override)
     try:
-        config = Config.model_validate(_plain(tree))
+        config = Config.model_validate(_plain(tree, str(path), count()))
     except ValidationError as error:
         raise UserError(_explain(error, tree, str(path), overrides)) from error
     problems = list(space_problems(config)) if config.sweep else []
@@ -45,10 +46,40 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _plain(node: Any) -> Any:
+MOST_VALUES, DEEPEST = 100_000, 50
+TOO_MUCH = f"no configuration has more than {MOST_VALUES} values or {DEEPEST} levels"
+
+
+def _parsed(text: str, kind: str) -> Any:
+    """Return the content of a YAML text.
+
+    Raises:
+        ValueError: it is nested so deeply that reading it would take long.
+        YAMLError: it is no YAML.
+    """
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):  # also in quotes, where they mostly come in pairs
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        if depth > 4 * DEEPEST:
+            raise ValueError(TOO_MUCH)
+    try:
+        return YAML(typ=kind).load(text)
+    except RecursionError as error:
+        raise ValueError(TOO_MUCH) from error
+
+
+def _plain(node: Any, path: str, counter: "count[int]", depth: int = 0) -> Any:
+    """Return a tree without aliases, of which a short file can have billions of values.
+
+    Raises:
+        UserError: it is too large.
+    """
+    if next(counter) > MOST_VALUES or depth > DEEPEST:
+        raise UserError(f"{path}: {TOO_MUCH}")
+    inner = partial(_plain, path=path, counter=counter, depth=depth + 1)
     if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    return [_plain(value) for value in node] if isinstance(node, list) else node
+        return {str(key): inner(value) for key, value in node.items()}
+    return [inner(value) for value in node] if isinstance(node, list) else node
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -56,11 +87,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r} must look like key.sub=value")
     try:
-        set_key(tree, key, YAML(typ="safe").load(text))
+        set_key(tree, key, _parsed(text, "safe"))
     except YAMLError as error:
         raise UserError(f"override {override!r}: the value is no YAML: {error}") from error
     except ValueError as error:
-        raise UserError(f"override {override!r}: {error}") from error
+        raise UserError(f"override {override[:200]!r}: {error}") from error
 
 
 def _given(key: Sequence[int | str], overrides: Sequence[str]) -> bool:

@@ -194,10 +194,10 @@ class Inner(ConfigModel):
     """Number of steps K; 0 drops term (b)."""
     eta: PositiveFloat = 2e-5
     """Size of a step."""
-    mode: Literal["rescaled", "literal"] = "rescaled"
-    """Computation of term (b): over a longer step and scaled back, or at theta_hat itself (noise in bfloat16)."""
-    full_precision: bool = True
-    """Compute the rescaled term (b) in float32 whatever ``train.precision`` is; if not, it is cheaper and rough."""
+    every: Annotated[int, Field(ge=1)] = 1
+    """Term (b) in one step of so many, with so many times the weight; in the others K is 0."""
+    method: Literal["auto", "exact", "difference"] = "auto"
+    """Computation of term (b): exact derivatives, a difference of gradients, or by precision and size of the step."""
 
 
 class SafeRegion(ConfigModel):
@@ -232,8 +232,6 @@ class Spo(Trained, WithSftLoss):
     """Log-probabilities whose gradients R compares: sums, or means per token for length-normalised bases."""
     hinge: Literal["batch", "pair"] = "batch"
     """R on the batch's mean gradients, or for each pair as in the paper, which sharded training can't do."""
-    difference: Literal["forward", "central"] = "forward"
-    """Finite differences in the gradient of R and the rescaled term (b); central ones cost twice as many passes."""
 
     @model_validator(mode="before")
     @classmethod
@@ -255,6 +253,8 @@ class Spo(Trained, WithSftLoss):
             raise ValueError("base.lr has no effect: set the method's own lr")
         if self.safe_region and self.safe_region.gap == "inner" and not self.inner.steps:
             raise ValueError("safe_region.gap=inner needs a lower level: inner.steps must be at least 1")
+        if self.safe_region and self.safe_region.gap == "inner" and self.inner.every > 1:
+            raise ValueError("safe_region.gap=inner needs the gap of every step: inner.every must be 1")
         return self
 
 

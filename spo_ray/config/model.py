@@ -1,7 +1,8 @@
 """Section for the model and its adapters."""
 
+import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -35,15 +36,36 @@ class SecondAdapter(ConfigModel):
 ThetaConfig = Annotated[WholeBackbone | LastLayers | SecondAdapter, Field(discriminator="type")]
 
 
-class ModelConfig(ConfigModel):
+class TemplateConfig(ConfigModel):
+    """Chat template and what it is given."""
+
+    chat_template: str | None = None
+    """Jinja text that replaces the tokenizer's chat template."""
+    template_arguments: dict[str, str | int | float | bool | list[str] | None] = {}
+    """Arguments of the chat template, such as ``enable_thinking: false``; ``spo-ray inspect`` says which are needed."""
+    template_date: datetime.date | None = None
+    """Date that templates take for today's; None: the date of the run's first start, which is kept in the run."""
+    answer_prefix: str | None = None
+    """Text behind templated prompts, with which every answer begins, such as ``<|channel|>final<|message|>``. None: no
+    text, and a template that puts one between prompt and answer is refused."""
+
+    @property
+    def template_settings(self) -> dict[str, Any]:
+        """The fields of this class alone as JSON, for the identity of stages: prompts depend on them."""
+        return self.model_dump(mode="json", include=set(TemplateConfig.model_fields))
+
+
+OWN_TEMPLATE = TemplateConfig()
+"""A tokenizer's chat template as it is."""
+
+
+class ModelConfig(TemplateConfig):
     """Base model and its LoRA adapters."""
 
     path: str
     """Local folder or hub id of an instruction-tuned model, or local folder of a PEFT adapter that names its model."""
     adapter: Path | None = None
     """Folder of a PEFT adapter that is merged into the model before the job; None: none, or ``path`` itself."""
-    chat_template: str | None = None
-    """Jinja text that replaces the tokenizer's chat template."""
     max_template_mismatch: Fraction = 0.05
     """Largest share of rows whose tokens are changed by the chat template; ``spo-ray inspect`` shows them."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from spo_ray.config.base import ConfigModel, Fraction
+from spo_ray.config.base import ConfigModel, Fraction, Seconds
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -31,6 +31,9 @@ class SftConfig(GroupConfig):
     """Peak learning rate."""
     epochs: PositiveInt = 3
     """Passes over the SFT set."""
+    loss_on: Literal["last", "every_assistant_turn"] = "last"
+    """Messages of a conversation that are learned: the answer, or each of the assistant's, as a row of its own.
+    Preference methods compare the answers alone: what stands before is the same on both sides."""
     batch_size: PositiveInt = 8
     """Rows per step, over all workers."""
 
@@ -129,7 +132,7 @@ class TrainConfig(ConfigModel):
     checkpoint: CheckpointConfig = CheckpointConfig()
     max_failures: NonNegativeInt = 3
     """Restarts from the newest checkpoint after lost workers or nodes."""
-    timeout_s: PositiveFloat = 1800.0
+    timeout_s: Seconds = 1800.0
     """Seconds that a worker waits for the others until they count as lost."""
     memory_check: bool = True
     """Refuse a training whose memory estimate exceeds the worker's memory."""

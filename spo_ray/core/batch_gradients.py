@@ -1,26 +1,35 @@
 """Forward and backward passes over a batch of pairs, a few pairs at a time, into weighted sums of gradients."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for
+from spo_ray.core.directional import DirectionalDerivative
+from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for, perturbed
 from spo_ray.core.joint_pass import JointPass, scaled_rows, seeds
 from spo_ray.core.lm_head import find_head
-from spo_ray.core.logps import IGNORE, completion_logps
+from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import Metrics, PairLogps, SftReduction, pairwise
+from spo_ray.core.moves import shifted
 from spo_ray.core.running_statistics import AllReduce
 from spo_ray.core.sharded import is_sharded
 from spo_ray.core.shared_prompt import can_share, pair_logps, prompt_lengths
+from spo_ray.core.sides import Side, Tally
 
 TOKENS_PER_BACKWARD = {"cpu": 256, "cuda": 8192}
 """Tokens of one side that share a backward, by device: with fewer the hardware is partly idle."""
 SHARDED_TOKENS_PER_BACKWARD = 2048
 """Minimum of the same for sharded parameters, because every backward gathers all parameters again."""
+
+KEPT_TOKENS = 512
+"""Most tokens of a pass for exact derivatives that keeps its graph; a pass over more computes layers again.
+
+The graph holds several tensors of attention scores for each layer.
+"""
 
 JOINT_PADDING = 1.05
 """Largest ratio of tokens in one pass over both sides to tokens in a pass for each side, which needs less padding."""
@@ -32,60 +41,8 @@ def tokens_per_backward(device: str, sharded: bool = False) -> int:
     return max(usual, SHARDED_TOKENS_PER_BACKWARD) if sharded else usual
 
 
-@dataclass(frozen=True)
-class Side:
-    """The chosen or the rejected sequences of a batch."""
-
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor
-
-    @classmethod
-    def of(cls, batch: Mapping[str, Tensor], name: str) -> "Side":
-        """Take the side ``chosen`` or ``rejected`` of a batch."""
-        return cls(batch[f"{name}_input_ids"], batch[f"{name}_labels"], batch[f"{name}_attention_mask"])
-
-    @property
-    def sizes(self) -> Tensor:
-        """Tokens of each sequence [B], prompt included."""
-        return self.attention_mask.sum(dim=1)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Completion tokens of each sequence [B]."""
-        return (self.labels[:, 1:] != IGNORE).sum(dim=1)
-
-    def rows(self, rows: Sequence[int]) -> "Side":
-        """Return some of the sequences, padded to the longest of them only."""
-        width = int(self.sizes[rows].max())
-        return Side(self.input_ids[rows, :width], self.labels[rows, :width], self.attention_mask[rows, :width])
-
-    def joined(self, other: "Side") -> "Side":
-        """Return these sequences followed by others, padded to one length."""
-        width = max(self.labels.shape[1], other.labels.shape[1])
-
-        def pad(tensor: Tensor, value: int) -> Tensor:
-            return F.pad(tensor, (0, width - tensor.shape[1]), value=value)
-
-        pairs = (("input_ids", 0), ("labels", IGNORE), ("attention_mask", 0))
-        return Side(*(torch.cat([pad(getattr(side, name), fill) for side in (self, other)]) for name, fill in pairs))
-
-
 FALL = 1e-3
 """Smallest decrease of a log-probability (nats) that counts as a fall; a smaller one is rounding."""
-
-
-class Tally:
-    """Means of metrics over a batch that is processed in parts."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.sums: Metrics = {}
-
-    def add(self, metrics: Metrics, rows: int) -> None:
-        """Add means over some of the batch's rows; with ``rows=0`` only the keys are added."""
-        for key, value in metrics.items():
-            self.sums[key] = self.sums.get(key, 0.0) + (value * rows / self.rows if rows else 0.0)
 
 
 @dataclass(frozen=True)
@@ -152,25 +109,91 @@ class BatchGradients:
         inputs = (side.input_ids, side.labels, side.attention_mask)
         return completion_logps(self.model, *inputs, chunk_tokens=self.chunk_tokens)[0]
 
-    def gradient(self, side: Side, weights: Tensor, params: Sequence[Tensor] | None = None) -> Gradients:
-        """Return the gradient of ``sum_i weights_i * logps_i`` over all ranks, for all or some of the parameters."""
-        sink = GradientAccumulator(self.params if params is None else params)
+    def gradient(
+        self, side: Side, weights: Tensor, params: Sequence[Tensor] | None = None, *, own: bool = False
+    ) -> tuple[float, Gradients]:
+        """Return ``sum_i weights_i * logps_i`` and its gradient for all or some of the parameters.
+
+        The sum is over all ranks' sequences, or over ``own`` ones that share a backward and are no padding.
+        """
+        sink, value = GradientAccumulator(self.params if params is None else params), 0.0
         with grad_only_for(sink.params, self.params):
-            for rows in self.parts:
-                accumulate(self.logps(side.rows(rows)), [(sink, (weights * self.valid)[rows])])
-        return self.sum_over_ranks(sink.gradients())
+            for part, share in self.weighted(side, weights, own=own):
+                logps = self.logps(part)
+                value += (logps.detach() * share).sum().item()
+                accumulate(logps, [(sink, share)])
+        return self.of_all_ranks(value, sink.gradients(), own=own)
+
+    def directional(
+        self,
+        side: Side,
+        weights: Tensor,
+        moving: Sequence[Tensor],
+        directions: Gradients,
+        wanted: Sequence[Tensor],
+        *,
+        shift: float = 0.0,
+        own: bool = False,
+    ) -> tuple[float, Gradients]:
+        """Return the derivative of ``sum_i weights_i * logps_i`` along directions, and the gradient of it.
+
+        See :class:`spo_ray.core.directional.DirectionalDerivative`, and :meth:`gradient` for ``own``.
+        """
+        again = self.sharded or any(m.training and hasattr(m, "gradient_checkpointing") for m in self.model.modules())
+        value, sink = 0.0, GradientAccumulator(wanted)
+        derivative = DirectionalDerivative(
+            self.model, moving, directions, sink, shift=shift, chunk_tokens=self.chunk_tokens
+        )
+        for part, share in self.weighted(side, weights, own=own):
+            recompute = again or part.labels.numel() > KEPT_TOKENS
+            value += derivative.of(part.input_ids, part.labels, part.attention_mask, share, recompute=recompute)
+        return self.of_all_ranks(value, sink.gradients(), own=own)
+
+    def weighted(self, side: Side, weights: Tensor, *, own: bool) -> Generator[tuple[Side, Tensor]]:
+        """Yield the sequences of each backward with their weights; 0 for padding rows."""
+        if own:
+            yield side, weights
+            return
+        for rows in self.parts:
+            yield side.rows(rows), (weights * self.valid)[rows]
+
+    def of_all_ranks(self, value: float, gradients: Gradients, *, own: bool) -> tuple[float, Gradients]:
+        """Sum a value and its gradients over all ranks, unless they are of this rank's ``own`` sequences."""
+        if own:
+            return value, gradients
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.all_reduce([total])
+        return total.item(), self.sum_over_ranks(gradients)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of forward passes: autocast's, or the parameters' own."""
+        own = getattr(self.model, "compute_dtype", None)
+        if own is not None:
+            return own
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.params[0].dtype
+
+    @property
+    def half_precision(self) -> bool:
+        """True if forward passes are in bfloat16 or float16."""
+        return self.compute_dtype in (torch.bfloat16, torch.float16)
+
+    @contextmanager
+    def displaced(self, params: Sequence[Tensor], direction: Gradients, scale: float = 1.0) -> Generator[None]:
+        """Compute at ``params + scale * direction`` in the context, without rounding the sum to half precision.
+
+        ``direction`` may be overwritten.
+        """
+        move = shifted if self.half_precision else perturbed
+        with move(*((self.model,) if self.half_precision else ()), params, direction, scale):
+            yield
 
     def sum_over_ranks(self, gradients: Gradients) -> Gradients:
         """Sum gradients over all ranks in place; sharded gradients are summed already."""
         if not self.sharded:
             self.all_reduce(gradients)
         return gradients
-
-    def local_gradient(self, side: Side, weights: Tensor) -> Gradients:
-        """Return the gradient of ``sum_i weights_i * logps_i`` of this rank's sequences, in one backward."""
-        sink = GradientAccumulator(self.params)
-        accumulate(self.logps(side), [(sink, weights)])
-        return sink.gradients()
 
     def mean_weights(self) -> tuple[Tensor, Tensor]:
         """Return weights [B] of both sides that give the batch-mean log-probability."""
@@ -226,6 +249,10 @@ class BatchGradients:
 
             def weigh(logps_w: Tensor, logps_l: Tensor, rows: Sequence[int] = rows) -> tuple[Tensor, Tensor]:
                 self.add_logp_metrics(rows, logps_w, logps_l, tally)
+                if sft is not None:
+                    valid = self.valid[rows].bool()
+                    lower = (sft[rows] * logps_w.detach())[valid].mean().item() * self.pairs
+                    tally.add({"spo/sft_loss": lower}, int(valid.sum()))
                 known = self.loss_weights(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
                 return known[0], known[1]
 

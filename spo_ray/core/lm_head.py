@@ -20,7 +20,7 @@ class Head:
     def weight(self) -> Tensor | None:
         """The output embedding [V, D] if the head is only a product with it, else None."""
         plain = type(self.output) is nn.Linear and self.output.bias is None and self.softcap is None
-        hooked = self.output._forward_hooks or self.output._forward_pre_hooks
+        hooked = self.output._forward_hooks or self.output._forward_pre_hooks or "forward" in vars(self.output)
         return self.output.weight if plain and not hooked else None
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -83,9 +83,7 @@ def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, chunk_tokens: int
     """
     weight = head.weight
     vocabulary = len(weight) if weight is not None else getattr(head.output, "out_features", 2**17)
-    most = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocabulary)
-    # Chunks of nearly equal size: on a CPU the head of a last chunk of one to three tokens is less exact.
-    size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // most))))
+    size = chunk_size(len(hidden), vocabulary, chunk_tokens)
     if weight is not None:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -94,6 +92,15 @@ def chunked_logps(head: Head, hidden: Tensor, targets: Tensor, chunk_tokens: int
         return _LinearLogps.apply(hidden, weight, targets, size)
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([checkpoint(_headed, head, h, t, use_reentrant=False) for h, t in parts])
+
+
+def chunk_size(tokens: int, vocabulary: int, chunk_tokens: int | None = None) -> int:
+    """Return the number of tokens whose logits are computed at a time.
+
+    Chunks are of nearly equal size: on a CPU the head of a last chunk of one to three tokens is less exact.
+    """
+    most = chunk_tokens or max(1, LOGITS_PER_CHUNK // vocabulary)
+    return max(1, -(-tokens // max(1, -(-tokens // most))))
 
 
 def _headed(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ import hashlib
 import json
 import random
 import re
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +94,7 @@ def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tu
                 )
             drawn = set(random.Random(f"validation-{run.config.seed}").sample(different, count))
             kept = [row for row, group in zip(table, groups, strict=True) if (group in drawn) == inside]
-            counts.read, counts.kept = len(table), len(kept)
+            counts.read = counts.kept = len(kept)  # the other part counts the others
             write_rows(out / "part-0.parquet", kept, kind)
 
         work = Work(source.max_rows, note=f"{what} for {'validation' if inside else 'training'}")
@@ -167,20 +170,28 @@ def _near_duplicates() -> Finder:
 
 
 def _text(row: Any) -> str:
-    return "\n".join([*(turn["content"] for turn in row["prompt"]), row["chosen"], row["rejected"]])
+    turns = [(turn["content"], turn.get("extra")) for turn in row["prompt"]]
+    sides = [(row[side], row.get(f"{side}_extra")) for side in ("chosen", "rejected")]
+    return "\n".join(part for said in (*turns, *sides) for part in said if part)
 
 
 KEYS: dict[str, Callable[[Any], str]] = {
     "none": lambda row: row["id"],
     "exact": _text,
-    "normalised": lambda row: " ".join(_words(_text(row))),
+    "normalised": lambda row: " ".join(_text(row).casefold().split()),
 }
 """Texts that are equal for duplicates, by ``pairs.dedup``."""
 
 
 def _words(text: str) -> list[str]:
-    """Return the words and numbers of a text in lower case."""
-    return re.findall(r"\w+", text.casefold())
+    """Return the words and numbers of a text in lower case; vowel signs and accents are parts of words."""
+    return _word().findall(text.casefold())
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    marks = (chr(code) for code in range(sys.maxunicode) if unicodedata.category(chr(code)).startswith("M"))
+    return re.compile(rf"[\w{''.join(marks)}]+")
 
 
 def _shingles(text: str, n: int) -> list[tuple[str, ...]]:

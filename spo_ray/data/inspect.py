@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ from rich.text import Text
 
 from spo_ray.config.data import PreferenceData
 from spo_ray.config.schema import Config
-from spo_ray.data.preference_formats import preference
-from spo_ray.data.read import raw_rows
-from spo_ray.data.sources import PAIR
+from spo_ray.data.preference_formats import unread
+from spo_ray.data.sources import read_pair, sourced_rows
 from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.adapter import ModelSource
@@ -26,7 +24,7 @@ COLUMNS = {"prompt": "prompt_ids", **SIDES}
 COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}
 """Styles of the tokens of a text; they alternate to show where a token ends."""
 LOOKED_AT = 1000
-"""Rows that are read."""
+"""Rows that are read of each source."""
 QUANTILES = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 EXCERPT = 400
 """Tokens shown at each end of a long text."""
@@ -42,19 +40,19 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console,
     """
     section = config.data if isinstance(config.data, PreferenceData) else None
     if data is not None:
-        section = (section or PreferenceData(path=data)).model_copy(update={"path": data})
+        section = (section or PreferenceData(path=data)).model_copy(update={"path": data, "more": [], "weight": None})
     if section is None:
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
-    chat = ChatTokenizer.load(ModelSource.of(config.model).tokenizer, config.model.chat_template)
-    limit = config.train.max_length
+    base = ModelSource.of(config.model)
+    chat, limit = ChatTokenizer.load(base.tokenizer, config.model, base.model), config.train.max_length
     reasons: Counter[str] = Counter()
     tokenised: list[dict[str, Any]] = []
-    for raw in islice(raw_rows(section, section.train_split), LOOKED_AT):
+    unused: set[str] = set()
+    for number, raw in sourced_rows(section, "train", LOOKED_AT):
+        source = section.sources[number]
+        unused |= unread(raw.row, source.columns.values())
         try:
-            if raw.defect:
-                raise RowRejectedError(raw.defect)
-            pair = preference(raw.row, rejected=section.rejected, seed=f"{config.seed}:{raw.name(PAIR)}")
-            row = pair._asdict() | {"id": str(raw.number)}
+            row = read_pair(raw, source, section, config.seed)._asdict() | {"id": str(raw.number)}
             found = tokenise_row(chat, row, SIDES, limit)
         except RowRejectedError as error:
             reasons[str(error)] += 1
@@ -63,6 +61,10 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console,
         if len(tokenised) <= rows:
             _show(console, chat, found)
     _summary(console, tokenised, reasons, config)
+    if unused:
+        console.print(f"columns that are not used: {', '.join(sorted(unused))}", markup=False)
+    if advice := chat.advice():
+        console.print(advice, markup=False)
     if not tokenised:
         raise UserError("no row can be used: the reasons are above")
     if displacement:

@@ -1,18 +1,37 @@
 """Converts preference rows of several formats to one: messages of the prompt, and two completions as text.
 
-The formats are TRL's standard and conversational ones, with or without a prompt of their own, and UltraFeedback as
-published (completions with scores) or binarised (whole conversations on both sides).
+The formats are TRL's standard and conversational ones, with or without a prompt of their own, UltraFeedback as
+published (completions with scores) or binarised (whole conversations on both sides), transcripts as in hh-rlhf, and the
+columns of ShareGPT, LLaMA-Factory, ms-swift and OpenAI.
 """
 
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from spo_ray.data.pairs import common_prefix
+from spo_ray.data.messages import MEDIA, messages, refuse_media, text, tools, transcript
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+NAMES = {
+    "prompt": ("prompt", "instruction", "conversations", "messages"),
+    "chosen": ("chosen", "preferred_output"),
+    "rejected": ("rejected", "non_preferred_output", "rejected_messages", "rejected_response"),
+    "system": ("system",),
+    "tools": ("tools",),
+    "completions": ("completions",),
+}
+"""Names that a column may have, besides the one in ``data.columns``; the first that holds something counts."""
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+)
+"""Columns with the scores of the two sides."""
+READ = {*MEDIA, *(name for names in (*NAMES.values(), *SCORES) for name in names), "input", "history"}
+"""All columns that are looked at."""
 
 
 class Preference(NamedTuple):
@@ -21,114 +40,201 @@ class Preference(NamedTuple):
     prompt: list[schema.Turn]
     chosen: str
     rejected: str
+    chosen_extra: str | None = None
+    """Further fields of the chosen message that templates read, such as ``tool_calls``, as JSON."""
+    rejected_extra: str | None = None
 
 
-def preference(row: Mapping[str, Any], *, rejected: Literal["worst", "random"] = "worst", seed: str = "") -> Preference:
+def preference(
+    row: Mapping[str, Any],
+    *,
+    rejected: Literal["worst", "random"] = "worst",
+    seed: str = "",
+    columns: Mapping[str, str] | None = None,
+) -> Preference:
     """Convert a row of any of the formats.
 
     ``rejected`` says which of several scored completions is paired with the best one; ``random`` depends on ``seed``.
+    ``columns`` maps names of :data:`NAMES` to the row's own columns.
 
     Raises:
-        RowRejectedError: the row has none of the formats; the message says what is wrong.
+        RowRejectedError: the row has none of the formats, or can't be used; the message says what is wrong.
     """
-    if "completions" in row:
-        return _scored(row, rejected, seed)
-    sides = [_field(row, name) for name in ("chosen", "rejected")]
-    prompt = row.get("prompt")
-    if all(isinstance(side, str) for side in sides):
-        opening, (chosen, lost) = (_messages(prompt), sides) if prompt is not None else _split_text(*sides)
-    elif all(isinstance(side, Sequence) and not isinstance(side, str) for side in sides):
-        opening, (chosen, lost) = _split_messages(*([*map(_turn, side)] for side in sides), prompt)
+    found = _named(row, columns or {})
+    if found["completions"] is not None and (found["chosen"] is None or found["rejected"] is None):
+        sides = _scored(found["completions"], rejected, seed)
     else:
+        _check_scores(row)
+        sides = [_side(found, row, name) for name in ("chosen", "rejected")]
+    if len({isinstance(side, str) for side in sides}) > 1:
         raise RowRejectedError("'chosen' and 'rejected' are not both text, nor both messages")
-    return Preference(opening, _text(chosen, "chosen"), _text(lost, "rejected"))
+    opening = [] if found["prompt"] is None else [*_history(row), *messages(found["prompt"], "prompt")]
+    answers: list[schema.Turn]
+    if isinstance(sides[0], str):
+        if not opening:
+            raise RowRejectedError(_no_column("prompt", row))
+        answers = [
+            {"role": "assistant", "content": text(side, name)}
+            for side, name in zip(sides, ("chosen", "rejected"), strict=True)
+        ]
+    else:
+        opening, answers = _split(opening, *sides)
+    _check_differ(answers)
+    prompt = _with_system(opening, found["system"])
+    chosen, lost = answers
+    prompt = _with_tools(prompt, tools(found["tools"]))
+    return Preference(prompt, chosen["content"], lost["content"], chosen.get("extra"), lost.get("extra"))
 
 
-def _scored(row: Mapping[str, Any], which: str, seed: str) -> Preference:
-    """Convert a row as UltraFeedback was published: the best completion against the worst, or any that scores lower."""
-    name = "instruction" if "instruction" in row else "prompt"
-    prompt, completions = _messages(_field(row, name)), row["completions"]
+def unread(row: Mapping[str, Any], columns: Collection[str]) -> set[str]:
+    """Return the columns of a row that are not looked at; ``columns`` are, besides those known by name."""
+    return {name for name in row if name not in READ and name not in columns}
+
+
+def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a row by the names of :data:`NAMES`; None where it has none."""
+    refuse_media(row)
+    whole = row.get("input")
+    if isinstance(whole, Mapping):  # OpenAI's format
+        row = {**row, **whole}
+    found: dict[str, Any] = {}
+    for name, names in NAMES.items():
+        if name in columns and columns[name] not in row:
+            raise RowRejectedError(f"no column {columns[name]!r}, which data.columns.{name} names")
+        values = (row.get(key) for key in ([columns[name]] if name in columns else names))
+        found[name] = next((value for value in values if value is not None), None)
+    instruction = row.get("instruction")
+    if isinstance(whole, str) and whole.strip() and instruction and found["prompt"] == instruction:
+        found["prompt"] = f"{instruction}\n{whole}"  # as LLaMA-Factory joins them
+    if found["chosen"] is None and found["rejected"] is not None and row.get("messages"):
+        found["chosen"], found["prompt"] = row["messages"], None  # ms-swift: the messages end in the chosen answer
+        if isinstance(found["rejected"], str):
+            before = messages(row["messages"], "messages")[:-1]
+            found["rejected"] = [*before, {"role": "assistant", "content": found["rejected"]}]
+    return found
+
+
+def _history(row: Mapping[str, Any]) -> list[schema.Turn]:
+    """Return the messages of LLaMA-Factory's earlier turns, which are pairs of a question and its answer."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RowRejectedError("'history' is no list of pairs of a question and its answer")
+    roles: tuple[Any, ...] = ("user", "assistant")
+    return [
+        {"role": role, "content": text(said, "history")}
+        for pair in pairs
+        for role, said in zip(roles, pair, strict=True)
+    ]
+
+
+def _no_column(name: str, row: Mapping[str, Any]) -> str:
+    others = sorted(key for key, value in row.items() if key not in READ - {"input"} and isinstance(value, str | list))
+    advice = f": set data.columns.{name} to one of {', '.join(map(repr, others))}" if others else ""
+    return f"no column {name!r}{advice}"
+
+
+def _side(found: Mapping[str, Any], row: Mapping[str, Any], name: str) -> Any:
+    """Return one side: a text, or a list of messages, also of a transcript."""
+    value = found[name]
+    if value is None:
+        raise RowRejectedError(_no_column(name, row))
+    if isinstance(value, str):
+        return transcript(value, name) or value
+    return messages(value, name)
+
+
+def _scored(completions: Any, which: str, seed: str) -> list[Any]:
+    """Return the best of UltraFeedback's completions, and the worst or any that scores lower.
+
+    Completions without a score or a response are left out.
+    """
     found: list[tuple[float, str]] = []
     for completion in completions if isinstance(completions, Sequence) else []:
         keys = completion if isinstance(completion, Mapping) else {}
         scores = (keys.get(key) for key in ("overall_score", "score", "rating"))
-        score = next((score for score in scores if score is not None), None)
-        if not isinstance(score, int | float) or not isinstance(keys.get("response"), str) or score != score:
-            raise RowRejectedError("a completion has no 'response' or no 'overall_score'")
-        found.append((float(score), keys["response"]))
-    best, chosen = max(found, key=lambda pair: pair[0], default=(0.0, ""))  # the first of equals
+        score = next((score for score in scores if _is_number(score)), None)
+        if score is not None and isinstance(keys.get("response"), str) and keys["response"].strip():
+            found.append((float(score), keys["response"]))
+    if not found:
+        raise RowRejectedError("'completions' has none with a 'response' and an 'overall_score'")
+    best, chosen = max(found, key=lambda pair: pair[0])  # the first of equals
     lower = [pair for pair in found if pair[0] < best]
     if not lower:
         raise RowRejectedError("no completion is scored lower than the best")
     _, lost = random.Random(seed).choice(lower) if which == "random" else min(lower, key=lambda pair: pair[0])
-    return Preference(prompt, _text(chosen, "chosen"), _text(lost, "rejected"))
+    return [chosen, lost]
 
 
-def _split_text(chosen: str, rejected: str) -> tuple[list[schema.Turn], tuple[str, str]]:
-    """Split two texts without a prompt: it is their common beginning, up to the end of a word."""
-    common = common_prefix(chosen, rejected)
-    if common in (len(chosen), len(rejected)):
-        raise RowRejectedError("no 'prompt', and one side is the beginning of the other")
-    while common and not chosen[common - 1].isspace():
-        common -= 1
-    if not chosen[:common].strip():
-        raise RowRejectedError("no 'prompt', and the sides have no common beginning")
-    return _messages(chosen[:common].rstrip()), (chosen[common:], rejected[common:])
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value  # a NaN is not equal to itself
 
 
-def _split_messages(
-    chosen: list[schema.Turn], rejected: list[schema.Turn], prompt: Any
-) -> tuple[list[schema.Turn], tuple[str, str]]:
-    """Split two conversations that end in an assistant's message; the turns before are the prompt, or follow it."""
+def _check_scores(row: Mapping[str, Any]) -> None:
+    for best, worst in SCORES:
+        if _is_number(row.get(best)) and _is_number(row.get(worst)) and row[best] <= row[worst]:
+            raise RowRejectedError(f"{best!r} is not above {worst!r}")
+
+
+def _split(
+    opening: list[schema.Turn], chosen: list[schema.Turn], rejected: list[schema.Turn]
+) -> tuple[list[schema.Turn], list[schema.Turn]]:
+    """Return (prompt, both answers) of two conversations that differ in their last message, the assistant's."""
+    ends = [side[-1] if side else None for side in (chosen, rejected)]
+    if any(end is None or end["role"] != "assistant" for end in ends):
+        raise RowRejectedError("a side does not end in an assistant's message")
     before = chosen[:-1]
     if before != rejected[:-1]:
-        raise RowRejectedError("'chosen' and 'rejected' answer different prompts")
-    opening = [] if prompt is None else _messages(prompt)
-    if not before and not opening:
+        first = _common([chosen, rejected])
+        same = first and chosen[first - 1]["role"] != "assistant"
+        why = "differ before their last messages" if same else "answer different prompts"
+        raise RowRejectedError(f"'chosen' and 'rejected' {why}")
+    prompt = _joined(opening, before)
+    if not prompt:
         raise RowRejectedError("no 'prompt'")
-    ends = [side[-1] if side else {"role": "", "content": ""} for side in (chosen, rejected)]
-    if any(end["role"] != "assistant" for end in ends):
-        raise RowRejectedError("a side does not end in an assistant's message")
-    if before and (before[: len(opening)] == opening or not isinstance(prompt, list)):
-        opening = []  # whole conversations, which repeat the prompt
-    return [*opening, *before], (ends[0]["content"], ends[1]["content"])
+    return prompt, [end for end in ends if end is not None]
 
 
-def _messages(prompt: Any) -> list[schema.Turn]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": _text(prompt, "prompt")}]
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise RowRejectedError("'prompt' is no text, and no list of messages")
-    return [_turn(message) for message in prompt]
+def _common(sides: Iterable[Sequence[schema.Turn]]) -> int:
+    """Return the number of messages that two conversations have in common at their start."""
+    one, other = sides
+    return next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
 
 
-def _turn(message: Any) -> schema.Turn:
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        raise RowRejectedError(f"a message without a role of {', '.join(ROLES)}")
-    return {"role": message["role"], "content": _text(message.get("content"), "content")}
+def _joined(opening: list[schema.Turn], before: list[schema.Turn]) -> list[schema.Turn]:
+    """Join the prompt's messages and those of the sides, which may repeat all of them or the last ones."""
+    keys = [[(turn["role"], turn["content"].strip()) for turn in turns] for turns in (opening, before)]
+    size = len(opening)
+    if any(keys[1][i : i + size] == keys[0] for i in range(len(before) - size + 1)):
+        return before
+    shared = next(n for n in range(min(size, len(before)), -1, -1) if keys[0][size - n :] == keys[1][:n])
+    rest = before[shared:]
+    again = rest and rest[0]["role"] in ("system", opening[-1]["role"])
+    if not shared and (again or set(keys[0]) & set(keys[1])):
+        raise RowRejectedError("'prompt' is not the beginning of the conversations in 'chosen' and 'rejected'")
+    return [*opening, *rest]
 
 
-def _text(value: Any, name: str) -> str:
-    reason = text_defect(value, name)
-    if reason:
-        raise RowRejectedError(reason)
-    return value
+def _check_differ(answers: Sequence[schema.Turn]) -> None:
+    one, other = ({**answer, "content": answer["content"].strip()} for answer in answers)
+    if one == other:
+        raise RowRejectedError("'chosen' and 'rejected' are the same but for white space")
 
 
-def text_defect(value: Any, name: str, *, may_be_empty: bool = False) -> str | None:
-    """Return the reason why a value can't be used as text; None if it can."""
-    if not isinstance(value, str):
-        return f"{name!r} is no text"
-    if not value.strip() and not may_be_empty:
-        return f"{name!r} is empty"
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return f"{name!r} is not valid Unicode"
-    return None
+def _with_system(turns: list[schema.Turn], system: Any) -> list[schema.Turn]:
+    """Put the text of a column before the messages as the system's."""
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return turns
+    first: schema.Turn = {"role": "system", "content": text(system, "system")}
+    if turns[0]["role"] not in ("system", "developer"):
+        return [first, *turns]
+    if turns[0]["content"].strip() != first["content"].strip():
+        raise RowRejectedError("'system' differs from the system message in 'prompt'")
+    return turns
 
 
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    if name not in row:
-        raise RowRejectedError(f"no column {name!r}")
-    return row[name]
+def _with_tools(turns: list[schema.Turn], found: list[Any]) -> list[schema.Turn]:
+    """Keep a row's tools with its first message."""
+    if not found:
+        return turns
+    extra = json.loads(turns[0].get("extra") or "{}") | {"tools": found}
+    return [{**turns[0], "extra": json.dumps(extra, ensure_ascii=False)}, *turns[1:]]

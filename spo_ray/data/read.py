@@ -1,14 +1,16 @@
-"""Reads raw rows from JSON Lines files, Parquet files, or datasets on the hub."""
+"""Reads raw rows from JSON Lines, JSON or Parquet files, or datasets on the hub."""
 
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spo_ray.config.data import FileData
+from spo_ray.config.data import Location
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
 
@@ -32,14 +34,14 @@ class Raw(NamedTuple):
         return f"{prefix}-{self.number:06d}"
 
 
-def inputs(data: FileData, split: str) -> dict[str, Artifact]:
+def inputs(data: Location, split: str) -> dict[str, Artifact]:
     """Return the files or the dataset of a split, for the identity of a stage."""
     if on_hub(data.path):
         return {"file": external(f"{data.path}@{data.revision}/{data.subset or ''}")}
     return {f"file{i or ''}": external(file) for i, file in enumerate(_files(data.path, split))}
 
 
-def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
+def raw_rows(data: Location, split: str) -> Iterator[Raw]:
     """Yield every row of a split in order, without blank lines.
 
     Raises:
@@ -51,7 +53,7 @@ def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
     start = 0
     for file in _files(data.path, split):
         last = -1
-        for raw in read_jsonl(file) if file.suffix == ".jsonl" else _numbered(_parquet(file)):
+        for raw in READERS[_plain(file).suffix](file):
             last = raw.number
             yield raw._replace(number=start + last, excerpt=f"{file.name}:{last + 1}: {raw.excerpt}")
         start += last + 1
@@ -59,12 +61,38 @@ def raw_rows(data: FileData, split: str) -> Iterator[Raw]:
 
 def read_jsonl(file: Path) -> Iterator[Raw]:
     """Yield the rows of a JSON Lines file; blank lines are left out."""
-    with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines):
-            if line.strip():
-                row, defect = _parsed(line)
-                shown = line.encode(errors="surrogateescape").decode(errors="replace")
-                yield Raw(number, row, defect, shown[:200].strip())
+    with _opened(file) as lines:
+        try:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    row, defect = _parsed(line)
+                    shown = line.encode(errors="surrogateescape").decode(errors="replace")
+                    yield Raw(number, row, defect, shown[:200].strip())
+        except OSError as error:
+            raise UserError(f"{file} can't be read: {error}") from error
+
+
+def _read_json(file: Path) -> Iterator[Raw]:
+    """Yield the rows of a JSON array; a file that begins otherwise is read as JSON Lines."""
+    with _opened(file) as stream:
+        begins = stream.read(4096).lstrip()[:1]
+    if begins != "[":
+        yield from read_jsonl(file)
+        return
+    try:
+        with _opened(file) as stream:
+            rows = json.load(stream)
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{file} can't be read as JSON: {error}") from error
+    for number, row in enumerate(rows):
+        fine = isinstance(row, dict)
+        yield Raw(number, row if fine else {}, None if fine else "not a JSON object", str(row)[:200])
+
+
+def _opened(file: Path) -> io.TextIOWrapper:
+    """Open a text file, which is decompressed if its name ends in ``.gz`` or ``.zst``."""
+    stream: Any = pa.input_stream(str(file), compression="detect")
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _parsed(line: str) -> tuple[dict[str, Any], str | None]:
@@ -88,17 +116,26 @@ def _numbered(rows: Iterator[dict[str, Any]]) -> Iterator[Raw]:
 def _files(path: Path, split: str) -> list[Path]:
     """Return the file itself, or the files of a split in a folder, also if it is laid out as on the hub."""
     if path.is_file():
-        if path.suffix not in DATA_FILES:
-            raise UserError(f"{path} is no data file: data.path takes {' or '.join(DATA_FILES)}")
+        if not path.name.endswith(DATA_FILES):
+            raise UserError(f"{path} is no data file: data.path takes {', '.join(DATA_FILES)}")
         return [path]
-    for pattern in (f"{split}.jsonl", f"{split}.parquet", f"{split}-*.parquet", f"data/{split}-*.parquet"):
-        files = sorted(path.glob(pattern)) if path.is_dir() else []
-        if files:
-            return files
+    names = [pattern.format(split, end) for end in DATA_FILES for pattern in ("{}{}", "{}-*{}", "data/{}-*{}")]
+    files = sorted(file for name in names for file in path.glob(name)) if path.is_dir() else []
+    for one, other in pairwise(files):
+        alike = one.parent == other.parent and _plain(one).suffix == _plain(other).suffix
+        if not alike or _plain(one) == _plain(other):
+            raise UserError(f"{one} and {other} may hold the same rows: name one in data.path, or move the other")
+    if files:
+        return files
     raise UserError(
         f"no data file {path}/{split}.jsonl (or .parquet): set data.path to a folder with {split}.jsonl, to a file, or "
         "to a dataset's name on the hub"
     )
+
+
+def _plain(file: Path) -> Path:
+    """Return a file's name without the ending of a compression."""
+    return file.with_suffix("") if file.suffix in (".gz", ".zst") else file
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
@@ -109,7 +146,15 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{file} can't be read as Parquet: {error}") from error
 
 
-def _hub(data: FileData, split: str) -> Iterator[dict[str, Any]]:
+READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
+    ".jsonl": read_jsonl,
+    ".json": _read_json,
+    ".parquet": lambda file: _numbered(_parquet(file)),
+}
+"""Readers of files by the ending of their names."""
+
+
+def _hub(data: Location, split: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset  # takes seconds to import
 
     try:

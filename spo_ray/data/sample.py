@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from spo_ray.config.data import EndpointConfig, EngineConfig, SamplingConfig, TeacherModel
+from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.model.completion import Generations, Skipped, choose_engine
@@ -27,7 +28,7 @@ class SamplingJob(NamedTuple):
     model: Artifact
     engine: EngineConfig | EndpointConfig
     sampling: SamplingConfig
-    chat_template: str | None = None
+    template: TemplateConfig = OWN_TEMPLATE
     enough: int | None = None
     """Number of responses with which a question is passed on without samples; None: all questions are sampled."""
     settings: str = "engine.replicas, engine.cpus"
@@ -36,7 +37,7 @@ class SamplingJob(NamedTuple):
     @classmethod
     def policy(cls, config: Config, model: Artifact) -> "SamplingJob":
         """Return the job for the base model, or a checkpoint that was trained from it."""
-        return cls(model, config.engine, config.sampling, config.model.chat_template)
+        return cls(model, config.engine, config.sampling, config.model)
 
     @classmethod
     def teacher(cls, config: Config, teacher: TeacherModel) -> "SamplingJob":
@@ -47,8 +48,9 @@ class SamplingJob(NamedTuple):
         served = isinstance(teacher.engine, EndpointConfig)
         model = Artifact(Path(teacher.model), teacher.model) if served else external(teacher.model)
         enough = config.sft_data.responses_per_question
+        template = TemplateConfig(template_date=config.model.template_date)
         settings = "the engine of sft_data.teachers"
-        return cls(model, teacher.engine, teacher.sampling, None, enough, settings)
+        return cls(model, teacher.engine, teacher.sampling, template, enough, settings)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class SamplingJob(NamedTuple):
         else:
             engine = {"engine": choose_engine(self.engine)[0]}
             engine |= self.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
-        own = {"chat_template": self.chat_template, "enough": self.enough}
+        own = {"template": self.template.template_settings, "enough": self.enough}
         return engine | own | self.sampling.model_dump()
 
 
@@ -124,7 +126,7 @@ def _sampler(source: SamplingJob, seed: str, kind: str = "", key: str | None = N
         return _Sampler(EndpointAnswers(key, model, engine, settings), source, seed)
     from spo_ray.model.engines import LocalAnswers
 
-    answers = LocalAnswers(kind, model, engine, source.chat_template)
+    answers = LocalAnswers(kind, model, engine, source.template)
     ask = partial(answers, n=settings.samples, temperature=settings.temperature, max_tokens=settings.max_tokens)
     return _Sampler(ask, source, seed)
 

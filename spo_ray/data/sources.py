@@ -3,15 +3,17 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spo_ray.config.data import FileData, PreferenceData, QuestionFields, ToyData
+from spo_ray.config.data import FileData, Location, PairSource, PreferenceData, QuestionFields, ToyData
 from spo_ray.data.filter import Contamination
-from spo_ray.data.preference_formats import preference, text_defect
-from spo_ray.data.read import inputs, raw_rows
+from spo_ray.data.messages import text_defect
+from spo_ray.data.preference_formats import Preference, preference
+from spo_ray.data.read import Raw, inputs, raw_rows
 from spo_ray.data.toy import Split, problems
 from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.errors import RowRejectedError, UserError
@@ -47,17 +49,18 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
         counts.kept, counts.read = len(drawn), len(drawn) + len(counts.rejected)
         counts.facts["source"] = "generated"
         if isinstance(data, FileData):
-            counts.facts |= {"source": str(data.path), "not_drawn": len(rows) - len(drawn)}
+            source = ", ".join(str(place.path) for place, _ in _places(data, split))
+            counts.facts |= {"source": source, "not_drawn": len(rows) - len(drawn)}
         require_rows(len(drawn), f"usable {split} rows in the {data.type} data", counts)
         write_rows(out / "part-0.parquet", drawn, kind)
 
     exclude = {"path", "contamination_words"}
     if not isinstance(data, PreferenceData):  # of pairs, one split depends on the size of the other
         exclude.add("test_questions" if split == "train" else "train_questions")
-    settings = data.model_dump(mode="json", exclude=exclude)
-    sources = {}
-    if isinstance(data, FileData) and run.mode != "read":  # a finished run can be read without its data
-        sources = inputs(data, _file_split(data, split))
+    settings = data.model_dump(mode="json", exclude={**dict.fromkeys(exclude, True), "more": {"__all__": {"path"}}})
+    places = _places(data, split) if run.mode != "read" else []  # a finished run can be read without its data
+    files = [file for place, name in places for file in inputs(place, name).values()]
+    sources = {f"file{i or ''}": file for i, file in enumerate(files)}
     if isinstance(data, QuestionFields):
         settings["verifier"] = verifier_identity(verifier_of(data))
     if other:
@@ -77,17 +80,15 @@ def _questions(data: QuestionFields, split: Split, seed: int, counts: RowCounts)
     verifier = load_verifier(verifier_of(data))
     found: list[schema.Prompt] = []
     bare: list[str] = []
-    for row_id, row, excerpt in _rows(data, split, split, counts):
-        question, answer = row.get(data.question_column), row.get(data.answer_column)
-        if isinstance(answer, int | float):
-            answer = str(answer)
-        defect = _defect(row, data, question, answer)
-        if not defect and answer is not None and verifier.accepts(answer):
-            found.append({"id": row_id, "prompt": data.prompt.replace("{question}", str(question)), "gold": answer})
-            continue
-        counts.reject(row_id, defect or "no gold answer", excerpt)
-        if answer is None or not defect:
-            bare.append(row_id)
+    for row_id, row, excerpt in _rows(data, split, counts):
+        try:
+            with whatever_is_wrong():
+                prompt, answer = _question(row, data, verifier)
+        except RowRejectedError as error:
+            counts.reject(row_id, str(error), excerpt)
+            bare += [row_id] if isinstance(error, _NoGoldError) else []
+        else:
+            found.append({"id": row_id, "prompt": prompt, "gold": answer})
     if bare and not data.skip_missing_gold:
         raise UserError(
             f"{data.path}: {len(bare)} questions without a gold answer ('#### N' or a number for GSM8K), first "
@@ -95,6 +96,37 @@ def _questions(data: QuestionFields, split: Split, seed: int, counts: RowCounts)
             "leave these rows out"
         )
     return found
+
+
+class _NoGoldError(RowRejectedError):
+    """A question has no gold answer, or none that its verifier takes."""
+
+
+@contextmanager
+def whatever_is_wrong() -> Generator[None]:
+    """Raise a RowRejectedError for any error while a row is read: a number of 400 digits must not end a run."""
+    try:
+        yield
+    except RowRejectedError:
+        raise
+    except Exception as error:
+        raise RowRejectedError(f"can't be read ({type(error).__name__})") from error
+
+
+def _question(row: dict[str, Any], data: QuestionFields, verifier: Any) -> tuple[str, str]:
+    """Return the prompt of a row and its gold answer.
+
+    Raises:
+        RowRejectedError: the row can't be used.
+    """
+    question, answer = row.get(data.question_column), row.get(data.answer_column)
+    if isinstance(answer, int | float):
+        answer = str(answer)
+    if defect := _defect(row, data, question, answer):
+        raise (_NoGoldError if answer is None else RowRejectedError)(defect)
+    if answer is None or not verifier.accepts(answer):
+        raise _NoGoldError("no gold answer")
+    return data.prompt.replace("{question}", str(question)), answer
 
 
 def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: Any) -> str | None:
@@ -106,22 +138,40 @@ def _defect(row: dict[str, Any], data: QuestionFields, question: Any, answer: An
     return reason if reason or answer is None else text_defect(answer, data.answer_column, may_be_empty=True)
 
 
+def read_pair(raw: Raw, source: PairSource, data: PreferenceData, seed: int) -> Preference:
+    """Return the preference pair of a row of one of the sources; ``raw.number`` counts over all sources.
+
+    Raises:
+        RowRejectedError: the row can't be used.
+    """
+    if raw.defect:
+        raise RowRejectedError(raw.defect)
+    columns: Any = source.columns
+    with whatever_is_wrong():
+        return preference(raw.row, rejected=data.rejected, seed=f"{seed}:{raw.name(PAIR)}", columns=columns)
+
+
 def _preference(data: PreferenceData, split: Split, seed: int, counts: RowCounts) -> list[schema.Pair]:
     """Return the pairs of a split in random order; if one file split serves for both, the part that is asked for."""
-    found: list[Any] = []
-    for row_id, row, excerpt in _rows(data, split, PAIR, counts):
+    shared = _held_out_of_train(data)
+    own = RowCounts() if shared and split == "test" else counts  # of a shared split, the training data lists the rest
+    groups: list[list[Any]] = [[] for _ in data.sources]
+    for number, raw in sourced_rows(data, split):
+        row_id = raw.name(PAIR)
         try:
-            pair = preference(row, rejected=data.rejected, seed=f"{seed}:{row_id}")
+            pair = read_pair(raw, data.sources[number], data, seed)
         except RowRejectedError as error:
-            counts.reject(row_id, str(error), excerpt)
+            own.reject(row_id, str(error), raw.excerpt)
             continue
         source = {"source_id": row_id, "chosen_source": "data", "rejected_source": "data"}
-        found.append({"id": row_id} | pair._asdict() | source)
+        groups[number].append({"id": row_id} | pair._asdict() | source)
+    found = _weighted(groups, [source.weight for source in data.sources], seed)
+    own.facts["left_out_by_weight"] = sum(map(len, groups)) - len(found)
     random.Random(seed).shuffle(found)
-    if not _held_out_of_train(data):
+    if not shared:
         return found
     if len(found) <= data.test_pairs:
-        why = f"; {counts.why()}" if counts.rejected else ""
+        why = f"; {own.why()}" if own.rejected else ""
         raise UserError(
             f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out{why}"
         )
@@ -162,18 +212,42 @@ def _prompt(pair: schema.Pair) -> str:
     return json.dumps(pair["prompt"])
 
 
-def _rows(data: FileData, split: Split, prefix: str, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _rows(data: FileData, split: Split, counts: RowCounts) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Yield (id, row, excerpt) of every row that can be read, and quarantine the others."""
-    for raw in raw_rows(data, _file_split(data, split)):
+    for _, raw in sourced_rows(data, split):
         if raw.defect:
-            counts.reject(raw.name(prefix), raw.defect, raw.excerpt)
+            counts.reject(raw.name(split), raw.defect, raw.excerpt)
         else:
-            yield raw.name(prefix), raw.row, raw.excerpt
+            yield raw.name(split), raw.row, raw.excerpt
 
 
-def _file_split(data: FileData, split: Split) -> str:
-    """Return the split's name in the data; pairs may be held out of the training split."""
-    return data.train_split if split == "train" or _held_out_of_train(data) else data.test_split
+def sourced_rows(data: FileData, split: Split, most: int | None = None) -> Iterator[tuple[int, Raw]]:
+    """Yield (number of the source, row) of every row, or the first ``most`` of each; rows are numbered over all."""
+    start = 0
+    for number, (place, name) in enumerate(_places(data, split)):
+        last = -1
+        for raw in islice(raw_rows(place, name), most):
+            last = raw.number
+            yield number, raw._replace(number=start + last)
+        start += last + 1
+
+
+def _places(data: Any, split: Split) -> list[tuple[Location, str]]:
+    """Return the places of a split's rows with the split's name there; pairs may be held out of the training split."""
+    if not isinstance(data, FileData):
+        return []
+    train = split == "train" or _held_out_of_train(data)
+    return [(place, place.train_split if train else place.test_split) for place in data.sources]
+
+
+def _weighted(groups: Sequence[list[Any]], weights: Sequence[float | None], seed: int) -> list[Any]:
+    """Return random rows of the groups in the ratio of the weights, as many as the smallest allows; else all rows."""
+    pairs = [(group, weight) for group, weight in zip(groups, weights, strict=True) if weight is not None]
+    if not pairs:
+        return [row for group in groups for row in group]
+    scale = min(len(group) / weight for group, weight in pairs)
+    rng = random.Random(f"weights-{seed}")
+    return [row for group, weight in pairs for row in rng.sample(group, min(len(group), round(scale * weight)))]
 
 
 def _held_out_of_train(data: FileData) -> bool:
@@ -197,9 +271,9 @@ def _bounds(data: Any, split: Split, seed: int) -> tuple[int | None, int | None]
     limit = _limit(data, split)
     if not isinstance(data, FileData):
         return limit, limit
-    if on_hub(data.path):
+    if any(on_hub(place.path) for place, _ in _places(data, split)):
         return None, limit
-    there = sum(1 for _ in raw_rows(data, _file_split(data, split)))
+    there = sum(1 for _ in sourced_rows(data, split))
     if _held_out_of_train(data):  # whole prompts are held out: only reading the pairs tells how many they have
         return there, len(_draw(data, split, seed, _preference(data, split, seed, RowCounts())))
     return there, there if limit is None else min(limit, there)

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import AnnotatorConfig, LmEvalConfig
+from spo_ray.config.model import TemplateConfig
 from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
 from spo_ray.model.completion import Generations, Likelihood, Skipped, choose_engine
@@ -39,8 +40,8 @@ class Pass(NamedTuple):
 class Evaluator:
     """Evaluates checkpoints with one engine; runs in a Ray actor that :class:`Actors` starts."""
 
-    def __init__(self, kind: str, config: EngineConfig, chat_template: str | None) -> None:
-        self.kind, self.config, self.chat_template = kind, config, chat_template
+    def __init__(self, kind: str, config: EngineConfig, template: TemplateConfig) -> None:
+        self.kind, self.config, self.template = kind, config, template
         self.path: Path | None = None
         self.local: Any = None
 
@@ -101,7 +102,7 @@ class Evaluator:
                 if is_adapter(path):
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                     ModelSource(adapted(path), path).merge(folder)
-                self.local = LocalAnswers(self.kind, str(folder), self.config, self.chat_template)
+                self.local = LocalAnswers(self.kind, str(folder), self.config, self.template)
             self.path = path
         return self.local
 
@@ -154,10 +155,10 @@ def _result(reference: Any) -> Any:
 class Actors:
     """Pool of at most ``config.replicas`` evaluators, each started when it is first needed."""
 
-    def __init__(self, config: EngineConfig, chat_template: str | None) -> None:
+    def __init__(self, config: EngineConfig, template: TemplateConfig) -> None:
         self.kind, _ = choose_engine(config)
         self.replicas = config.replicas
-        self.arguments = (self.kind, config, chat_template)
+        self.arguments = (self.kind, config, template)
         resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}
         self.remote: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **resources)(Evaluator)
         self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()

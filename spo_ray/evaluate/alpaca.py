@@ -10,6 +10,7 @@ from typing import Any
 
 from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig, EvalConfig
+from spo_ray.config.model import TemplateConfig
 from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Actors, Pass
@@ -72,6 +73,7 @@ def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) 
     config = _config(context)
     found: dict[str, list[Artifact]] = {name: [] for name in measured}
     failed: list[str] = []
+    dated = TemplateConfig(template_date=context.run.config.model.template_date)  # the other fields are the policy's
     context.evaluator.free_engines()  # local judges need the memory
     for annotator in config.annotators:
         template: Turns = [] if context.run.mode == "read" else read_template(annotator)
@@ -79,7 +81,7 @@ def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) 
         note, where = f"verdicts of {annotator.model}, {requests} requests each", "the engine of eval.alpaca.annotators"
         work = engine_work(annotator.engine, where, note, rows=config.limit)
         own = {"orders": annotator.orders, "template": template, "max_unjudged": config.max_unjudged}
-        with _asker(annotator) as (ask, model):
+        with _asker(annotator, dated) as (ask, model):
             for name, outputs in measured.items():
                 build = partial(_judge, context, annotator, template, outputs, ask, model)
                 settings = identity(annotator, model) | {"verdict": annotator.verdict} | own
@@ -94,12 +96,12 @@ def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) 
 
 
 @contextmanager
-def _asker(annotator: AnnotatorConfig) -> Generator[tuple[Ask, Artifact]]:
-    """Provide a function that asks an annotator, and the annotator's model."""
+def _asker(annotator: AnnotatorConfig, own: TemplateConfig) -> Generator[tuple[Ask, Artifact]]:
+    """Provide a function that asks an annotator, whose template is ``own``, and the annotator's model."""
     if not isinstance(annotator.engine, EngineConfig):
         yield partial(ask_endpoint, annotator), Artifact(Path(annotator.model), annotator.model)
         return
-    model, actors = external(annotator.model), Actors(annotator.engine, None)
+    model, actors = external(annotator.model), Actors(annotator.engine, own)
     with actors.lease() as evaluator:
 
         def ask(requests: Sequence[Turns], keep: Keep) -> dict[int, str]:

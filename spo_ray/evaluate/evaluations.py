@@ -44,7 +44,7 @@ class Evaluations:
         self.run = run
         self.names = run.config.eval.chosen(run.config.data)
         self.suites: dict[str, Suite] = {name: suite_of(name) for name in self.names}
-        self.actors = Actors(run.config.engine, run.config.model.chat_template)
+        self.actors = Actors(run.config.engine, run.config.model)
         self.measured: dict[tuple[str, str], Artifact] = {}
         self.background: threading.Thread | None = None
 

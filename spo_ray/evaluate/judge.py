@@ -8,31 +8,43 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import openai
+from pydantic import Field, TypeAdapter, ValidationError
 
+from spo_ray.config.base import first_problem
 from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Generations, Skipped
-from spo_ray.model.endpoint import LOCKED_OUT, ChatClient, InvalidResponseError
-from spo_ray.runtime.artifact import Artifact
+from spo_ray.model.completion import Generations, Skipped, valid_text
+from spo_ray.model.endpoint import HIGHEST_LOGP, LOCKED_OUT, ChatClient, InvalidResponseError, logprob_of
+from spo_ray.runtime.artifact import Artifact, set_aside
 
 FIELDS = ("instruction", "output_1", "output_2")
 TOP_LOGPROBS = 5
+MOST_TOKENS = 10**8
+"""More tokens than a prompt or an answer can have."""
 Turns = list[dict[str, str]]
+
+
+Logp = Annotated[float, Field(le=HIGHEST_LOGP)]
+Tokens = Annotated[int, Field(strict=True, ge=0, le=MOST_TOKENS)]
 
 
 class Reply(NamedTuple):
     """A judge's answer to one prompt."""
 
     text: str
-    logps: tuple[float, float] | None
-    """Log-probabilities of the two identifiers; None: unknown."""
-    tokens: tuple[int, int] = (0, 0)
+    logps: tuple[Logp, Logp] | None
+    """Log-probabilities of the two identifiers, -inf where one is not among the likely tokens; None: unknown."""
+    tokens: tuple[Tokens, Tokens] = (0, 0)
     """Tokens of the prompt and of the answer."""
 
+
+REPLY = TypeAdapter(Reply)
+"""Reads a reply from the cache's JSON, and refuses what can't be one."""
 
 Keep = Callable[[int, Reply], None]
 """Receives (index of the request, its reply) as soon as the reply is there."""
@@ -139,27 +151,27 @@ async def _ask_all(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: 
 
 
 def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    return valid_text((str(error).splitlines() or [""])[0][:200])
 
 
 def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
     """Read a response, which the openai client does not validate.
 
     Raises:
-        InvalidResponseError: the response lacks a field, or one has a wrong type.
+        InvalidResponseError: the response lacks a field, or one has a wrong type or an impossible value.
     """
     try:
         choice, usage = response.choices[0], response.usage
         content = choice.logprobs.content if choice.logprobs else None
-        top = {token.token: float(token.logprob) for token in (content[0].top_logprobs or [])} if content else {}
+        top = {token.token: logprob_of(token) for token in (content[0].top_logprobs or [])} if content else {}
         first, second = (top.get(name, -math.inf) for name in annotator.identifiers)
-        tokens = (int(usage.prompt_tokens or 0), int(usage.completion_tokens or 0)) if usage else (0, 0)
-        text = choice.message.content or ""
-        if not isinstance(text, str):
-            raise TypeError("its content is no text")
+        tokens = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+        reply = Reply(valid_text(choice.message.content), (first, second) if top else None, tokens)
+        return REPLY.validate_json(json.dumps(reply))  # as it will be read from the cache
+    except ValidationError as error:
+        raise InvalidResponseError(f"a response with an impossible value ({first_problem(error)})") from error
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise InvalidResponseError(f"a response of an unexpected form ({error})") from error
-    return Reply(text, (first, second) if top else None, tokens)
 
 
 def local_replies(local: Any, requests: Sequence[Turns], annotator: AnnotatorConfig) -> list[Reply | Skipped]:
@@ -191,12 +203,16 @@ def _written(answers: Generations) -> Reply:
 class Cache:
     """Replies of judges by content, kept in a file as soon as they arrive, so that none is paid for twice.
 
-    Several threads may use it.
+    Several threads may use it. A file that is no such cache, or is damaged, is moved aside.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(path, timeout=60.0, check_same_thread=False, isolation_level=None)
+        if path.exists() and not _is_cache(path):
+            set_aside(path, "is no cache of judgements, or is damaged")
+            for name in ("-journal", "-wal", "-shm"):  # SQLite would apply them to the new file
+                path.with_name(path.name + name).unlink(missing_ok=True)
+        self.database = _connected(path)
         self.database.execute("CREATE TABLE IF NOT EXISTS said (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
 
     @staticmethod
@@ -205,9 +221,11 @@ class Cache:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> Reply | None:
-        """Return the reply, or None."""
+        """Return the reply; None if there is none, or what is there is no reply."""
         found = self.database.execute("SELECT value FROM said WHERE key = ?", (key,)).fetchone()
-        return None if found is None else Reply(*json.loads(found[0]))
+        with suppress(ValidationError):
+            return None if found is None else REPLY.validate_json(found[0])
+        return None
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep a reply."""
@@ -216,3 +234,27 @@ class Cache:
     def close(self) -> None:
         """Close the file."""
         self.database.close()
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=60.0, check_same_thread=False, isolation_level=None)
+
+
+BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+"""Codes of SQLite for files that are damaged, no database, or a database with other columns."""
+
+
+def _is_cache(path: Path) -> bool:
+    """Return True if a file is an intact cache, or empty; other errors, such as a locked file, are raised."""
+    if not path.is_file():
+        return False
+    try:
+        with closing(_connected(path)) as database:
+            if not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                return True
+            database.execute("SELECT key, value FROM said LIMIT 1").fetchall()
+            return database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF not in BROKEN:  # the low byte is the kind
+            raise
+        return False

@@ -41,8 +41,11 @@ class EngineLM(TemplateLM):
         return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
+        chat = self.local.chat
+        if add_generation_prompt:
+            return chat.prompt_text(chat_history)
+        options = {"continue_final_message": True, "tokenize": False, **chat.arguments}
+        return str(self.tokenizer.apply_chat_template(chat_history, **options))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         cut = []

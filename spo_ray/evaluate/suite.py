@@ -42,7 +42,7 @@ class SuiteContext:
         """Settings that answers depend on, besides the checkpoint and the suite's own settings."""
         config = self.run.config
         engine = config.engine.model_dump(include={"dtype", "max_model_len", "arguments"})
-        return {"engine": self.evaluator.kind, "chat_template": config.model.chat_template, **engine}
+        return {"engine": self.evaluator.kind, "template": config.model.template_settings, **engine}
 
     def work(self, note: str, **bounds: Any) -> Work:
         """Return the work of a stage that asks the policy's engines, with its ``bounds``: rows, out and tokens."""

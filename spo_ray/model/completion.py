@@ -7,7 +7,7 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.errors import UserError
 
 TOO_LONG = "prompt longer than engine.max_model_len"
-TEMPLATE_REFUSES = "the chat template refuses the prompt"
+TEMPLATE_REFUSES = "the chat template refuses the messages"
 """Reasons why a question has no answer; the template's own message follows the second."""
 
 
@@ -64,3 +64,16 @@ def choose_engine(config: EngineConfig) -> tuple[str, str]:
 def fits_context(prompt_ids: list[int], config: EngineConfig, answer: int = 1) -> bool:
     """Return True if an engine can take a prompt with an answer of so many tokens, and score both."""
     return len(prompt_ids) + answer < config.max_model_len
+
+
+def valid_text(value: object) -> str:
+    """Return a text from a server, or an empty one for None; half surrogates, which no file holds, become U+FFFD.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError("its content is no text")
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

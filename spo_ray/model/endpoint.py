@@ -9,12 +9,15 @@ import openai
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Completion, Generations, Skipped
+from spo_ray.model.completion import Completion, Generations, Skipped, valid_text
 
 REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """Errors of one request alone, such as a prompt that is too long."""
 LOCKED_OUT = (openai.AuthenticationError, openai.NotFoundError)
 """Errors that every other request would get too."""
+
+HIGHEST_LOGP = 1e-3
+"""Highest log-probability that rounding can give."""
 
 
 class InvalidResponseError(openai.OpenAIError):
@@ -111,7 +114,9 @@ class ChatClient:
             self.accepted = True
             if answer.choices and all(choice.message for choice in answer.choices):
                 return answer
-        except (ValueError, AttributeError, TypeError) as error:  # raised by the client for a page of HTML
+        except openai.OpenAIError:
+            raise
+        except Exception as error:  # whatever the client stumbles over, such as a page of HTML or lists 10,000 deep
             raise InvalidResponseError(f"an answer that is no chat completion ({error})") from error
         raise InvalidResponseError("an answer without choices")
 
@@ -154,12 +159,12 @@ class EndpointAnswers:
             response = await client.ask({"logprobs": True}, model=self.model, messages=messages, seed=seed, **settings)
             return Generations([], [_completion(choice) for choice in response.choices])
         except InvalidResponseError as error:
-            return Skipped(f"the endpoint gave {str(error)[:200]}")
+            return Skipped(valid_text(f"the endpoint gave {str(error)[:200]}"))
         except openai.OpenAIError as error:
             if not isinstance(error, openai.APIStatusError) or isinstance(error, LOCKED_OUT):
                 raise RuntimeError(f"{self.config.url}: {type(error).__name__}: {error}") from error
             how = "refused" if error.status_code < 500 else "failed at"
-            return Skipped(f"the endpoint {how} the request ({error.status_code}: {str(error)[:200]})")
+            return Skipped(valid_text(f"the endpoint {how} the request ({error.status_code}: {str(error)[:200]})"))
 
 
 def _completion(choice: Any) -> Completion:
@@ -170,10 +175,20 @@ def _completion(choice: Any) -> Completion:
     """
     try:
         content = choice.logprobs.content if choice.logprobs else None
-        logp = sum(float(token.logprob) for token in content) if content else None
-        text = choice.message.content or ""
-        if not isinstance(text, str):
-            raise TypeError("its content is no text")
+        logp = sum(map(logprob_of, content)) if content else None
+        text = valid_text(choice.message.content)
         return Completion(text, logp, len(content or ()), choice.finish_reason == "stop")
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidResponseError(f"an answer that is no chat completion ({error})") from error
+
+
+def logprob_of(token: Any) -> float:
+    """Return a token's log-probability.
+
+    Raises:
+        ValueError: it is none, such as NaN or 3.
+    """
+    value = float(token.logprob)
+    if not value <= HIGHEST_LOGP:
+        raise ValueError(f"a log-probability of {value}")
+    return value

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig
 
 from spo_ray.config.data import EngineConfig
+from spo_ray.config.model import TemplateConfig
 from spo_ray.core.logps import IGNORE, completion_logps
+from spo_ray.errors import RowRejectedError
 from spo_ray.model.checkpoint_config import generation_settings
 from spo_ray.model.checkpoint_files import check_finite, stored_tensors
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
 from spo_ray.model.completion import (
-    TEMPLATE_REFUSES,
     TOO_LONG,
     Completion,
     Generations,
@@ -75,8 +75,8 @@ def open_engine(kind: str, path: str, config: EngineConfig, chat: ChatTokenizer)
 class LocalAnswers:
     """Generates answers with an engine in this process."""
 
-    def __init__(self, kind: str, path: str, config: EngineConfig, chat_template: str | None) -> None:
-        self.chat = ChatTokenizer.load(path, chat_template)
+    def __init__(self, kind: str, path: str, config: EngineConfig, template: TemplateConfig) -> None:
+        self.chat = ChatTokenizer.load(path, template)
         self.config = config
         self.engine = open_engine(kind, path, config, self.chat)
 
@@ -95,8 +95,8 @@ class LocalAnswers:
         """Return the token ids of a prompt that leaves room for an answer of so many tokens."""
         try:
             ids = self.chat.prompt_ids(prompt)
-        except TemplateError as error:  # for instance a system turn, which some templates refuse
-            return Skipped(f"{TEMPLATE_REFUSES}: {error}")
+        except RowRejectedError as error:  # for instance a system turn, which some templates refuse
+            return Skipped(str(error))
         return ids if fits_context(ids, self.config, answer) else Skipped(TOO_LONG)
 
 

@@ -34,7 +34,7 @@ from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.model import ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.config.schema import Config
 from spo_ray.config.train import SftConfig
-from spo_ray.core.batch_gradients import tokens_per_backward
+from spo_ray.core.batch_gradients import KEPT_TOKENS, tokens_per_backward
 from spo_ray.core.logps import LOGITS_PER_CHUNK
 from spo_ray.errors import UserError
 from spo_ray.model.fsdp import decoder_layers
@@ -44,6 +44,8 @@ Device = Literal["cpu", "cuda"]
 Changes = dict[str, Any]
 """New values by dotted configuration key."""
 GIB = 2**30
+DUAL, SCORES, SIDE_BY_SIDE = 3, 6, 3
+"""Upper bounds for exact passes: activations and weights as multiples of a pass's, and tensors of attention scores."""
 CUDA_BYTES = 3 * GIB // 2
 """CUDA's context, the workspaces of its libraries, and what the allocator loses."""
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -156,7 +158,8 @@ def _items(config: Config, text: Any, shape: _Shape, method: MethodConfig | None
     train, every, c = config.train, shape.theta + shape.phi, BYTES[config.train.precision]
     w, sharded = max(4, c), _sharded(config)
     n = train.num_workers if sharded else 1
-    sums, precise = _spo_sums(config, shape, method) if isinstance(method, Spo) else (0, False)
+    sums = _spo_sums(config, shape, method) if isinstance(method, Spo) else 0
+    precise, exact = _spo_passes(config, method)
     watched = method is not None and config.preference.dynamics_every is not None
     norms = isinstance(method, Spo) and method.gamma > 0 and method.hinge == "batch"  # both sides' gradients exist
     items = {
@@ -186,7 +189,7 @@ def _items(config: Config, text: Any, shape: _Shape, method: MethodConfig | None
     held = max(2 * train.max_length, tokens) if pair else (2 if method else 1) * tokens
     both = _activations(config, text, shape.norms, method, c, held, tokens)
     one = _activations(config, text, shape.norms, method, w, tokens, tokens) if precise else 0  # a side in float32
-    items["activations"] = max(both, one)
+    items["activations"] = max(both, one, _dual_activations(config, text, shape, method, c, tokens) if exact else 0)
     items["logits"] = 3 * min(max(1, LOGITS_PER_CHUNK // text.vocab_size), tokens) * text.vocab_size * w
     return items | {"CUDA and its libraries": CUDA_BYTES if device == "cuda" else 0}
 
@@ -207,22 +210,50 @@ def _states(rows: int, row: int, n: int, w: int, optimizer: str) -> int:
     return 2 * (size + size // 64 + 1024 if eight else size * w)  # with a table of the codes' 256 values
 
 
-def _spo_sums(config: Config, shape: _Shape, method: Spo) -> tuple[int, bool]:
-    """Return the most values of gradients and moves in :mod:`spo_ray.core.spo`, and True if passes need float32."""
+def _spo_sums(config: Config, shape: _Shape, method: Spo) -> int:
+    """Return the most values of gradients and moves in :mod:`spo_ray.core.spo`, besides the gradient itself."""
     every, inner = shape.theta + shape.phi, method.inner
-    central, rescaled, several = method.difference == "central", inner.mode == "rescaled", inner.steps > 1
+    half, several = config.train.precision == "bfloat16", inner.steps > 1
     sft = every if method.lambda_sft or method.safe_region else 0
     norms, regularizer, lower = 2 * every if method.gamma else 0, 0, 0
     if method.gamma:
-        again = norms if config.train.precision == "bfloat16" else 0  # in float32
         move = {"all": every, "backbone": shape.theta, "adapters": shape.phi}[method.norm_scope]
-        regularizer = norms + again + move + (4 if central else 3) * every  # R's gradient, of a side, at moved theta
+        # R's gradient and a side's product; by differences a gradient at moved parameters too.
+        regularizer = norms + (2 * every if half or inner.method == "exact" else move + 3 * every)
     if sft and inner.steps:
         steps = min(inner.steps, 3) * shape.theta if several else 0  # the move, a gradient while the next is computed
-        moves = ((central and rescaled) + several) * shape.theta + 2 * shape.phi
-        lower = (0 if method.hinge == "pair" else norms) + max(steps, moves)
-    precise = method.gamma > 0 or bool(sft and inner.steps and rescaled and inner.full_precision)
-    return sft + max(regularizer, lower), precise
+        lower = (0 if method.hinge == "pair" else norms) + max(steps, several * shape.theta + 2 * shape.phi)
+    return sft + max(regularizer, lower)
+
+
+def _spo_passes(config: Config, method: MethodConfig | None) -> tuple[bool, bool]:
+    """Return True if there are passes in float32 where others are in half precision, and True if exact ones."""
+    if not isinstance(method, Spo):
+        return False, False
+    lower = bool(method.lambda_sft or method.safe_region) and method.inner.steps > 0
+    half, kind = config.train.precision == "bfloat16", method.inner.method
+    precise = half and lower and kind == "difference"
+    return precise, (half or kind == "exact") and (method.gamma > 0 or (lower and kind != "difference"))
+
+
+def _dual_activations(
+    config: Config, text: Any, shape: _Shape, method: MethodConfig | None, c: int, tokens: int
+) -> int:
+    """Return the bytes of an exact pass over one side: values and tangents, and attention from elementary operations.
+
+    Linear layers keep their weight and direction side by side, and scores, their exponentials and probabilities are in
+    float32, each with its tangent.
+    """
+    length, layers = config.train.max_length, text.num_hidden_layers
+    kept = tokens <= KEPT_TOKENS and not _sharded(config) and not config.train.gradient_checkpointing
+    once = config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": False})})
+    one = DUAL * _activations(once, text, shape.norms, method, c, tokens, tokens)
+    scores = tokens * length * text.num_attention_heads * max(4, c) * SCORES
+    weights = SIDE_BY_SIDE * c * (shape.theta + shape.phi)
+    if kept:
+        return one + layers * scores + weights
+    inputs = 2 * layers * tokens * text.hidden_size * max(4, c)
+    return (one + weights) // layers + scores + inputs + SIDE_BY_SIDE * c * shape.root[1]
 
 
 def _activations(

@@ -4,18 +4,37 @@ A prompt is templated and tokenised; a completion is tokenised separately and en
 Therefore no token spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
 """
 
+import json
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spo_ray.errors import UserError
+from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
+from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.checkpoint_config import embedding_rows
+from spo_ray.model.completion import TEMPLATE_REFUSES
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
+"""``role``, ``content``, and ``extra`` as in :class:`spo_ray.runtime.schema.Turn`."""
 _PROBE = "completion-boundary"
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+"""Arguments of templates that are no settings."""
+REASONING = ("reasoning_content", "thinking")
+"""Fields of a message with an assistant's reasoning."""
+
+
+class Opening(NamedTuple):
+    """What a template writes before an answer; it differs if templated prompts and conversations do not agree."""
+
+    prompt: str
+    """End of a templated prompt that is missing before the answer in a conversation; empty if they agree."""
+    conversation: str
+    """Text before the answer in a conversation that is missing at the end of a prompt; empty if they agree."""
 
 
 class ChatTokenizer:
@@ -23,36 +42,48 @@ class ChatTokenizer:
 
     Args:
         tokenizer: the tokenizer.
+        template: replacement, arguments and answer prefix of its chat template.
         rows: number of token ids that the model knows; None: any.
 
     Raises:
-        UserError: the tokenizer has no chat template, no end-of-turn token can be found, or the model does not know a
-            token other than the padding, for which any other will do because it is masked.
+        UserError: the tokenizer has no chat template, the template can't be used or does not take the arguments, no
+            end-of-turn token can be found, or the model does not know a token other than the padding, for which any
+            other will do because it is masked.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig = OWN_TEMPLATE, rows: int | None = None
+    ) -> None:
+        name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
-            name = tokenizer.name_or_path or "the tokenizer"
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
-        self.tokenizer = tokenizer
-        self.end_id = _end_of_turn(tokenizer)
+        self.tokenizer, self.template = tokenizer, template
+        self.arguments: dict[str, Any] = dict(template.template_arguments)
+        if date := template.template_date:  # replaces the function by which templates ask for today's date
+            self.arguments["strftime_now"] = date.strftime
+        self.words = set(re.findall(r"\w+", str(tokenizer.get_chat_template())))
+        for argument in template.template_arguments:
+            if argument not in self.words or argument in RESERVED:
+                raise UserError(f"model.template_arguments: {argument!r} is no setting of {name}'s chat template")
+        try:
+            self.opening = self._opening(self.arguments)
+            self.end_id, self.writes_end = self._end_of_turn()
+        except RowRejectedError as error:
+            raise UserError(f"the chat template of {name} can't be used: {error}") from error
         self.rows = sys.maxsize if rows is None else rows
-        _refuse_unknown(tokenizer, self.rows)
+        self._refuse_unknown()
         pad = tokenizer.pad_token_id
         self.pad_id = int(self.end_id if pad is None or pad >= self.rows else pad)
 
     @classmethod
     def load(
-        cls, path: str | Path, chat_template: str | None = None, model: str | Path | None = None
+        cls, path: str | Path, template: TemplateConfig = OWN_TEMPLATE, model: str | Path | None = None
     ) -> "ChatTokenizer":
-        """Load from a directory or the hub; ``chat_template`` (Jinja text) replaces the tokenizer's own.
-
-        ``model`` is the checkpoint of the model, if it is not in the same place.
-        """
+        """Load from a directory or the hub; ``model`` is the model's checkpoint, if it is not in the same place."""
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        if chat_template:
-            tokenizer.chat_template = chat_template
-        return cls(tokenizer, embedding_rows(model or path))
+        if template.chat_template:
+            tokenizer.chat_template = template.chat_template
+        return cls(tokenizer, template, embedding_rows(model or path))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -61,9 +92,16 @@ class ChatTokenizer:
         return sorted({self.end_id} | ({int(eos)} if eos is not None else set()))
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Return the token ids of a prompt (a user turn or chat messages) up to the start of the answer."""
-        text = self.tokenizer.apply_chat_template(_messages(prompt), add_generation_prompt=True, tokenize=False)
-        return self._encode(str(text))
+        """Return the token ids of a prompt (a user turn or chat messages) up to the start of the answer.
+
+        Raises:
+            RowRejectedError: the template refuses it.
+        """
+        return self._encode(self.prompt_text(_messages(prompt)))
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """Return a prompt (messages without ``extra``) as the template writes it, with ``model.answer_prefix``."""
+        return self._render(messages, self.arguments, True) + (self.template.answer_prefix or "")
 
     def completion_ids(self, text: str) -> list[int]:
         """Return the token ids of a completion with one end-of-turn token at its end; empty for blank text."""
@@ -72,16 +110,62 @@ class ChatTokenizer:
         ids = self._encode(text)
         return ids if ids[-1] == self.end_id else [*ids, self.end_id]
 
+    def answer_ids(self, prompt: str | Sequence[Message], text: str, extra: str | None = None) -> list[int]:
+        """Return the token ids of an answer to a prompt with one end-of-turn token; empty for a blank answer.
+
+        An answer with tool calls or reasoning (in ``extra``) is written by the template, any other is as it stands.
+
+        Raises:
+            RowRejectedError: the template refuses it, or does not write it behind the prompt.
+        """
+        if not extra:
+            return self.completion_ids(text)
+        before, whole = self.prompt_text(_messages(prompt)), self._conversation(prompt, text, extra)
+        end = whole.rfind(str(self.tokenizer.decode([self.end_id])))
+        if not whole.startswith(before) or end < len(before):
+            raise RowRejectedError(f"the chat template writes no answer with {', '.join(json.loads(extra))}")
+        return self.completion_ids(whole[len(before) : end])
+
     def is_changed_by_template(self, prompt: str | Sequence[Message], text: str) -> bool:
-        """Return True if the templated conversation does not start with the tokens of prompt and completion.
+        """Return True if the template writes the answer in a conversation with other tokens than it has by itself.
 
         Then the template trims or rewrites answers, or a token spans their start, and a model that was trained with it
-        has seen answers in another form.
+        has seen answers in another form. What stands before all answers is not compared (see :attr:`opening`), nor the
+        end-of-turn token if the template writes none.
+
+        Raises:
+            RowRejectedError: the template refuses the conversation.
         """
-        turns = [*_messages(prompt), {"role": "assistant", "content": text}]
-        whole = self._encode(str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
-        parts = self.prompt_ids(prompt) + self.completion_ids(text)
-        return whole[: len(parts)] != parts
+        start, whole = self.prompt_text(_messages(prompt)), self._encode(self._conversation(prompt, text))
+        bare = start.removesuffix(self.template.answer_prefix or "").removesuffix(self.opening.prompt)
+        answer = self.completion_ids(text)[: None if self.writes_end else -1]
+        parts = [self._encode(before) + answer for before in {start, bare + self.opening.conversation}]
+        return all(whole[: len(ids)] != ids for ids in parts)
+
+    def check_opening(self) -> None:
+        """Raise a UserError if there is :meth:`advice` on what to set."""
+        if advice := self.advice():
+            raise UserError(advice)
+
+    def advice(self) -> str:
+        """Return what to set so that prompts end as the template begins answers; empty if they do.
+
+        It is empty too if ``model.answer_prefix`` is set: then that is what shall stand there.
+        """
+        if not any(self.opening) or self.template.answer_prefix is not None:
+            return ""
+        prompt, conversation = self.opening
+        differ = f"the chat template ends prompts in {prompt!r} and " if prompt else "the chat template "
+        differ += f"writes {conversation!r} between a prompt and its answer" if conversation else "leaves that out"
+        otherwise = "or model.answer_prefix to '' if your answers bring it along"
+        found = re.findall(r"(\w+) is (?:not )?defined", str(self.tokenizer.get_chat_template()))
+        for name in dict.fromkeys(found):
+            for value in (False, True):
+                if self._agrees_with(name, value):
+                    setting = f"{{{name}: {str(value).lower()}}}"
+                    return f"{differ}: set model.template_arguments to {setting}, {otherwise}"
+        text = f"to {conversation!r}" if conversation else "to the text that ends it"
+        return f"{differ}: set model.answer_prefix {text}, {otherwise}"
 
     def has_markup(self, text: str) -> bool:
         """Return True if text contains special tokens, such as the end of a turn, before its last token.
@@ -100,39 +184,85 @@ class ChatTokenizer:
         # verbose=False: no warnings about long texts, which are dropped later
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def _conversation(self, prompt: str | Sequence[Message], text: str, extra: str | None = None) -> str:
+        answer = {"role": "assistant", "content": text, "extra": extra}
+        return self._render([*_messages(prompt), *_messages([answer])], self.arguments, False)
 
-def _refuse_unknown(tokenizer: Any, rows: int) -> None:
-    """Refuse tokens without a row in the model's embedding, if ordinary texts or the chat template have them.
+    def _refuse_unknown(self) -> None:
+        """Refuse tokens without a row in the model's embedding, if ordinary texts or the chat template have them.
 
-    A special token that no template uses, such as one that transformers adds by itself, does no harm.
-    """
-    ids = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows and i != tokenizer.pad_token_id}
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    unknown = {i for i in ids if i not in special} | (set(_turn_ids(tokenizer)) & ids.keys())
-    if unknown:
-        raise UserError(
-            f"the tokenizer has ids up to {max(unknown)}, but the model's embedding has {rows} rows: "
-            f"{ids[min(unknown)]!r} is {min(unknown)}; resize the embedding, or use the model's own tokenizer"
-        )
+        A special token that no template uses, such as one that transformers adds by itself, does no harm.
+        """
+        tokenizer: Any = self.tokenizer
+        ids = {i: word for word, i in tokenizer.get_vocab().items() if i >= self.rows and i != tokenizer.pad_token_id}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        used = self._encode(self._conversation("question", _PROBE)) if ids else []
+        unknown = {i for i in ids if i not in special or i in used}
+        if unknown:
+            raise UserError(
+                f"the tokenizer has ids up to {max(unknown)}, but the model's embedding has {self.rows} rows: "
+                f"{ids[min(unknown)]!r} is {min(unknown)}; resize the embedding, or use the model's own tokenizer"
+            )
+
+    def _render(self, messages: Sequence[Message], arguments: Mapping[str, Any], generation: bool) -> str:
+        """Return messages as the template writes them, with their tools.
+
+        Raises:
+            RowRejectedError: the template refuses them, or writes nothing of a tool, a call or reasoning.
+        """
+        plain = [dict(message) for message in messages]
+        tools = plain[0].pop("tools", None) if plain else None
+        options: Any = {"tools": tools, "add_generation_prompt": generation, "tokenize": False, **arguments}
+        try:
+            text = str(self.tokenizer.apply_chat_template(plain, **options))
+        except Exception as error:  # a template's own exception, or any that its mistakes cause
+            raise RowRejectedError(f"{TEMPLATE_REFUSES}: {error}") from error
+        calls = [call for message in plain for call in message.get("tool_calls") or []]
+        names = [call["function"]["name"] for call in [*(tools or []), *calls]]
+        lost = [f"tool {name!r}" for name in names if name not in text]
+        lost += [repr(key) for message in plain for key in REASONING if key in message and key not in self.words]
+        if lost:
+            raise RowRejectedError(f"the chat template leaves out the {lost[0]}")
+        return text
+
+    def _agrees_with(self, name: str, value: bool) -> bool:
+        """Return True if prompts end as answers begin once the template is given this argument."""
+        try:
+            return not any(self._opening(self.arguments | {name: value}))
+        except RowRejectedError:  # an argument of another type
+            return False
+
+    def _opening(self, arguments: Mapping[str, Any]) -> Opening:
+        """Return how the end of a prompt differs from what stands before its answer."""
+        turns = _messages("question")
+        prompt = self._render(turns, arguments, True)
+        answer = {"role": "assistant", "content": _PROBE}
+        before = self._render([*turns, answer], arguments, False).rpartition(_PROBE)[0]
+        shared = len(os.path.commonprefix([prompt, before]))  # noqa: RUF071 (characters are meant, no path's parts)
+        return Opening(prompt[shared:], before[shared:])
+
+    def _end_of_turn(self) -> tuple[int, bool]:
+        """Return the token that ends an answer, and True if the template writes it.
+
+        It is the first special token after an assistant's answer in the template, or else the end-of-text token.
+        """
+        tokenizer: Any = self.tokenizer
+        text = self._conversation("question", _PROBE)
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
+        for token in after:
+            if token in special:
+                return int(token), True
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
+        return int(tokenizer.eos_token_id), False
 
 
-def _messages(prompt: str | Sequence[Message]) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-
-
-def _end_of_turn(tokenizer: Any) -> int:
-    """Return the first special token after an assistant's answer in the template, else the end-of-text token."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    for token in _turn_ids(tokenizer, after=True):
-        if token in special:
-            return int(token)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
-    return int(tokenizer.eos_token_id)
-
-
-def _turn_ids(tokenizer: Any, after: bool = False) -> list[int]:
-    """Return the token ids of a templated turn of user and assistant, or of what stands after the answer."""
-    turn = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
-    text = str(tokenizer.apply_chat_template(turn, tokenize=False))
-    return list(tokenizer(text.rpartition(_PROBE)[2] if after else text, add_special_tokens=False)["input_ids"])
+def _messages(prompt: str | Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as templates take them."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [
+        {key: value for key, value in message.items() if key != "extra"} | json.loads(message.get("extra") or "{}")
+        for message in prompt
+    ]

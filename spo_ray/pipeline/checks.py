@@ -36,7 +36,7 @@ def preflight(config: Config) -> None:
     if not is_hub_id and not (path / "config.json").is_file():
         raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
     try:
-        ChatTokenizer.load(source.tokenizer, config.model.chat_template, name)
+        ChatTokenizer.load(source.tokenizer, config.model, name).check_opening()
     except UserError:
         raise
     except Exception as error:  # missing files, but also any mistake in a chat template

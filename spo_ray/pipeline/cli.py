@@ -27,6 +27,9 @@ quieten()  # before the importing program loads the libraries
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan and do nothing.")]
+Verify = Annotated[
+    bool, Parameter(negative="", help="Compare the contents of finished stages' files, not sizes alone.")
+]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
 
 
@@ -41,6 +44,7 @@ class Output:
     """Log warnings and errors only."""
     log_json: bool = False
     """Log JSON lines to stderr: time, level, stage, message."""
+    verify: Verify = False
 
 
 EXAMPLES = """Examples:
@@ -54,13 +58,13 @@ EXAMPLES = """Examples:
 Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 
-def execute(job: Callable[[Run], Any], config: Config, until: Part = "report") -> None:
+def execute(job: Callable[[Run], Any], config: Config, until: Part = "report", *, verify: bool = False) -> None:
     """Run a job in its folder, under the folder's lock, with its state in ``status.json``."""
-    run = Run(config)
+    run = Run(config, verify=verify)
     if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
         warn("job", "output is relative to the submitted job's own folder: set output=/some/shared/folder")
     with run.locked(), recorded(run):
-        write_json(run.root / "config.json", config.model_dump(mode="json"))
+        write_json(run.root / "config.json", run.config.model_dump(mode="json"))
         job(run)
     log("job", f"{until} finished; results in {place(run.root)}")
 
@@ -132,20 +136,20 @@ def run(
         from spo_ray.pipeline.job import plan_job, run_job
 
         if dry_run:
-            show_plan(plan_job(loaded, until))
+            show_plan(plan_job(loaded, until, verify=output.verify))
         else:
-            execute(partial(run_job, until=until), loaded, until)
+            execute(partial(run_job, until=until), loaded, until, verify=output.verify)
 
     return guarded(work, output)
 
 
 @app.command
-def plan(*overrides: Overrides, config: ConfigPath) -> int:
+def plan(*overrides: Overrides, config: ConfigPath, verify: Verify = False) -> int:
     """Show the resolved configuration, what each stage would do and why, and what it would take; do nothing.
 
     Example: spo-ray plan --config configs/quickstart.yaml methods.spo.lambda_sft=5
     """
-    return run(*overrides, config=config, dry_run=True)
+    return run(*overrides, config=config, dry_run=True, output=Output(verify=verify))
 
 
 @app.command
@@ -248,7 +252,7 @@ def evaluate(
         named = dict(text.partition("=")[::2] for text in checkpoint)
         if not all(named.values()) or len(named) < len(checkpoint):
             raise UserError("checkpoints are given as NAME=PATH, each with a different name")
-        evaluate_checkpoints(configured(config, overrides, output.verbose), named)
+        evaluate_checkpoints(configured(config, overrides, output.verbose), named, verify=output.verify)
 
     return guarded(work, output)
 
@@ -273,9 +277,9 @@ def sweep(*overrides: str, config: ConfigPath, dry_run: bool = False, output: Ou
         from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 
         if dry_run:
-            show_plan(plan_sweep(loaded), trials_text(loaded))
+            show_plan(plan_sweep(loaded, verify=output.verify), trials_text(loaded))
         else:
-            execute(run_sweep, loaded)
+            execute(run_sweep, loaded, verify=output.verify)
 
     return guarded(work, output)
 
@@ -303,7 +307,7 @@ def report(
         from spo_ray.pipeline.finished import read_finished
         from spo_ray.report.comparison import write_reports
 
-        write_reports([read_finished(folder) for folder in runs], out)
+        write_reports([read_finished(folder, verify=output.verify) for folder in runs], out)
 
     return guarded(work, output)
 

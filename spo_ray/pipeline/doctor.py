@@ -211,8 +211,8 @@ def disk(config: Config, plan: PlannedRun) -> Checks:
 
 def hub(config: Config, plan: PlannedRun) -> Checks:
     """Check that the model and the data can be downloaded, if they are on the hub."""
-    paths = [config.model.path, str(getattr(config.data, "path", ""))]
-    wanted = [path for path in paths if path and on_hub(Path(path))]
+    paths = [config.model.path, *(str(source.path) for source in getattr(config.data, "sources", []))]
+    wanted = [path for path in paths if on_hub(Path(path))]
     address = os.environ.get("HF_ENDPOINT", HUB)
     token = "with HF_TOKEN" if os.environ.get("HF_TOKEN") else "without HF_TOKEN (gated models need it)"
     if not wanted:

@@ -18,7 +18,7 @@ from spo_ray.runtime.cluster import connect
 from spo_ray.runtime.run import PlannedRun, Run
 
 
-def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None:
+def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str], *, verify: bool = False) -> None:
     """Evaluate checkpoints in the run ``NAME-evaluation``, and print their metrics.
 
     Args:
@@ -26,6 +26,7 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
         checkpoints: folders or hub ids by name; a folder may contain a PEFT adapter. The log-probabilities of the
             others are compared with those of the checkpoint named ``sft`` (``reference`` where the section ``sft`` is
             null).
+        verify: compare the contents of finished stages' files too, see :class:`spo_ray.runtime.run.Run`.
 
     Raises:
         UserError: a folder contains neither a model nor an adapter, or the data or the cluster can't be used.
@@ -33,7 +34,7 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str]) -> None
     config = config.model_copy(update={"name": f"{config.name}-evaluation"})
     artifacts = {name: _checkpoint(name, path) for name, path in checkpoints.items()}
     check_evaluation(config)
-    plan, run = PlannedRun(config), Run(config)
+    plan, run = PlannedRun(config, verify=verify), Run(config, verify=verify)
     _evaluate(plan, artifacts)
     with run.locked():
         run.planned = plan.planned

@@ -14,20 +14,25 @@ from spo_ray.pipeline.job import run_job
 from spo_ray.pipeline.sweep_job import run_sweep
 from spo_ray.report.finished import Finished, Trials
 from spo_ray.runtime.artifact import Artifact
-from spo_ray.runtime.run import FinishedRun, Run
+from spo_ray.runtime.finished_run import FinishedRun
+from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import ROW, rows_of
 
 CONFIG = "config.json"
 
 
-def read_finished(folder: Path) -> Finished:
+def read_finished(folder: Path, *, verify: bool = False) -> Finished:
     """Return the results of a finished run or sweep; computes nothing and starts no cluster.
 
+    ``verify`` compares the contents of files too, see :class:`spo_ray.runtime.run.Run`.
+
     Raises:
-        UserError: the folder is missing or no run's, the run is unfinished, or something in it leads out of it.
+        UserError: the folder is missing or no run's, the run is unfinished or damaged, or something in it leads out of
+            it.
     """
     tree = _read(folder)
-    own, found = Run(_validated(folder, tree)), FinishedRun(_validated(folder, _unbuilt(tree)), folder)
+    own = Run(_validated(folder, tree), verify=verify)
+    found = FinishedRun(_validated(folder, _unbuilt(tree)), folder, verify=verify)
     own.root = found.root  # the folder may have been moved: the configuration's output and name are not used
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
@@ -36,7 +41,11 @@ def read_finished(folder: Path) -> Finished:
     if found.config.sweep is None:
         raise UserError(f"{found.root} has a sweep's results.csv, but its {CONFIG} has no section sweep")
     for path in (found.root / "trials").glob(f"*/{ROW}"):
-        if json.loads(path.read_text())["trial"] != path.parent.name or not path.resolve().is_relative_to(found.root):
+        try:
+            name = json.loads(path.read_text())["trial"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} can't be read ({type(error).__name__}): run the sweep again") from error
+        if name != path.parent.name or not path.resolve().is_relative_to(found.root):
             raise UserError(f"{path} leads out of its folder: it is not followed")
     sweep = run_sweep(found)
     trials = Trials(sweep.trials, rows_of(sweep.trials), sweep.best)
@@ -91,7 +100,7 @@ def _read(folder: Path) -> Any:
         raise UserError(f"{folder} is no run's folder: it has no {CONFIG}")
     try:
         return json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG} can't be read: {error}") from error
 
 

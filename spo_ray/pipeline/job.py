@@ -47,7 +47,7 @@ def run_job(run: Run, until: Part = "report") -> Job:
         UserError: the job can't run as configured, or the cluster is too small for it.
     """
     if run.mode == "execute":
-        plan = plan_job(run.config, until)
+        plan = plan_job(run.config, until, verify=run.verify)
         if plan.problem:
             raise UserError(plan.problem)
         run.planned = plan.planned
@@ -58,9 +58,9 @@ def run_job(run: Run, until: Part = "report") -> Job:
     return job
 
 
-def plan_job(config: Config, until: Part = "report") -> PlannedRun:
+def plan_job(config: Config, until: Part = "report", *, verify: bool = False) -> PlannedRun:
     """Return the plan of a job; if the job would be refused, ``problem`` of the plan has the reason."""
-    plan = PlannedRun(config)
+    plan = PlannedRun(config, verify=verify)
     with plan.noting_problems():
         preflight(config)
     with plan.noting_problems():

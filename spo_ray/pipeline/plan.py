@@ -22,7 +22,7 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.model.adapter import ModelSource
 from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
-from spo_ray.runtime.artifact import MANIFEST
+from spo_ray.runtime.manifest import MANIFEST, UnreadableError, read_manifest
 from spo_ray.runtime.run import PlannedRun, PlannedStage, Work
 from spo_ray.sweep.space import listed_points, short_text, sweep_of
 
@@ -100,15 +100,18 @@ class Estimator:
 
     def earlier_seconds(self, stage: PlannedStage) -> float | None:
         """Return the seconds of a stage by the newest run in the output folder, scaled by rows, or None."""
-        files = self.config.output.absolute().glob(f"*/{stage.name}/{MANIFEST}")
-        for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        found: list[tuple[float, float]] = []
+        for file in self.config.output.absolute().glob(f"*/{stage.name}/{MANIFEST}"):
             try:
-                manifest = json.loads(file.read_text())
-                read, seconds = manifest["rows"]["read"], float(manifest["wall_s"])
-            except (OSError, ValueError, KeyError, TypeError):
+                manifest = read_manifest(file.parent)
+                if manifest is None:
+                    continue
+                read = manifest["rows"]["read"]
+                scale = stage.work.rows / read if stage.work.rows and read else 1.0
+                found.append((file.stat().st_mtime, manifest["wall_s"] * scale))
+            except (OSError, UnreadableError):  # of another run, which this one does not depend on
                 continue
-            return seconds * (stage.work.rows / read if stage.work.rows and read else 1.0)
-        return None
+        return max(found)[1] if found else None
 
 
 def plan_text(plan: PlannedRun) -> str:

@@ -44,7 +44,7 @@ def run_sweep(run: Run) -> Sweep:
         UserError: the sweep can't run as configured, or the cluster is too small for it.
     """
     if run.mode == "execute":
-        plan = plan_sweep(run.config)
+        plan = plan_sweep(run.config, verify=run.verify)
         if plan.problem:
             raise UserError(plan.problem)
         run.planned = plan.planned
@@ -69,9 +69,9 @@ def run_sweep(run: Run) -> Sweep:
     return sweep
 
 
-def plan_sweep(config: Config) -> PlannedRun:
+def plan_sweep(config: Config, *, verify: bool = False) -> PlannedRun:
     """Return the plan of a sweep; if the sweep would be refused, ``problem`` of the plan has the reason."""
-    plan = PlannedRun(config)
+    plan = PlannedRun(config, verify=verify)
     with plan.noting_problems():
         if sweep_of(config).searcher != "optuna":
             listed_points(config)  # refuses values that don't go together

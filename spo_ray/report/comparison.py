@@ -21,8 +21,8 @@ from spo_ray.report.sweep import values_in_words
 from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import write_text
 from spo_ray.runtime.console import log, place
+from spo_ray.runtime.manifest import NOTHING, shown
 from spo_ray.runtime.map_rows import Row
-from spo_ray.runtime.run import NOTHING, shown
 from spo_ray.sweep.space import sweep_of, trial_config
 
 MEASURING = ("eval.seeds", "eval.temperature", "eval.max_tokens", "engine.", "data.verifier")

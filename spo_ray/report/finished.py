@@ -1,12 +1,13 @@
 """Finished runs and sweeps, read back from their folders; nothing is computed, and no cluster is started."""
 
+import shutil
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.report.run_page import write_report
 from spo_ray.report.sweep import write_sweep_report
-from spo_ray.runtime.artifact import MANIFEST, Artifact
+from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.results import Ranked, Row
 
@@ -41,7 +42,7 @@ def rewrite(found: Finished) -> None:
     """
     run, evaluation, trials = found.run, found.evaluation, found.trials
     with run.locked():
-        (run.root / "report" / MANIFEST).unlink(missing_ok=True)  # else the stage is reused
+        shutil.rmtree(run.root / "report", ignore_errors=True)  # else the stage is reused
         if trials:
             write_sweep_report(run, trials.artifact, trials.best, evaluation)
         elif evaluation and found.pairs:

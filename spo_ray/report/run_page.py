@@ -15,8 +15,9 @@ from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.report import figures, scores
 from spo_ray.report.page import Cell, Link, Table, differing, render
 from spo_ray.report.summary import summarise
-from spo_ray.runtime.artifact import MANIFEST, REJECTED, Artifact, RowCounts, write_json
+from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place
+from spo_ray.runtime.manifest import MANIFEST, manifests
 from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.train.alarm import PREFIX, describe
 from spo_ray.train.spec import RESULT
@@ -145,11 +146,10 @@ def _stages(run: Run) -> Table:
     """Return rows, noted facts and seconds of each stage in the order of their end, and the totals."""
     lines: list[list[Cell]] = []
     wall_s, totals = 0.0, Counter()
-    for path in sorted(run.root.glob(f"*/{MANIFEST}"), key=lambda p: p.stat().st_mtime):
-        manifest = Artifact(path.parent, "").manifest
+    for folder, manifest in manifests(run.root):
         rows, facts = manifest["rows"], {key: manifest["facts"].get(key) or 0 for key in NOTED}
         dropped = ", ".join(f"{n} {reason}" for reason, n in rows["dropped"].items())
-        name = Link(manifest["stage"], f"../{path.parent.name}/{MANIFEST}")
+        name = Link(manifest["stage"], f"../{folder.name}/{MANIFEST}")
         seconds = f"{manifest['wall_s']:.1f}"
         lines.append([name, str(rows["read"]), str(rows["kept"]), dropped, _noted(facts), seconds])
         totals.update(facts)
@@ -185,7 +185,7 @@ def _pairs(run: Run, pairs: Artifact, held_out: Artifact) -> Table:
 def _dropped(run: Run) -> list[tuple[str, Table]]:
     """Return a title and the first dropped rows for each stage and reason."""
     found = []
-    for file in sorted(run.root.glob(f"*/{REJECTED}"), key=lambda path: (path.parent / MANIFEST).stat().st_mtime):
+    for file in (folder / REJECTED for folder, _ in manifests(run.root) if (folder / REJECTED).is_file()):
         stage = file.parent.name
         reasons: dict[str, list[list[str]]] = {}
         for row in pq.read_table(file).to_pylist():

@@ -7,7 +7,8 @@ from typing import Any
 from spo_ray.evaluate.accuracy import accuracies
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.evaluate.statistics import share
-from spo_ray.runtime.artifact import MANIFEST, Artifact
+from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.manifest import manifests
 from spo_ray.runtime.run import Run
 from spo_ray.train.spec import RESULT
 
@@ -44,8 +45,8 @@ def summarise(run: Run, methods: dict[str, Artifact], evaluation: Evaluation) ->
 def versions_of(run: Run) -> dict[str, str]:
     """Return the package versions that the run's stages were built with; all of them if they changed in between."""
     found: dict[str, dict[str, None]] = {}
-    for path in sorted(run.root.glob(f"*/{MANIFEST}")):
-        for name, version in json.loads(path.read_text())["versions"].items():
+    for _, manifest in sorted(manifests(run.root), key=lambda one: one[0]):
+        for name, version in manifest["versions"].items():
             found.setdefault(name, {})[version] = None
     return {name: ", ".join(each) for name, each in found.items()}
 

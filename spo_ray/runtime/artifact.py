@@ -1,13 +1,16 @@
 """Files of a run: stage folders, manifests, row counts, and atomic writes."""
 
 import hashlib
+import itertools
 import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,16 @@ import pyarrow.parquet as pq
 from spo_ray import __version__
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
+from spo_ray.runtime.console import warn
+from spo_ray.runtime.manifest import MANIFEST, UnreadableError, read_manifest
 
-MANIFEST = "manifest.json"
+STARTED = "started.json"
+"""File in an unfinished stage that can be resumed, with its digest."""
 REJECTED = "rejected.parquet"
 REJECTED_PARTS = "rejected-*.parquet"
 STEP_LOG = "log.jsonl"
 """File with the metrics of a training stage, one JSON line for each step."""
-DATA_FILES = (".jsonl", ".parquet")
+DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
 """Suffixes of files with rows."""
 REASONS_TOLD = 3
 """Number of reasons for dropped rows that an error lists."""
@@ -43,8 +49,11 @@ class Artifact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Content of the stage's ``manifest.json``."""
-        return json.loads((self.path / MANIFEST).read_text())
+        """Content of the stage's ``manifest.json``; a UserError if there is none, or none that can be read."""
+        found = read_manifest(self.path)
+        if found is None:
+            raise UnreadableError(f"{self.path / MANIFEST} is missing")
+        return found
 
     def present(self) -> "Artifact":
         """Return this artifact; subclasses raise a UserError if the stage is missing."""
@@ -148,7 +157,7 @@ class RowCounts:
 
 def on_hub(path: Path) -> bool:
     """Return True if a path can be ``organisation/name`` on the hub: no local file or folder has that name."""
-    if path.suffix in DATA_FILES or path.is_absolute():
+    if path.name.endswith(DATA_FILES) or path.is_absolute():
         return False
     return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
 
@@ -175,6 +184,79 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size, SHA-256 and, where there are rows, their number, for every file that stays in a stage's folder."""
+    gone = {folder / MANIFEST, folder / STARTED, *folder.glob(REJECTED_PARTS)}
+    names = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file not in gone}
+    files = {name: file for name, file in names.items() if file.is_file() and not f"/{name}".count("/.")}
+    with ThreadPoolExecutor() as pool:  # a checkpoint's files may have gigabytes
+        digests = dict(zip(files, pool.map(sha256, files.values()), strict=True))
+    found: dict[str, dict[str, Any]] = {}
+    for name, file in files.items():
+        found[name] = {"bytes": file.stat().st_size, "sha256": digests[name]}
+        found[name] |= {"rows": COUNTS[file.suffix](file)} if file.suffix in COUNTS else {}
+    return found
+
+
+def changed_files(folder: Path, recorded: Mapping[str, Any] | None, verify: bool = False) -> list[str]:
+    """Return what is missing or changed in a stage's folder; ``recorded`` is the manifest's ``files``.
+
+    Names, sizes and numbers of rows are compared, with ``verify`` also contents. Without a record nothing is.
+    """
+    if recorded is None:
+        return []
+    found = [
+        f"{folder.name}/{name} {why}"
+        for name, known in recorded.items()
+        if (why := _change(folder / name, known, verify))
+    ]
+    there = {file for suffix in READ_BY_NAME for file in folder.rglob(f"*{suffix}")} - {*folder.glob(REJECTED_PARTS)}
+    names = sorted(file.relative_to(folder).as_posix() for file in there)
+    return found + [f"{folder.name}/{name} is none of its files" for name in names if name not in recorded]
+
+
+def _change(file: Path, known: Mapping[str, Any], verify: bool) -> str:
+    try:
+        size = file.stat().st_size
+        if size != known["bytes"]:
+            return f"has {size} bytes, not {known['bytes']}"
+        if known["rows"] is not None and (rows := COUNTS[file.suffix](file)) != known["rows"]:
+            return f"has {rows} rows, not {known['rows']}"
+        stat = file.stat()
+        if verify and _remembered_sha256(file, stat.st_size, stat.st_mtime_ns, stat.st_ino) != known["sha256"]:
+            return "has another content"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, pa.ArrowException) as error:
+        return f"can't be read ({str(error).splitlines()[0]})"
+    return ""
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(2**20), b""))
+
+
+COUNTS: dict[str, Callable[[Path], int]] = {".parquet": lambda file: pq.read_metadata(file).num_rows, ".jsonl": _lines}
+"""Functions that count the rows of a file, by its suffix."""
+READ_BY_NAME = (".parquet", ".safetensors")
+"""Suffixes of files that are read wherever they lie in a stage's folder: one more would change what is read."""
+
+
+@cache
+def _remembered_sha256(file: Path, size: int, mtime_ns: int, inode: int) -> str:
+    """Return a file's SHA-256, computed once in a process: a plan and its run ask for the same."""
+    return sha256(file)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a file or folder that is not what belongs there, and say so."""
+    numbers = itertools.count(1)
+    free = next(new for n in numbers if not (new := path.with_name(f"{path.name}.broken-{n}")).exists())
+    path.rename(free)
+    warn("files", f"{path} {why}: it is now {free.name}")
+
+
 def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:
     """Write rows of a class in :mod:`spo_ray.runtime.schema` as a Parquet file, atomically."""
     rows = pa.Table.from_pylist(list(table), schema=schema.arrow_schema(kind))
@@ -183,6 +265,8 @@ def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file atomically, under a temporary name of this thread: threads may write the same file."""
+    if path.is_dir():
+        set_aside(path, "is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     write(temporary)
     sync(temporary)

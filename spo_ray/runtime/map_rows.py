@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
@@ -85,10 +86,10 @@ def map_shards(
     every = _shards_of(source, batch_size)
     shards = []
     for shard in every:
-        part = _part(out, shard)
-        if part.exists():
+        kept, rejected = _rows_in(_part(out, shard)), _rows_in(_rejected(out, shard))
+        if kept is not None and (rejected is not None or not _rejected(out, shard).exists()):
             row_counts.read += shard["rows"]
-            row_counts.kept += pq.read_metadata(part).num_rows
+            row_counts.kept += kept
         else:
             shards.append(shard)
     if every and len(shards) < len(every):
@@ -150,7 +151,7 @@ class _MapAndWrite:
             error.add_note(f"shard {shard['name']}, rows {table[0]['id']} to {table[-1]['id']}")
             raise
         if rejected:  # before the kept rows, whose file marks the shard as done
-            write_rows(self.out / f"rejected-{shard['name']}.parquet", rejected, schema.Rejected)
+            write_rows(_rejected(self.out, shard), rejected, schema.Rejected)
         write_rows(_part(self.out, shard), kept, self.kind)
         return {"read": len(table), "kept": len(kept), "refused": None}
 
@@ -174,3 +175,15 @@ def _shards_of(source: Artifact, batch_size: int) -> list[Row]:
 
 def _part(out: Path, shard: Row) -> Path:
     return out / f"part-{shard['name']}.parquet"
+
+
+def _rejected(out: Path, shard: Row) -> Path:
+    return out / f"rejected-{shard['name']}.parquet"
+
+
+def _rows_in(file: Path) -> int | None:
+    """Return the number of rows of an earlier start's file; None if it is missing or can't be read."""
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException):
+        return None

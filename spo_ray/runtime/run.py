@@ -2,11 +2,11 @@
 
 A stage writes one folder under ``runs/NAME`` and closes it with ``manifest.json``. Its identity is its name,
 the version of spo_ray, the seed, its settings and the digests of its inputs; its digest is the SHA-256 of that. A
-finished stage with the same digest is reused, any other is built again. A stage is written under a temporary name,
-synced and renamed, so a folder with a manifest is complete.
+finished stage with the same digest is reused if its files are those that the manifest records, any other is built
+again. A stage is written under a temporary name, synced and renamed, so a folder with a manifest was complete.
 
 The functions of a job pass their stages to a :class:`Run`, which builds them. The same functions plan the job with a
-:class:`PlannedRun` and read its results with a :class:`FinishedRun`.
+:class:`PlannedRun` and read its results with a :class:`spo_ray.runtime.finished_run.FinishedRun`.
 """
 
 import copy
@@ -23,27 +23,37 @@ from typing import Any, Literal, NamedTuple
 from filelock import FileLock, Timeout
 
 from spo_ray import __version__
-from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import (
-    MANIFEST,
     REJECTED,
     REJECTED_PARTS,
+    STARTED,
     Artifact,
-    MissingArtifact,
     PlannedArtifact,
     RowCounts,
+    changed_files,
+    recorded_files,
+    set_aside,
     sync,
     versions,
     write_json,
     write_rows,
 )
 from spo_ray.runtime.console import log
+from spo_ray.runtime.first_start import dated, keep_date
+from spo_ray.runtime.manifest import (
+    MANIFEST,
+    Identified,
+    UnreadableError,
+    read_manifest,
+    read_model,
+    some_of,
+    why_again,
+)
 
-STARTED = "started.json"
-"""File in an unfinished stage that can be resumed, with its digest."""
+LOCK = ".lock"
 State = Literal["reused", "resume", "build"]
 
 
@@ -99,6 +109,16 @@ def never_built(out: Path, counts: RowCounts) -> None:
     raise AssertionError("this stage is not built by Run.execute")
 
 
+class Found(NamedTuple):
+    """What there is of a stage."""
+
+    state: State
+    why: str = ""
+    """Why a finished stage is built again; empty otherwise."""
+    folder: Path | None = None
+    """Folder of the stage if it is reused, perhaps not renamed yet."""
+
+
 class PlannedStage(NamedTuple):
     """One stage of a plan."""
 
@@ -129,9 +149,11 @@ class Run:
 
     mode: Literal["execute", "plan", "read"] = "execute"
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, *, verify: bool = False) -> None:
+        self.verify = verify
+        """Compare the contents of finished stages' files too, not only names, sizes and numbers of rows."""
         self.root = (config.output / config.name).absolute()
+        self.config = dated(config, self.root)
         self.names: dict[str, str] = {}
         """Names of the opened stages by digest."""
         self.planned: list[PlannedStage] = []
@@ -159,16 +181,22 @@ class Run:
         """Keep other processes out of the run's folder; the lock is released when the process ends, however it ends.
 
         Raises:
-            UserError: another process works there, and ``wait`` is False.
+            UserError: another process works there, and ``wait`` is False; or a file has the folder's name.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.root / ".lock", fallback_to_soft=False)  # a soft lock would outlive a killed process
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"{error.filename} is a file, not a folder: set another name= or output=") from error
+        if (self.root / LOCK).is_dir():
+            set_aside(self.root / LOCK, "is a folder, not the lock of a run")
+        lock = FileLock(self.root / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
         try:
             held = lock.acquire(blocking=wait)
         except Timeout as error:
             text = f"another process is working in {self.root}: wait for it, or set another name="
             raise UserError(text) from error
         with held:
+            keep_date(self.config, self.root)
             yield
 
     def execute(self, stage: Stage) -> Artifact:
@@ -189,19 +217,22 @@ class Run:
         """
         name = stage.name
         identity, digest = self.identify(stage)
-        state, why = self.state(name, identity, digest)
+        found = self.find(name, identity, digest)
         scratch = self.root / ".unfinished" / name
-        if state == "reused":
-            if _digest_in(scratch) == digest:  # the process ended before it was renamed
+        if found.state == "reused":
+            if found.folder == scratch:  # the process ended before it was renamed
                 self._put(name)
-            log(name, state)
+            log(name, found.state)
             return Artifact(self.root / name, digest)
-        if state == "build":
-            if why:
-                log(name, f"built again: {why}")
+        if found.state == "build":
+            if found.why:
+                log(name, f"built again: {found.why}")
+            for path in (scratch.parent, scratch, self.root / name):
+                if path.exists() and not path.is_dir():
+                    set_aside(path, "is no folder")
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-        log(name, state)
+        log(name, found.state)
         if stage.resumable:
             write_json(scratch / STARTED, {"digest": digest})
         if name not in self.under_way:  # it is there if an earlier attempt failed
@@ -222,20 +253,31 @@ class Run:
         self.names[digest] = stage.name
         return identity, digest
 
-    def state(self, name: str, identity: Mapping[str, Any], digest: str) -> tuple[State, str]:
-        """Return the state of a stage, and the reason if a finished stage is built again, else an empty text."""
+    def find(self, name: str, identity: Mapping[str, Any], digest: str) -> Found:
+        """Return whether a stage is there, can be resumed or is built, and the reason if it was finished before."""
         scratch = self.root / ".unfinished" / name
-        if self.finished_folder(name, digest):
-            return "reused", ""
-        if _digest_in(scratch, STARTED) == digest:
-            return "resume", ""
-        finished = self.root / name / MANIFEST
-        return "build", why_again(json.loads(finished.read_text()), identity, self.names) if finished.exists() else ""
-
-    def finished_folder(self, name: str, digest: str) -> Path | None:
-        """Return the folder of the stage that has this digest and is finished, perhaps not renamed yet, or None."""
-        folders = (self.root / name, self.root / ".unfinished" / name)
-        return next((folder for folder in folders if _digest_in(folder) == digest), None)
+        reasons: list[str] = []
+        for folder in (self.root / name, scratch):
+            try:
+                manifest = read_manifest(folder)
+            except UnreadableError as error:
+                reasons.append(str(error))
+                continue
+            if manifest is None:
+                reasons += [f"{name}/{MANIFEST} is missing"] if folder != scratch and folder.exists() else []
+            elif manifest["digest"] != digest:
+                reasons.append(why_again(manifest, identity, self.names))
+            elif changed := changed_files(folder, manifest["files"], self.verify):
+                reasons.append(some_of(changed))
+            else:
+                return Found("reused", folder=folder)
+        try:
+            started = read_model(scratch / STARTED, Identified)
+        except UnreadableError as error:
+            return Found("build", "; ".join([*reasons, str(error)]))
+        if started and started.digest == digest:
+            return Found("resume")
+        return Found("build", reasons[0] if reasons else "")
 
     def close(self, stage: "OpenStage", wall_s: float | None = None) -> Artifact:
         """Write the manifest, move the stage to its place and return it.
@@ -249,6 +291,7 @@ class Run:
         manifest = stage.identity | {
             "digest": stage.digest,
             "rows": {"read": counts.read, "kept": counts.kept, "dropped": counts.dropped()},
+            "files": recorded_files(stage.scratch),
             "facts": counts.facts,
             "versions": versions(),
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
@@ -274,8 +317,8 @@ class PlannedRun(Run):
 
     mode = "plan"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, *, verify: bool = False) -> None:
+        super().__init__(config, verify=verify)
         self.top = self.root
         """Folder that the recorded names are relative to, also for copies made by :meth:`at`."""
         self.problem: str | None = None
@@ -292,61 +335,17 @@ class PlannedRun(Run):
     def open(self, stage: Stage) -> Artifact:
         """Record a stage; return it if it is finished, else a planned artifact."""
         identity, digest = self.identify(stage)
-        state, why = self.state(stage.name, identity, digest)
+        found = self.find(stage.name, identity, digest)
         name = (self.root / stage.name).relative_to(self.top).as_posix()
-        self.planned.append(PlannedStage(name, state, why, stage.work))
-        if found := self.finished_folder(stage.name, digest):
-            return Artifact(found, digest)
+        self.planned.append(PlannedStage(name, found.state, found.why, stage.work))
+        if found.folder:
+            return Artifact(found.folder, digest)
         work = stage.work
         return PlannedArtifact(self.root / stage.name, digest, work.rows if work.out is None else work.out)
 
 
-class FinishedRun(Run):
-    """A finished run that is read from its folder, which may have been moved; builds nothing."""
-
-    mode = "read"
-
-    def __init__(self, config: Config, root: Path) -> None:
-        super().__init__(config)
-        self.root = root.resolve()
-
-    def open(self, stage: Stage) -> Artifact:
-        """Return a stage as it is on disk; if it is missing, an artifact that raises an error when it is read.
-
-        Raises:
-            UserError: the stage is unreadable, leads out of the run's folder, or is older than one of its inputs.
-        """
-        folder = self.root / stage.name
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            name, digest, inputs = manifest["stage"], str(manifest["digest"]), manifest["inputs"]
-        except FileNotFoundError:
-            return MissingArtifact(folder, "", self._unfinished(f"it has no stage {stage.name}"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / MANIFEST} can't be read: {type(error).__name__}: {error}") from error
-        if name != stage.name:
-            raise UserError(f"{folder / MANIFEST} is the manifest of {name!r}: nothing that it names is followed")
-        for path in (folder, *folder.iterdir()):
-            if not path.resolve().is_relative_to(self.root):
-                raise UserError(f"{path} leads out of the run's folder, to {path.resolve()}: it is not followed")
-        own = {k: a for k, a in stage.inputs.items() if a.path.is_relative_to(self.root)}
-        if any(inputs.get(k) != a.digest for k, a in own.items() if not isinstance(a, MissingArtifact)):
-            raise UserError(self._unfinished(f"{stage.name} is older than what it was made from"))
-        return Artifact(folder, digest)
-
-    def _unfinished(self, why: str) -> str:
-        return f"{self.root} is not finished, {why}: run it again, finished stages are reused"
-
-
 def _nothing() -> None:
     """Default listener: does nothing."""
-
-
-def _digest_in(directory: Path, file: str = MANIFEST) -> str | None:
-    try:
-        return json.loads((directory / file).read_text())["digest"]
-    except FileNotFoundError:
-        return None
 
 
 def _summary(counts: RowCounts) -> str:
@@ -364,32 +363,3 @@ def _replace(scratch: Path, final: Path) -> None:
     scratch.replace(final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-SHOWN = 4
-"""Number of differences that are listed."""
-NOTHING = "not there"
-
-
-def why_again(manifest: Mapping[str, Any], identity: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Return the differences between a stage's manifest and its present identity as one line.
-
-    ``names`` are the names of this run's stages by digest.
-    """
-    now, heads = json.loads(json.dumps(identity, default=str)), {"version": "spo_ray", "seed": "seed"}
-    found = [f"{head} {manifest.get(k)} -> {now[k]}" for k, head in heads.items() if manifest.get(k) != now[k]]
-    before, after = (dict(leaves(side.get("config", {}))) for side in (manifest, now))
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, NOTHING), after.get(key, NOTHING)
-        found += [f"{key} {shown(old)} -> {shown(new)}"] if old != new else []
-    inputs = manifest.get("inputs", {})
-    found += [f"input changed: {names.get(d, key)}" for key, d in now["inputs"].items() if inputs.get(key) != d]
-    found += [f"input removed: {key}" for key in inputs if key not in now["inputs"]]
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return ", ".join(found[:SHOWN]) + more
-
-
-def shown(value: Any) -> str:
-    """Return a value as text of at most 40 characters."""
-    text = value if value is NOTHING else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -4,7 +4,7 @@ A row of samples is one question with all its responses in lists, so that pass@K
 pairing work on single rows and need no shuffle. Log-probabilities are in nats, summed over the tokens of the text.
 """
 
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import pyarrow as pa
 
@@ -49,6 +49,9 @@ class Turn(TypedDict):
 
     role: str
     content: str
+    # Further fields that chat templates read, as JSON: tool_calls, tool_call_id, name, reasoning_content, thinking, and
+    # in the first message of a conversation its tools.
+    extra: NotRequired[str | None]
 
 
 class Pair(TypedDict):
@@ -61,6 +64,8 @@ class Pair(TypedDict):
     source_id: str  # id of the question, or of the row in the file, that the pair was made from
     chosen_source: str  # "gold", "STAGE:INDEX" of a sample (that stage holds its seed and model), or "data" if read
     rejected_source: str  # as chosen_source
+    chosen_extra: NotRequired[str | None]  # as Turn.extra, for the message with the completion
+    rejected_extra: NotRequired[str | None]
 
 
 class TokenisedPair(TypedDict):

@@ -129,7 +129,7 @@ def _evaluators(config: Config, kind: str) -> list[Any]:
     """Start the actors that score checkpoints; Ray restarts an actor that dies and repeats its call."""
     options: dict[str, Any] = {"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)}
     remote: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **options)(Evaluator)
-    arguments = (kind, config.engine, config.model.chat_template)
+    arguments = (kind, config.engine, config.model)
     return [remote.remote(*arguments) for _ in range(config.engine.replicas)]
 
 

@@ -10,6 +10,7 @@ from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, progress, warn
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import describe
+from spo_ray.train.method_state import lower_level_notices
 from spo_ray.train.spec import FAILURES, TrainJob
 
 POLL_S = 1.0
@@ -39,6 +40,7 @@ class JobView:
         self.failures.new()  # failures of an earlier start were reported then
         self.tracker: TrackerGroup | None = None
         self.last = -1
+        self.noticed: set[str] = set()
 
     def look(self, update: Update) -> None:
         """Report what was added to the files."""
@@ -54,6 +56,10 @@ class JobView:
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
             for text in describe(record, self.job.config.preference.alarm):
                 warn(self.name, text)
+            for kind, text in lower_level_notices(record).items():
+                if kind not in self.noticed:
+                    self.noticed.add(kind)
+                    warn(self.name, f"step {step}: {text}")
             if step:
                 update(step, record["total_steps"], _step(record))
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.model.collate import collate, rows_at_once
 from spo_ray.model.displacement import ches_scores
@@ -38,7 +39,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             model=str(model.path),
             precision=config.train.precision,
             max_length=config.train.max_length,
-            chat_template=config.model.chat_template,
+            template=config.model,
             with_ches=with_ches,
         )
 
@@ -56,11 +57,11 @@ class ReferenceLogps:
         model: str,
         precision: str,
         max_length: int,
-        chat_template: str | None = None,
+        template: TemplateConfig = OWN_TEMPLATE,
         with_ches: bool = False,
     ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pad_id = ChatTokenizer.load(model, chat_template).pad_id
+        self.pad_id = ChatTokenizer.load(model, template).pad_id
         self.precision, self.size, self.with_ches = precision, rows_at_once(max_length), with_ches
         self.model = load_model(model).to(self.device).eval()
 

@@ -40,7 +40,7 @@ Parameters = Mapping[str, Tensor]
 
 def run_job(job: TrainJob, rank: Distributed, checkpointer: Checkpointer, table_of: TableOf) -> None:
     """Run one training; writes a merged checkpoint, ``log.jsonl`` and ``result.json``. Collective."""
-    chat = ChatTokenizer.load(job.model, job.config.model.chat_template)
+    chat = ChatTokenizer.load(job.model, job.config.model)
     measure = Measure(load_policy(job, rank), chat, job.config.train, rank)
     run = run_sft if job.method is None else run_preference
     result = run(job, measure, checkpointer, table_of)
@@ -148,7 +148,7 @@ def preference_gradients(
             pairs_per_backward=agreed or config.pairs_per_backward,
             side_gradients=dynamics.on_step_begin(step),
             all_reduce=rank.all_reduce,
-            **method.arguments,
+            **method.at(step),
         )
     metrics = global_mean(metrics, sum(valid), len(indices), rank)
     return grads, metrics | method.after_step(metrics)

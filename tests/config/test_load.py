@@ -1,12 +1,14 @@
 import json
+import math
 import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from spo_ray.config.keys import leaves, with_values
+from spo_ray.config.keys import leaves, set_key, with_values
 from spo_ray.config.load import load
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
@@ -166,6 +168,56 @@ def test_files_that_are_no_mapping(tmp_path, text, message):
         load(path)
     with pytest.raises(UserError, match="no configuration file"):
         load(tmp_path / "absent.yaml")
+
+
+def test_every_number_is_finite_and_in_range():
+    overrides = ["engine.arguments={seed: 1}", "sweep.space={sft.lr: {type: grid, values: [0.1]}}", "seed=1"]
+    tree = load(ROOT / "configs" / "sweeps" / "toy.yaml", overrides).model_dump(mode="json")
+    numbers = {}
+    for key, value in leaves({**tree, "engine": tree["engine"] | {"gpus": 1.0}}):
+        if "." in key and isinstance(value, int | float) and not isinstance(value, bool) and "space" not in key:
+            numbers[key] = value
+    assert len(numbers) > 60
+    for key in (*numbers, "seed", "sweep.space"):
+        for wrong in (math.inf, -math.inf, math.nan, 1e300, 10**13):
+            value = {"sft.lr": {"type": "grid", "values": [0.1, wrong]}} if key == "sweep.space" else wrong
+            changed = json.loads(json.dumps(tree))
+            set_key(changed, key, value)
+            with pytest.raises(ValidationError):
+                Config.model_validate(changed)
+    told = {"sft.lr=.inf": r"sft\.lr: .*must be finite", "train.timeout_s=1e8": "less than or equal to 10000000"}
+    for override, message in told.items():
+        with pytest.raises(UserError, match=message):
+            load(QUICKSTART, [override])
+    with pytest.raises(UserError, match=r"methods\.spo\.lambda_sft: .*numbers must be finite and at most 1e\+12"):
+        load(QUICKSTART, ["methods.spo.lambda_sft=1e300"])
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+HUGE = "no configuration has more than 100000 values or 50 levels"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, HUGE),
+        ("a: " + "[" * 3000 + "]" * 3000, HUGE),
+        ("".join(f"{' ' * i}a:\n" for i in range(3000)), HUGE),
+        (f"seed: {'9' * 5000}", "can't be read as YAML"),
+        ("name: 2001-99-99", "can't be read as YAML"),
+    ],
+    ids=["aliases", "lists", "mappings", "digits", "date"],
+)
+def test_files_that_would_take_all_memory_are_refused(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_an_override_that_would_take_long_to_read_is_refused():
+    with pytest.raises(UserError, match=f"^override .*: {HUGE}"):
+        load(QUICKSTART, ["a=" + "[" * 3000])
 
 
 TEACHER = "sft_data.teachers=[{{model: m, engine: {}, sampling: {{max_tokens: 900}}}}]"

@@ -35,14 +35,9 @@ EXACT = [
     *[{"lambda_sft": 2.0, "inner_steps": k, "sft_reduction": "token_mean", "eta": 1e-1} for k in (0, 1, 3)],
 ]
 HINGED = [
-    {"gamma": 0.5, "norm_scope": scope, "hinge": hinge, "norm_of": of, "difference": difference}
+    {"gamma": 0.5, "norm_scope": scope, "hinge": hinge, "norm_of": of}
     for scope in ("all", "backbone", "adapters")
-    for hinge, of, difference in (
-        ("batch", "sum", "forward"),
-        ("pair", "sum", "forward"),
-        ("batch", "mean", "central"),
-        ("pair", "mean", "central"),
-    )
+    for hinge, of in (("batch", "sum"), ("pair", "sum"), ("batch", "mean"), ("pair", "mean"))
 ] + [
     {"gamma": 0.5, "hinge": "pair", "norm_scope": "adapters", "lambda_sft": 1.0, "inner_steps": 1, "base": "simpo"},
     {"gamma": 0.5, "lambda_sft": 1.0, "inner_steps": 3, "sft_reduction": "token_mean", "base": "alpha_dpo"},
@@ -68,7 +63,7 @@ def test_exact_terms_match_the_oracle(case, pairs):
     model, backbone, adapters = tiny_model()
     truth, _ = objective_gradient(model, batch, backbone, adapters, **options)
     for per_backward in (1, 2, None):
-        found, _, n = run(batch, inner_mode="literal", pairs_per_backward=per_backward, **options)
+        found, _, n = run(batch, pairs_per_backward=per_backward, **options)
         assert relative_error(found[:n], truth[:n]) < 1e-10
         assert relative_error(found[n:], truth[n:]) < 1e-10
 
@@ -76,30 +71,19 @@ def test_exact_terms_match_the_oracle(case, pairs):
 @pytest.mark.parametrize("pairs", [1, 3])
 @pytest.mark.parametrize("case", HINGED, ids=str)
 def test_hinge_matches_double_backward_and_sleeps_when_inactive(case, pairs):
+    """By differences, and exactly in the cases without a lower level, whose exact term (b) is another number."""
     options, active = DEFAULTS | case, []
+    tolerances = {"difference": 5e-6} | ({} if options["inner_steps"] else {"exact": 1e-12})
     for batch in (tiny_batch(pairs), swapped(tiny_batch(pairs))):
         model, backbone, adapters = tiny_model()
         truth, value = objective_gradient(model, batch, backbone, adapters, **options)
-        found, metrics, n = run(batch, inner_mode="literal", **options)
-        assert metrics["spo/R"] == pytest.approx(value, rel=1e-9)
-        tolerance = 1e-7 if options.get("difference") == "central" else 5e-6
-        assert relative_error(found[:n], truth[:n]) < tolerance
-        assert relative_error(found[n:], truth[n:]) < tolerance
-        active.append(metrics["spo/hinge_active"])
+        for method, tolerance in tolerances.items():
+            found, metrics, n = run(batch, inner_method=method, **options)
+            assert metrics["spo/R"] == pytest.approx(value, rel=1e-9)
+            assert relative_error(found[:n], truth[:n]) < tolerance
+            assert relative_error(found[n:], truth[n:]) < tolerance
+            active.append(metrics["spo/hinge_active"])
     assert max(active) > 0
-
-
-def test_rescaled_value_term_points_like_the_literal_one():
-    options = DEFAULTS | {"lambda_sft": 1.0, "inner_steps": 1, "eta": 1e-9}
-    batch = tiny_batch()
-    plain, _, n = run(batch, **DEFAULTS)
-    terms = {}
-    for mode in ("literal", "rescaled"):
-        grads, metrics, _ = run(batch, inner_mode=mode, **options)
-        terms[mode] = torch.cat([(a - b).flatten() for a, b in zip(grads[n:], plain[n:], strict=True)])
-    assert metrics["spo/inner_scale"] > 100
-    assert torch.cosine_similarity(terms["literal"], terms["rescaled"], dim=0) > 0.98
-    assert terms["literal"].norm() == pytest.approx(terms["rescaled"].norm().item(), rel=0.01)
 
 
 def test_without_lower_level_and_hinge_it_is_the_base_loss_plus_nll_on_theta():
@@ -227,9 +211,9 @@ def gradient_of(model, names, batch, **options):
     return [g.double() for g in grads.values()], metrics
 
 
-@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 0.02), (True, 0.02)])
+@pytest.mark.parametrize(("autocast", "tolerance"), [(False, 0.02), (True, 0.05)])
 def test_hinge_in_single_precision_and_under_autocast(autocast, tolerance):
-    """Compare what gamma adds with float64: under bfloat16 autocast the hinge's passes must leave autocast."""
+    """Compare what gamma adds with float64: by differences, and exactly under autocast."""
     double, *names = tiny_model()
     single = tiny_model()[0].float()
     added = {}
@@ -270,43 +254,6 @@ def test_flash_attention_makes_way_in_full_precision(monkeypatch, sharded):
     assert half
     assert single.config._attn_implementation == "flash_attention_2"
     assert relative_error(found, exact) < 0.03
-
-
-def value_term(model, names, **options):
-    """Term (b) alone: a base loss without gradient leaves phi nothing else."""
-    batch = tiny_batch()
-    base = {"sft_reduction": "token_mean", "eta": 2e-5, "lambda_sft": 1.0, "inner_steps": 1}
-    base["base"] = lambda pairs: (pairs.chosen * 0).sum()
-    grads, metrics = gradient_of(model, names, batch, **DEFAULTS | base | options)
-    return torch.cat([g.flatten() for g in grads[len(names[0]) :]]), metrics
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("difference", ["forward", "central"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast", "bfloat16 parameters"])
-def test_value_term_at_the_papers_step_size(precision, difference, steps):
-    """By default, in every precision, against float64's literal difference at eta 2e-5."""
-    double, *names = tiny_model()
-    single = tiny_model()[0].to(torch.bfloat16 if precision == "bfloat16 parameters" else torch.float32)
-    truth, _ = value_term(double, names, inner_mode="literal", inner_steps=steps)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16 autocast"):
-        found, metrics = value_term(single, names, difference=difference, inner_steps=steps)
-    assert torch.cosine_similarity(found, truth, dim=0) > 0.98
-    assert found.norm() == pytest.approx(truth.norm().item(), rel=0.05)
-    assert metrics["spo/term_b_snr"] > 100
-
-
-def test_literal_value_term_is_noise_in_bfloat16():
-    """The literal mode is not the default, because theta moves by less than the rounding of bfloat16."""
-    double, *names = tiny_model()
-    truth, _ = value_term(double, names, inner_mode="literal")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, metrics = value_term(tiny_model()[0].float(), names, inner_mode="literal")
-        cheap, _ = value_term(tiny_model()[0].float(), names, full_precision_inner=False)
-    assert torch.cosine_similarity(found, truth, dim=0) < 0.8
-    assert found.norm() > 2 * truth.norm()
-    assert metrics["spo/term_b_snr"] < 10
-    assert 0.9 < torch.cosine_similarity(cheap, truth, dim=0) < 0.98
 
 
 def test_inner_gap_is_what_the_lower_level_gains():
@@ -462,7 +409,7 @@ def test_models_without_a_known_head_are_scored_through_their_logits():
 
     model, batch = Bare(), tiny_batch()
     names = [name for name, _ in model.named_parameters()]
-    options = DEFAULTS | {"lambda_sft": 1.0, "inner_steps": 2, "inner_mode": "literal"}
+    options = DEFAULTS | {"lambda_sft": 1.0, "inner_steps": 2}
     truth, _ = objective_gradient(model, batch, names[:1], names[1:], **options)
     found, _ = spo_gradients(model, batch, backbone=names[:1], adapters=names[1:], **options)
     assert relative_error(list(found.values()), truth) < 1e-10

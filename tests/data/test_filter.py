@@ -33,7 +33,7 @@ def clean(folder, table, *overrides):
 
 TABLE = [
     pair(0, "Is it?"),
-    pair(1, "is  IT"),
+    pair(1, "is  IT?"),
     pair(2, "Is it?"),
     pair(3, LONG),
     pair(4, f"{LONG} eleven"),
@@ -58,6 +58,13 @@ def test_what_is_dropped(in_root, tmp_path, overrides, dropped):
     kept, counts = clean(tmp_path, TABLE, *overrides)
     assert kept == [row["id"] for row in TABLE if row["id"] not in dropped]
     assert counts == {reason: list(dropped.values()).count(reason) for reason in set(dropped.values())}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("x + 3", "x - 3"), ("a < b", "a > b"), ("C", "C++"), ("Is it?", "Is it"), ("कल", "काल")]
+)
+def test_signs_make_a_difference(in_root, tmp_path, one, other):
+    assert clean(tmp_path, [pair(0, one), pair(1, other)], "pairs.dedup=normalised") == (["000", "001"], {})
 
 
 @pytest.mark.parametrize(
@@ -89,6 +96,8 @@ def test_prompts_that_share_words_with_a_test_prompt():
     kept = [row["id"] for row in Contamination(others, 7).keep_clean(table, row_counts)]
     assert kept == ["b", "d", "e"]
     assert [(row["id"], row["excerpt"][:2]) for row in row_counts.rejected] == [("a", "t0"), ("c", "t1")]
+    hindi = [{"id": str(i), "prompt": f"वह {word} आया"} for i, word in enumerate(["दिन", "दीन"])]  # another vowel sign
+    assert list(Contamination(hindi[:1], 3).keep_clean(hindi[1:], RowCounts())) == hindi[1:]
 
 
 def test_what_all_prompts_share_is_no_contamination():

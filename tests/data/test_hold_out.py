@@ -34,6 +34,8 @@ def test_all_pairs_of_a_prompt_are_on_the_same_side(in_root, tmp_path):
         parts = hold_out(run, source, "pairs", 2, schema.Pair)
         sides = [{(row["id"], row["prompt"][0]["content"]) for row in part.rows()} for part in parts]
         assert sides[0] | sides[1] == set(PAIRS)
+        rows = [part.manifest["rows"] for part in parts]
+        assert [row["read"] for row in rows] == [row["kept"] for row in rows] == [len(side) for side in sides]
         prompts = [{prompt for _, prompt in side} for side in sides]
         assert not prompts[0] & prompts[1]
         assert len(prompts[1]) == 2

@@ -1,10 +1,13 @@
 """Rows from files and from the hub."""
 
+import gzip
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from spo_ray.config.data import PreferenceData, QuestionData
 from spo_ray.data.read import inputs, raw_rows
@@ -29,13 +32,25 @@ def test_every_layout_gives_the_same_rows(tmp_path):
     layouts = {
         "lines/train.jsonl": lambda file: file.write_text(lines),
         "parquet/train.parquet": lambda file: pq.write_table(table, file),
+        "array/train.json": lambda file: file.write_text(json.dumps(ROWS, indent=1)),
+        "no_array/train.json": lambda file: file.write_text(lines),
+        "gzip/train.jsonl.gz": lambda file: file.write_bytes(gzip.compress(lines.encode())),
+        "zstd/train.json.zst": lambda file: file.write_bytes(
+            pa.compress(json.dumps(ROWS).encode(), "zstd", asbytes=True)
+        ),
+        "shards/train-00001-of-00002.jsonl": lambda file: file.write_text("\n".join(map(json.dumps, ROWS[:2]))),
+        "shards/train-00002-of-00002.jsonl": lambda file: file.write_text("\n".join(map(json.dumps, ROWS[2:]))),
+        "both/train.jsonl": lambda file: file.write_text("\n".join(map(json.dumps, ROWS[2:]))),
+        "both/train-00001.jsonl.gz": lambda file: file.write_bytes(
+            gzip.compress("\n".join(map(json.dumps, ROWS[:2])).encode())
+        ),
         "hub/data/train-00000-of-00002.parquet": lambda file: pq.write_table(table.slice(0, 2), file),
         "hub/data/train-00001-of-00002.parquet": lambda file: pq.write_table(table.slice(2), file),
     }
     for name, write in layouts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name)
-    assert read(tmp_path / "lines") == read(tmp_path / "parquet") == read(tmp_path / "hub") == expected
+    assert {name: read(tmp_path / name.split("/")[0]) == expected for name in layouts} == dict.fromkeys(layouts, True)
     assert read(tmp_path / "lines" / "train.jsonl", split="anything") == expected
     before = inputs(PreferenceData(path=tmp_path / "hub"), "train")
     assert len(before) == 2
@@ -65,9 +80,30 @@ def test_lines_in_another_encoding_are_quarantined(tmp_path):
     assert [raw.defect for raw in raw_rows(PreferenceData(path=tmp_path), "train")] == [None] * 3
 
 
+@pytest.mark.parametrize("other", ["data/train-0.parquet", "train.json", "train.jsonl.gz", "data/train-0.jsonl"])
+def test_files_that_may_hold_the_same_rows_are_refused(tmp_path, other):
+    (tmp_path / "data").mkdir()
+    for name in ("train.jsonl", other):
+        (tmp_path / name).write_text(json.dumps(ROWS[0]))
+    with pytest.raises(UserError, match=r"train.* and .*train.* may hold the same rows: name one"):
+        read(tmp_path)
+
+
+def test_what_stands_in_an_array_but_is_no_row_is_quarantined(tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps([ROWS[0], "text", ROWS[1]]))
+    found = list(raw_rows(PreferenceData(path=tmp_path), "train"))
+    assert [raw.defect for raw in found] == [None, "not a JSON object", None]
+    assert found[1].excerpt == "train.json:2: text"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("train.parquet", b"no parquet", "can't be read as Parquet"), ("rows.csv", b"a,b", "is no data file")],
+    [
+        ("train.parquet", b"no parquet", "can't be read as Parquet"),
+        ("rows.csv", b"a,b", "is no data file"),
+        ("rows.json", b'[{"prompt": 1},', "can't be read as JSON"),
+        ("rows.jsonl.gz", b"no gzip", "can't be read"),
+    ],
 )
 def test_files_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -162,3 +198,28 @@ def test_rows_are_drawn_from_those_without_contamination(in_root, tmp_path):
     assert sorted(row["gold"] for row in train.rows()) == ["15", "16", "17", "18", "19"]
     assert train.manifest["facts"]["not_drawn"] == 0
     assert train.rows()[0]["prompt"].startswith("Think well. number")
+
+
+def test_sources_are_mixed_by_their_weights(in_root, tmp_path):
+    """As many pairs as the smallest source allows: 20 of 20 and 3 times as many of the other."""
+    first = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(100)]
+    second = [{"q": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    for name, rows in (("first.jsonl", first), ("second.jsonl", [*second, {"q": "", "chosen": "a", "rejected": "b"}])):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+
+    def pairs(weights):
+        source = {"path": tmp_path / "second.jsonl", "columns": {"prompt": "q"}, "weight": weights[1]}
+        data = PreferenceData(path=tmp_path / "first.jsonl", weight=weights[0], more=[source], test_pairs=5)
+        run = Run(small_config(tmp_path).model_copy(update={"data": data}))
+        train, test = (load_data(run, split) for split in ("train", "test"))
+        assert train.manifest["rows"]["dropped"] == {"'prompt' is empty": 1}
+        assert len(train.manifest["inputs"]) == 2
+        rows = [*train.rows(), *test.rows()]
+        assert len({row["id"] for row in rows}) == len(rows)
+        assert {row["id"] for row in rows if row["prompt"][0]["content"] == "q0"} == {"pair-000100"}
+        return Counter(row["prompt"][0]["content"][0] for row in rows), train.manifest["facts"]["left_out_by_weight"]
+
+    assert pairs((3.0, 1.0)) == ({"p": 60, "q": 20}, 40)
+    assert pairs((None, None)) == ({"p": 100, "q": 20}, 0)
+    with pytest.raises(ValidationError, match="weight is relative"):
+        pairs((1.0, None))

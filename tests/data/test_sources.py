@@ -128,6 +128,31 @@ def test_pairs_are_held_out_of_training(in_root, tmp_path):
         load_data(Run(run.config.model_copy(update={"data": small})), "train")
 
 
+def test_every_row_of_a_shared_split_is_counted_once_whatever_is_in_it(in_root, tmp_path):
+    rows = [json.dumps({"prompt": f"p{i}", "chosen": "good", "rejected": "bad"}) for i in range(30)]
+    scores = [{"response": "x", "overall_score": 10**400}, {"response": "y", "overall_score": 1}]
+    rows += ["no json", json.dumps({"prompt": "p", "completions": scores})]
+    rows.append(json.dumps({"prompt": "p", "chosen": "same", "rejected": "same"}))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    data = PreferenceData(path=tmp_path, test_pairs=10)
+    run = Run(small_config(tmp_path / "out").model_copy(update={"data": data}))
+    found, reasons = Counter(), {}
+    parts = [load_data(run, split) for split in ("test", "train")]
+    for part in parts:
+        found.update(part.column("id"))
+        if (part.path / "rejected.parquet").exists():
+            rejected = pq.read_table(part.path / "rejected.parquet").to_pylist()
+            reasons |= {row["id"]: row["reason"] for row in rejected}
+            found.update(row["id"] for row in rejected)
+    assert found == Counter(f"pair-{i:06d}" for i in range(33))
+    assert [part.manifest["rows"]["read"] for part in parts] == [10, 23]
+    assert reasons == {
+        "pair-000030": "not JSON",
+        "pair-000031": "can't be read (OverflowError)",
+        "pair-000032": "'chosen' and 'rejected' are the same but for white space",
+    }
+
+
 def held_out(tmp_path, sizes, test_pairs):
     """How many pairs each prompt has in training and in the test, of prompts with so many pairs each."""
     rows = [

@@ -1,17 +1,18 @@
 """Real preference rows as token ids: boundaries, ends, and what is dropped."""
 
+import datetime
 import json
 import unicodedata
 
 import pytest
 from transformers import AutoTokenizer
 
-from spo_ray.data.tokenize import SIDES, tokenise_pairs, tokenise_row
+from spo_ray.data.tokenize import RESPONSE, SIDES, _single_responses, tokenise_pairs, tokenise_row, tokenise_sft
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.runtime import schema
+from spo_ray.runtime import first_start, schema
 from spo_ray.runtime.artifact import Artifact, write_rows
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.run import PlannedRun, Run
 
 from ..helpers import small_config
 
@@ -87,9 +88,57 @@ def test_a_template_that_refuses_a_prompt_quarantines_the_row(toy_base):
     tokenizer.chat_template = refuse + tokenizer.chat_template
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
     row = {"id": "0", "prompt": prompt, "chosen": "5", "rejected": "6"}
-    with pytest.raises(RowRejectedError, match="refuses the prompt: System role not supported"):
+    with pytest.raises(RowRejectedError, match="refuses the messages: System role not supported"):
         tokenise_row(ChatTokenizer(tokenizer), row, SIDES, 100)
     assert tokenise_row(ChatTokenizer(tokenizer), row | {"prompt": prompt[1:]}, SIDES, 100)["prompt_ids"]
+
+
+def test_every_turn_of_the_assistant_is_a_row(chat):
+    turns = [
+        ("system", "Be short."),
+        ("assistant", "Hello."),
+        ("user", "2 + 2?"),
+        ("assistant", "4"),
+        ("user", "And 3?"),
+    ]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    row = {"id": "7", "prompt": prompt, "chosen": "5", "rejected": "6"}
+    (last,) = _single_responses(row, every_turn=False)
+    assert (last["id"], last["prompt"], last["response"]) == ("7-0", prompt, "5")
+    rows = _single_responses(row, every_turn=True)
+    assert [(r["id"], r["prompt"], r["response"]) for r in rows] == [
+        ("7-0", prompt[:1], "Hello."),
+        ("7-1", prompt[:3], "4"),
+        ("7-2", prompt, "5"),
+    ]
+    found = tokenise_row(chat, rows[1], RESPONSE, 100)
+    assert chat.tokenizer.decode(found["completion_ids"]) == "4<|end|>"
+    assert chat.tokenizer.decode(found["prompt_ids"]).endswith("<|user|>2 + 2?<|end|><|assistant|>")
+
+
+def test_the_day_of_the_first_start_is_kept_and_belongs_to_the_identity(in_root, tmp_path, monkeypatch):
+    """A template may print today's date: a run that is resumed tomorrow must not mix prompts."""
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / "part-0.parquet", [], schema.Pair)
+
+    def start(day, *overrides, loss_on="last"):
+        monkeypatch.setattr(first_start, "date", type("Day", (datetime.date,), {"today": lambda: day}))
+        run = Run(small_config(tmp_path, f"sft.loss_on={loss_on}", *overrides))
+        with run.locked():
+            plan = PlannedRun(small_config(tmp_path, f"sft.loss_on={loss_on}", *overrides))
+            tokens = tokenise_sft(plan, Artifact(tmp_path / "in", "in"))
+            return run.config.model.template_date, tokens.digest
+
+    first, second = datetime.date(2026, 7, 9), datetime.date(2026, 7, 10)
+    started = start(first)
+    assert started[0] == first
+    assert start(second) == started  # the same run, resumed
+    given = start(second, "name=other", "model.template_date=2026-07-09")
+    assert given == started
+    later = start(second, "name=another")
+    assert later[0] == second
+    assert later[1] != started[1]
+    assert start(second, loss_on="every_assistant_turn")[1] != started[1]
 
 
 def test_a_template_that_changes_answers_is_counted_and_refused(local_ray, in_root, toy_base, tmp_path):

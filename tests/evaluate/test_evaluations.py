@@ -12,6 +12,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from spo_ray.config.model import TemplateConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
@@ -264,14 +265,14 @@ def test_prompts_that_the_template_refuses_are_wrong_answers_with_their_reason(i
     config = small_config(tmp_path, "engine.type=transformers", "eval.max_tokens=8")
     refuse = "{% if 'boxes' in messages[-1]['content'] %}{{ raise_exception('no 18 boxes') }}{% endif %}"
     template = refuse + (toy_base / "chat_template.jinja").read_text()
-    evaluator = Evaluator("transformers", config.engine, template)
+    evaluator = Evaluator("transformers", config.engine, TemplateConfig(chat_template=template))
     (tmp_path / "in").mkdir()
     asked = {"0": "How many boxes?", "1": "How many?", "2": "pens " * 2000}
     table = [{"id": i, "prompt": prompt, "gold": "#### 18"} for i, prompt in asked.items()]
     write_rows(tmp_path / "in" / "part-0.parquet", table, schema.Prompt)
     context = SuiteContext(Run(config), Artifact(tmp_path / "in", "in"), evaluator)
     reasons = {
-        "the chat template refuses the prompt: no 18 boxes": 2,
+        "the chat template refuses the messages: no 18 boxes": 2,
         "prompt longer than engine.max_model_len": 2,
     }
     graded = accuracy.measure(context, "base", external(toy_base))

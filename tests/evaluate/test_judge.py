@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spo_ray.config.evaluate import AlpacaConfig, AnnotatorConfig
+from spo_ray.config.model import OWN_TEMPLATE
 from spo_ray.errors import UserError
 from spo_ray.evaluate import alpaca
 from spo_ray.evaluate.judge import Reply, fill, read_template, read_verdict
@@ -169,25 +170,31 @@ def test_a_judge_that_fails_in_every_way(in_root, tmp_path):
     assert (facts["facts"]["requests"], facts["facts"]["cached"]) == (5, COUNT - 5)
 
 
-@pytest.mark.parametrize(
-    "nonsense",
-    [
-        b'{"choices": [{"message": {"content": ["m"]}}]}',
-        b'{"choices": [{"message": {"content": "m"}, "logprobs": {"content": [{"token": "m", "top_logprobs": 3}]}}]}',
-        b'{"choices": []}',
-        b"{}",
-        b'"m"',
-        b"",
-    ],
-)
-def test_nonsense_costs_one_verdict_and_is_not_kept(nonsense, in_root, tmp_path):
+def reply(content='"m"', logprob=None, prompt_tokens="1"):
+    top = f'{{"content": [{{"token": "m", "top_logprobs": [{{"token": "m", "logprob": {logprob}}}]}}]}}'
+    choices = f'[{{"message": {{"content": {content}}}, "logprobs": {top if logprob else "null"}}}]'
+    return f'{{"choices": {choices}, "usage": {{"prompt_tokens": {prompt_tokens}, "completion_tokens": 1}}}}'.encode()
+
+
+NONSENSE = [
+    *(b'{"choices": []}', b"{}", b'"m"', b"", b"[" * 100_000, reply('["m"]'), reply("{}"), reply("3")),
+    b'{"choices": [{"message": {"content": "m"}, "logprobs": {"content": [{"token": "m", "top_logprobs": 3}]}}]}',
+    b'{"choices": ' + b'[{"a":' * 5_000 + b"1" + b"}]" * 5_000 + b"}",
+    *(reply(prompt_tokens=tokens) for tokens in ("NaN", "1e300", "-5", '"12"', "9" * 5000)),
+    *(reply(logprob=value) for value in ("NaN", "Infinity", "3.0", '"x"')),
+]
+
+
+def test_nonsense_costs_one_verdict_each_and_is_not_kept(in_root, tmp_path):
     with Judge() as judge:
-        judge.trouble = {"3": [nonsense]}
-        artifact = judged(tmp_path, annotator(judge.url))
-        assert [key for key, value in preferences(artifact).items() if value is None] == ["003"]
+        judge.trouble = {str(i): [nonsense] for i, nonsense in enumerate(NONSENSE)}
+        artifact = judged(tmp_path, annotator(judge.url), max_unjudged=0.9)
+        lost = {row["id"]: row["reason"] for row in artifact.rows() if row["preference"] is None}
+        assert list(lost) == [f"{i:03d}" for i in range(len(NONSENSE))]
+        assert {reason.partition(":")[0] for reason in lost.values()} == {"InvalidResponseError"}
         again = judged(tmp_path, annotator(judge.url), max_unjudged=0.01)
-        assert preferences(again)["003"] == pytest.approx(1.9)
-        assert len(judge.requests) == COUNT + 1
+        assert list(preferences(again).values()) == [pytest.approx(1.9)] * COUNT
+        assert len(judge.requests) == COUNT + len(NONSENSE)
 
 
 def test_one_refused_request_does_not_end_log_probabilities(in_root, tmp_path):
@@ -393,7 +400,7 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     from spo_ray.model.load import load_model
 
     engine = EngineConfig(type="transformers", max_model_len=128)
-    local = LocalAnswers("transformers", str(toy_base), engine, None)
+    local = LocalAnswers("transformers", str(toy_base), engine, OWN_TEMPLATE)
     settings = AnnotatorConfig(name="j", model="toy", engine=engine, identifiers=("First", "2"))
     asked = [[{"role": "user", "content": text}] for text in ("How many?", "Ada owns 2 pens.", "pens " * 200)]
     unknown = [{"role": "system", "content": "Be brief."}, *asked[0]]
@@ -401,7 +408,7 @@ def test_a_local_judges_preferences_are_its_probabilities(toy_base, chat):
     local.chat.tokenizer.chat_template = refuse + local.chat.tokenizer.chat_template
     first, second, third, fourth = local_replies(local, [*asked, unknown], settings)
     assert third.reason == "prompt longer than engine.max_model_len"
-    assert fourth.reason == "the chat template refuses the prompt: System role not supported"
+    assert fourth.reason == "the chat template refuses the messages: System role not supported"
     model, words = load_model(toy_base).eval(), [chat.tokenizer.convert_tokens_to_ids(i) for i in ("First", "2")]
     for reply, turns in zip((first, second), asked, strict=False):
         ids = torch.tensor([chat.prompt_ids(turns)])

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import EvalConfig, LmEvalConfig
+from spo_ray.config.model import OWN_TEMPLATE
 from spo_ray.data.toy import problems, render
 from spo_ray.errors import UserError
 from spo_ray.evaluate.lm_eval import RESULTS, _metrics, known_task
@@ -62,7 +63,9 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(toy_base):
-    return LocalAnswers("transformers", str(toy_base), EngineConfig(type="transformers", max_model_len=256), None)
+    return LocalAnswers(
+        "transformers", str(toy_base), EngineConfig(type="transformers", max_model_len=256), OWN_TEMPLATE
+    )
 
 
 @pytest.mark.parametrize("task", ["toy_choice", "toy_written"])

@@ -2,8 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import trl
+from ruamel.yaml import YAML
 
 from spo_ray.config.data import PreferenceData
 from spo_ray.config.load import load
@@ -91,6 +94,30 @@ def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, c
     assert "dropped: 1 (longer than train.max_length=100 tokens)" in text
     assert "dropped: 1 ('chosen' is empty)" in text
     assert "5 rows" in text
+
+
+def test_inspect_says_what_to_set(in_root, tmp_path, capsys):
+    """Rows with a column of another name, and Qwen 3's template as TRL ships it."""
+    row = {"system": "", "question": "Name a red fruit.", "chosen": "A cherry is.", "rejected": "A banana is.", "n": 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    tree = {**YAML(typ="safe").load(Path("configs/preferences.yaml")), "name": "inspected"}
+    tree["model"] |= {"chat_template": template, "path": str(Path("assets/toy_base").absolute())}
+    (tmp_path / "own.yaml").write_text(json.dumps(tree))
+    options = ["--config", str(tmp_path / "own.yaml"), "--data", str(tmp_path / "rows.jsonl")]
+    assert call("inspect", *options) == 2
+    assert "dropped: 1 (no column 'prompt': set data.columns.prompt to one of 'question')" in capsys.readouterr().out
+    options.append("data.columns.prompt=question")
+    assert call("inspect", *options) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "set model.template_arguments to {enable_thinking: false}, or model.answer_prefix" in text
+    assert "columns that are not used: n" in text
+    assert call("plan", *options[:2], f"data.path={tmp_path / 'rows.jsonl'}") == 2
+    assert "set model.template_arguments to {enable_thinking: false}" in capsys.readouterr().err
+    assert call("inspect", *options, "model.template_arguments.enable_thinking=false") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "set model" not in text
+    assert "the template would give other tokens: 0 (0.0%)" in text
 
 
 def test_inspect_shows_the_rejected_response_that_training_would_see(in_root, tmp_path, capsys):

@@ -17,7 +17,7 @@ from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_json, write_rows
 from spo_ray.runtime.console import installed
-from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
+from spo_ray.runtime.run import PlannedRun, Run, Stage, Work, never_built
 from spo_ray.sweep.results import ROW
 from spo_ray.sweep.space import listed_points
 
@@ -100,10 +100,15 @@ def test_estimates_against_what_they_are_made_of(config, toy_base):
     assert sft.seconds == pytest.approx(6 * parameters * 48 * 2 * 256 / products_per_second())
     assert spo.seconds == pytest.approx(2.5 * dpo.seconds)
     assert not sft.measured
-    for name, text in (("earlier", json.dumps({"rows": {"read": 48, "kept": 48}, "wall_s": 10.0})), ("broken", "")):
+    earlier = Run(config.model_copy(update={"name": "earlier"}))
+    stage = earlier.open(Stage("sft", never_built))
+    stage.counts.read = 48
+    earlier.close(stage, wall_s=10.0)
+    for name, text in (("cut", '{"stage": "sft", "ro'), ("foreign", '{"rows": {"read": "x"}}'), ("deep", "[" * 9999)):
         folder = config.output / name / "sft"
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(text)
+    (config.output / "folder" / "sft" / "manifest.json").mkdir(parents=True)
     assert own.of(stages["sft"]).seconds == 20.0
     assert own.of(stages["sft"]).measured
 

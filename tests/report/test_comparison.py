@@ -189,6 +189,11 @@ def lead_out(run):
         (change("pairs", stage="../../elsewhere"), "nothing that it names is followed"),
         (lead_out, "leads out of the run's folder"),
         (lambda run: (run / "sft" / "manifest.json").write_text("{"), "can't be read"),
+        (
+            lambda run: (run / "pairs" / "part-0.parquet").write_text(""),
+            "is not finished, pairs/part-0.parquet has 0 bytes, not ",
+        ),
+        (lambda run: (run / "config.json").write_text("[" * 9999), "config.json can't be read"),
         (lambda run: (run / "config.json").unlink(), "is no run's folder: it has no config.json"),
         (lambda run: (run / "config.json").write_text("{}"), "is no configuration of this version"),
         (shutil.rmtree, "no folder"),
@@ -210,6 +215,9 @@ def test_a_trial_of_another_folder_is_refused(folder, tmp_path, capsys):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"trial": "../../../a/method_spo"}))
     assert report(folder / "a", sweep) == 2
     assert "leads out of its folder" in capsys.readouterr().err
+    file.write_text("{")
+    assert report(folder / "a", sweep) == 2
+    assert "row.json can't be read (JSONDecodeError): run the sweep again" in capsys.readouterr().err
 
 
 def test_usage(folder, tmp_path, capsys):

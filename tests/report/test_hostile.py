@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spo_ray.pipeline import cli
+from spo_ray.runtime.artifact import recorded_files
 
 HOSTILE = "<!--<script>\"'&lt;{{ 7 * 7 }}</script><img src=x onerror=document.title='run'>"
 LABEL = HOSTILE.replace("/", "")
@@ -34,6 +35,9 @@ def pages(folder, tmp_path_factory):
     trial = (sweep / "trials" / "00000").rename(sweep / "trials" / LABEL)
     row = json.loads((trial / "row.json").read_text())
     (trial / "row.json").write_text(json.dumps(row | {"trial": LABEL, "reason": HOSTILE}))
+    for manifest in (*run.glob("*/manifest.json"), *sweep.glob("*/manifest.json")):
+        changed = json.loads(manifest.read_text()) | {"files": recorded_files(manifest.parent)}
+        manifest.write_text(json.dumps(changed))
     for arguments in ([run], [sweep], [run, sweep, "--out", root / "both.html"]):
         assert not cli.app(["report", *map(str, arguments)], exit_on_error=False, result_action="return_value")
     own_pages = {"run": run, "sweep": sweep}

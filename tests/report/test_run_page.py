@@ -71,6 +71,8 @@ def test_results_have_the_adjusted_p_value_against_sft():
 
 def test_without_sft_the_page_and_the_summary_call_it_reference(in_root, tmp_path):
     folder = made_up_run(tmp_path, "a", {"reference": 6, "dpo": 0, "spo": 12}, "sft=null")
+    (folder / "old").mkdir()  # of no stage of this run
+    (folder / "old" / "manifest.json").write_text("{")
     rewrite(read_finished(folder))
     page = (folder / "report" / "index.html").read_text().partition('<script type="module">')[0]
     summary = json.loads((folder / "summary.json").read_text())

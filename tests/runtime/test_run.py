@@ -1,5 +1,8 @@
+import hashlib
 import json
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,9 +13,10 @@ import pytest
 
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import RowCounts, external, write_json, write_rows
+from spo_ray.runtime.artifact import RowCounts, external, recorded_files, write_json, write_rows
 from spo_ray.runtime.failure import STATUS, recorded
-from spo_ray.runtime.run import Run, Stage, never_built
+from spo_ray.runtime.finished_run import FinishedRun
+from spo_ray.runtime.run import PlannedRun, Run, Stage, never_built
 
 from ..helpers import small_config
 
@@ -128,6 +132,128 @@ def test_manifest_and_rejected_rows(run):
     assert manifest["versions"]["torch"].startswith("2.")
     rejected = pq.read_table(artifact.path / "rejected.parquet").to_pylist()
     assert rejected[0] == {"id": "bad-0", "reason": "malformed", "excerpt": "{'x': 0}", "stage": "s"}
+
+
+def stage_of_files(out, counts):
+    counting([])(out, counts)
+    (out / "log.jsonl").write_text("{}\n{}\n")
+    (out / "deep").mkdir()
+    (out / "deep" / "model.safetensors").write_bytes(b"weights")
+
+
+CHANGES = {
+    "deleted": (lambda f: (f / "part-0.parquet").unlink(), "s/part-0.parquet is missing"),
+    "emptied": (lambda f: (f / "deep/model.safetensors").write_text(""), "s/deep/model.safetensors has 0 bytes, not 7"),
+    "rows": (lambda f: (f / "log.jsonl").write_text("{} {} "), "s/log.jsonl has 0 rows, not 2"),
+    "added": (lambda f: (f / "part-1.parquet").touch(), "s/part-1.parquet is none of its files"),
+    "manifest": (
+        lambda f: (f / "manifest.json").write_text(""),
+        "s/manifest.json can't be read (Invalid JSON: EOF while parsing a value at line 1 column 0)",
+    ),
+    "foreign": (
+        lambda f: (f / "manifest.json").write_text('{"digest": 3}'),
+        "s/manifest.json can't be read (digest: Input should be a valid string)",
+    ),
+    "manifest's folder": (
+        lambda f: (f / "manifest.json").rename(f / "moved") and (f / "manifest.json").mkdir(),
+        "s/manifest.json can't be read (Is a directory)",
+    ),
+    "both": (
+        lambda f: shutil.rmtree(f / "deep") or (f / "log.jsonl").unlink(),
+        "s/deep/model.safetensors is missing, s/log.jsonl is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stage_whose_files_are_not_its_own_any_more_is_made_again(run, change, caplog):
+    """The plan, the run and the reading of a finished run say the same."""
+    caplog.set_level("INFO", logger="spo_ray")
+    stage = Stage("s", stage_of_files, config={"k": 1})
+    folder = run.execute(stage).path
+    before = recorded_files(folder)
+    damage, why = CHANGES[change]
+    damage(folder)
+    plan = PlannedRun(run.config)
+    plan.execute(stage)
+    assert [(one.state, one.why) for one in plan.planned] == [("build", why)]
+    with pytest.raises(UserError, match=rf"not finished, {re.escape(why)}: run it again"):
+        FinishedRun(run.config, run.root).open(stage)
+    run.execute(stage)
+    assert f"built again: {why}" in caplog.messages
+    assert recorded_files(folder) == before
+    assert run.find("s", *run.identify(stage)).state == "reused"
+
+
+def test_contents_are_compared_where_that_is_asked_for(run):
+    stage = Stage("s", stage_of_files)
+    file = run.execute(stage).path / "deep" / "model.safetensors"
+    file.write_text("weightS")
+    for kind in (Run, PlannedRun):
+        assert kind(run.config).find("s", *run.identify(stage)).state == "reused"
+        found = kind(run.config, verify=True).find("s", *run.identify(stage))
+        assert found == ("build", "s/deep/model.safetensors has another content", None)
+    FinishedRun(run.config, run.root).open(stage)
+    with pytest.raises(UserError, match=r"not finished, s/deep/model\.safetensors has another content"):
+        FinishedRun(run.config, run.root, verify=True).open(stage)
+
+
+def test_a_manifest_without_a_list_of_files_is_taken_at_its_word(run):
+    stage = Stage("s", stage_of_files)
+    file = run.execute(stage).path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["files"]["part-0.parquet"]["rows"] == 2
+    assert manifest["files"]["deep/model.safetensors"]["sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert list(manifest["files"]) == ["deep/model.safetensors", "log.jsonl", "part-0.parquet"]
+    del manifest["files"]
+    file.write_text(json.dumps(manifest))
+    (file.parent / "part-0.parquet").unlink()
+    assert run.find("s", *run.identify(stage)).state == "reused"
+
+
+def test_files_and_folders_in_the_way_are_moved_aside(run, caplog):
+    run.root.mkdir(parents=True)
+    for name in ("s", ".unfinished"):
+        (run.root / name).write_text(name)
+    for name in (".lock", STATUS):
+        (run.root / name).mkdir()
+    plan = PlannedRun(run.config)
+    plan.execute(Stage("s", stage_of_files))
+    assert [(one.state, one.why) for one in plan.planned] == [("build", "s/manifest.json is missing")]
+    with run.locked(), recorded(run):
+        run.execute(Stage("s", stage_of_files))
+    told = {
+        "s": "no folder",
+        ".unfinished": "no folder",
+        STATUS: "a folder",
+        ".lock": "a folder, not the lock of a run",
+    }
+    for name, what in told.items():
+        assert f"{run.root / name} is {what}: it is now {name}.broken-1" in caplog.messages
+    assert (run.root / "s.broken-1").read_text() == "s"
+    assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
+
+
+def test_an_unfinished_stage_whose_record_is_broken_begins_again(run):
+    run.open(Stage("s", never_built, resumable=True))
+    (run.root / ".unfinished" / "s" / "started.json").write_text("{")
+    found = run.find("s", *run.identify(Stage("s", never_built)))
+    assert found == (
+        "build",
+        "s/started.json can't be read (Invalid JSON: EOF while parsing an object at line 1 column 1)",
+        None,
+    )
+
+
+def test_a_file_with_the_name_of_the_run_is_not_touched(run):
+    run.root.parent.mkdir(exist_ok=True)
+    run.root.write_text("mine")
+    with (
+        pytest.raises(UserError, match="quickstart is a file, not a folder: set another name= or output="),
+        run.locked(),
+    ):
+        pass
+    assert run.root.read_text() == "mine"
 
 
 def test_two_processes_never_share_a_run(run):

@@ -3,12 +3,12 @@ from typing import get_args
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from spo_ray.config.methods import Base, MethodConfig
 from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.spo import spo_gradients
-from spo_ray.train.method_state import Method
+from spo_ray.train.method_state import Method, lower_level_notices
 
 from ..core.tiny import relative_error, swapped, tiny_batch, tiny_model
 
@@ -40,9 +40,8 @@ SPO = {
     "norm_scope": "adapters",
     "norm_of": "mean",
     "hinge": "pair",
-    "difference": "central",
 }
-INNER = [{"eta": 0.2}, {"mode": "literal"}, {"full_precision": False}]
+INNER = [{"eta": 0.2}, {"every": 3}, {"method": "difference"}]
 
 
 def method(**fields):
@@ -118,6 +117,30 @@ def test_the_safe_region_moves_lambda_by_the_chosen_gap():
     assert inner.after_step(metrics)["spo/gap"] == metrics["spo/inner_gap"] > 0.5
     assert inner.arguments["lambda_sft"] > 1.0
     assert method(type="spo").after_step({"logps/chosen_change": -2.0}) == {}
+
+
+def test_term_b_is_in_one_step_of_m_with_its_weight():
+    made = method(type="spo", inner={"every": 3, "steps": 2})
+    assert [made.at(step)["inner_steps"] for step in range(1, 8)] == [2, 0, 0, 2, 0, 0, 2]
+    assert made.at(1)["term_b_weight"] == 3
+    with pytest.raises(ValidationError, match=r"inner\.every must be 1"):
+        method(type="spo", inner={"every": 3}, safe_region={"gap": "inner"})
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "said"),
+    [
+        (0.25, 0.5, {"far": "the inner step lowers L_SFT by 25%"}),
+        (2e-6, 1e-3, {"nothing": "the inner step lowers L_SFT by only 2e-06 of it"}),
+        (0.05, 2.5, {"heavy": "term (b) is 2.5 times term (a)"}),
+        (0.05, 0.5, {}),
+    ],
+)
+def test_people_hear_of_a_lower_level_that_moves_far_or_not_at_all(share, size, said):
+    found = lower_level_notices({"spo/inner_gap_share": share, "spo/term_b_over_a": size})
+    assert found.keys() == said.keys()
+    assert all(found[kind].startswith(text) for kind, text in said.items())
+    assert lower_level_notices({"loss": 0.5}) == {}
 
 
 def test_a_method_continues_from_its_state():
