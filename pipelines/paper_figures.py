@@ -25,13 +25,13 @@ from spo_ray.data.grade import grade_samples
 from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
-from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded
+from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded, supervised
 from spo_ray.pipeline.job import Job, referenced, run_job
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
-from spo_ray.runtime.failure import recorded
 from spo_ray.runtime.run import Run, Stage
+from spo_ray.runtime.status import recorded
 from spo_ray.train.launch import train_methods
 from spo_ray.train.spec import Start
 
@@ -282,4 +282,4 @@ def mass_shift_command(*overrides: Overrides, config: ConfigPath, samples: int =
 
 
 if __name__ == "__main__":
-    sys.exit(app() or 0)
+    sys.exit(supervised(app, sys.argv[1:]))

@@ -11,3 +11,8 @@ class TrainingError(RuntimeError):
 
 class RowRejectedError(Exception):
     """Raised by a row function for a row that can't be used; the message is the reason."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class if the message is empty."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

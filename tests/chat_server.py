@@ -3,12 +3,13 @@
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class ChatServer:
     """Answers each request with ``answer(body)``: a list of choices; or trouble: an HTTP status, ``"close"``, ``bytes``
-    that are no JSON, or a float of seconds to keep silent."""
+    that are no JSON, a float of seconds to keep silent, or a function that writes to the handler's connection."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -33,6 +34,10 @@ class ChatServer:
         found = self.answer(body)
         if isinstance(found, float):
             time.sleep(found)
+            found = "close"
+        if callable(found):
+            with suppress(OSError):  # the client has gone
+                found(handler.wfile)
             found = "close"
         if found == "close":
             handler.connection.close()

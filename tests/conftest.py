@@ -50,7 +50,9 @@ def local_ray():
     """A real Ray cluster of one node, shared by the tests that need one."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    from spo_ray.runtime.cluster import start_local
+
+    start_local(300.0, num_cpus=4, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()

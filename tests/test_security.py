@@ -3,12 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
 
 import pytest
 
 from spo_ray.errors import UserError
 from spo_ray.model.load import load_model
-from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.model.tokenizer import CHECKED, ChatTokenizer
 from spo_ray.pipeline.checks import preflight
 from spo_ray.runtime.run import Stage
 
@@ -58,13 +59,33 @@ def test_a_models_own_code_is_not_run(model, tmp_path):
     assert not marker.exists()
 
 
-def test_a_chat_template_can_not_reach_the_interpreter(model, in_root, tmp_path):
-    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}<|end|>"
-    (model / "chat_template.jinja").write_text(attack)
-    with pytest.raises(Exception, match=r"unsafe|is undefined|SecurityError"):
-        ChatTokenizer.load(model).prompt_ids("q")
-    with pytest.raises(UserError, match="can't be used"):
+LOOP = "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__' of 'str' object is unsafe.",
+    LOOP: "it takes more than 2 s",
+    "{{ 'a' * 10 ** 10 }}": "it takes more than 512 MiB of memory",
+    "{{ 'a' * 10 ** 7 }}": "it makes more than 1,048,576 characters of a few words",
+    "{{ raise_exception('') }}": "TemplateError",
+}
+
+
+@pytest.mark.parametrize("attack", TEMPLATES)
+def test_a_chat_template_has_limits(model, in_root, tmp_path, attack):
+    """No access to the interpreter, two seconds, 512 MiB; the error names the model."""
+    (model / "chat_template.jinja").write_text(attack + "{% for m in messages %}{{ m.content }}{% endfor %}<|end|>")
+    with pytest.raises(
+        UserError, match=f"^the chat template of {model} can't be used: {re.escape(TEMPLATES[attack])}$"
+    ):
         preflight(small_config(tmp_path, f"model.path={model}"))
+
+
+def test_a_chat_template_is_rendered_in_a_process_of_its_own_once(toy_base, monkeypatch):
+    monkeypatch.delenv(CHECKED, raising=False)
+    ChatTokenizer.load(toy_base)
+    monkeypatch.setattr(subprocess, "run", None)  # a second process would fail
+    ChatTokenizer.load(toy_base)
+    with pytest.raises(TypeError):
+        ChatTokenizer.load(toy_base, "{{ messages[0].content }} another")
 
 
 def test_pickled_weights_are_refused(model, in_root, tmp_path):

@@ -171,6 +171,8 @@ class EngineConfig(ConfigModel):
     """Type of weights and computation."""
     max_model_len: PositiveInt = 1024
     """Longest prompt plus response, in tokens."""
+    timeout_s: PositiveFloat = 7200.0
+    """Seconds that an engine may take for one batch until it is ended and started again."""
     memory_gib: PositiveFloat = 1.0
     """KV cache of vLLM's CPU build, in GiB. On a GPU vLLM takes its usual share."""
     arguments: dict[str, str | int | float | bool | None] = {}
@@ -196,7 +198,7 @@ class EndpointConfig(ConfigModel):
     concurrency: PositiveInt = 16
     """Requests at a time."""
     timeout_s: Seconds = 600.0
-    """Seconds until a request counts as failed."""
+    """Seconds until a request counts as failed, from its first byte to the last one of the response."""
     retries: Annotated[int, Field(ge=0)] = 5
     """Retries after a failed, rate-limited or timed-out request."""
     request: dict[str, Any] = {}

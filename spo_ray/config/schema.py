@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from spo_ray.config.base import ConfigModel, is_secret
 from spo_ray.config.data import (
@@ -34,6 +34,8 @@ class RayConfig(ConfigModel):
     """Address of the cluster to join; None: the one of ``RAY_ADDRESS``, or else a local one that is started."""
     num_cpus: PositiveInt | None = None
     """Logical CPUs of a local cluster; None: the number of cores, and at least 4."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Seconds that a local cluster may take to start on a busy machine."""
     worker_logs: bool = False
     """Show what the workers print; errors are always shown."""
     pass_env: list[str] = PASSED_ENV

@@ -19,6 +19,7 @@ from spo_ray.model.collate import rows_at_once
 from spo_ray.model.displacement import ches_scores
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.runtime.console import visible
 
 COLUMNS = {"prompt": "prompt_ids", **SIDES}
 COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}
@@ -103,7 +104,7 @@ def _tokens(chat: ChatTokenizer, ids: Sequence[int], colours: tuple[str, str]) -
     for i, token in enumerate(ids):
         if i not in cut:
             special = token in chat.tokenizer.all_special_ids or token == chat.end_id
-            text.append(str(chat.tokenizer.decode([token])), "reverse" if special else colours[i % 2])
+            text.append(visible(str(chat.tokenizer.decode([token]))), "reverse" if special else colours[i % 2])
         elif i == EXCERPT:
             text.append(f" ... {len(cut)} tokens ... ", "italic")
     return text
@@ -123,4 +124,4 @@ def _summary(console: Console, tokenised: Sequence[dict[str, Any]], reasons: Cou
     console.print(f"truncated: 0 (rows are never cut); {limit}: {long} ({long / max(1, read):.1%})")
     console.print(f"the template would give other tokens: {differ} ({differ / max(1, len(tokenised)):.1%})")
     for reason, count in reasons.most_common():
-        console.print(f"dropped: {count} ({reason})")
+        console.print(visible(f"dropped: {count} ({reason})"))

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spo_ray.config.data import Location
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
 
 ROWS_PER_BATCH = 1000
@@ -160,9 +160,8 @@ def _hub(data: Location, split: str) -> Iterator[dict[str, Any]]:
     try:
         yield from load_dataset(str(data.path), data.subset, split=split, revision=data.revision)
     except Exception as error:  # the causes have no common class
-        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"there is no file or folder {data.path} here, and the dataset of that name on the hub "
-            f"(data.subset={data.subset}, split {split}) can't be loaded: {cause}; without a network download it "
-            "before (HF_HOME), or set data.path to a local file"
+            f"(data.subset={data.subset}, split {split}) can't be loaded: {first_line(error)}; without a network "
+            "download it before (HF_HOME), or set data.path to a local file"
         ) from error

@@ -113,7 +113,7 @@ def _answering(source: SamplingJob, seed: str) -> tuple[Any, Pool]:
     engine = source.engine
     if isinstance(engine, EndpointConfig):
         return partial(_sampler, source, seed, key=os.environ.get(engine.api_key_env)), Pool(1, 0.1)
-    pool = Pool(engine.replicas, engine.cpus, engine_gpus(engine), engine.max_replicas)
+    pool = Pool(engine.replicas, engine.cpus, engine_gpus(engine), engine.max_replicas, engine.timeout_s)
     return partial(_sampler, source, seed, kind=choose_engine(engine)[0]), pool
 
 

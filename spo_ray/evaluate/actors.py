@@ -20,6 +20,7 @@ from spo_ray.errors import UserError
 from spo_ray.model.completion import Generations, Likelihood, Skipped, choose_engine
 from spo_ray.runtime.artifact import versions
 from spo_ray.runtime.cluster import engine_gpus
+from spo_ray.runtime.heartbeat import Heartbeat, watched
 
 RESTARTS = 3
 """Restarts of a process that died; its call is repeated."""
@@ -40,8 +41,9 @@ class Pass(NamedTuple):
 class Evaluator:
     """Evaluates checkpoints with one engine; runs in a Ray actor that :class:`Actors` starts."""
 
-    def __init__(self, kind: str, config: EngineConfig, template: TemplateConfig) -> None:
+    def __init__(self, kind: str, config: EngineConfig, template: TemplateConfig, beats: Path | None = None) -> None:
         self.kind, self.config, self.template = kind, config, template
+        self.heartbeat = Heartbeat(beats, "an evaluator", config.timeout_s)
         self.path: Path | None = None
         self.local: Any = None
 
@@ -55,7 +57,8 @@ class Evaluator:
             answers: list[Generations | Skipped] = []
             for start in range(0, len(asked), batch_size):
                 part = [(prompt, row_seed("eval", seed, i)) for i, prompt in asked[start : start + batch_size]]
-                answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
+                with self.heartbeat.call():
+                    answers += local(part, n=1, temperature=temperature, max_tokens=max_tokens)
             rounds.append(answers)
         return rounds
 
@@ -63,7 +66,11 @@ class Evaluator:
         """Return the likelihoods of given completions."""
         engine = self._open(path).engine
         parts = (texts[start : start + SCORED_AT_ONCE] for start in range(0, len(texts), SCORED_AT_ONCE))
-        return [likelihood for part in parts for likelihood in engine.score(part)]
+        found: list[Likelihood] = []
+        for part in parts:
+            with self.heartbeat.call():
+                found += engine.score(part)
+        return found
 
     def describe(self, path: Path) -> dict[str, str]:
         """Return tokenizer, chat template and engine for :class:`spo_ray.runtime.schema.Provenance`."""
@@ -87,7 +94,9 @@ class Evaluator:
         """Return the replies of :func:`spo_ray.evaluate.judge.local_replies`."""
         from spo_ray.evaluate.judge import local_replies
 
-        return local_replies(self._open(path), requests, annotator)
+        local = self._open(path)
+        with self.heartbeat.call():
+            return local_replies(local, requests, annotator)
 
     def _open(self, path: Path) -> Any:
         from spo_ray.model.adapter import ModelSource, adapted, is_adapter
@@ -158,7 +167,7 @@ class Actors:
     def __init__(self, config: EngineConfig, template: TemplateConfig) -> None:
         self.kind, _ = choose_engine(config)
         self.replicas = config.replicas
-        self.arguments = (self.kind, config, template)
+        self.arguments = (self.kind, config, template, watched())
         resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}
         self.remote: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **resources)(Evaluator)
         self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()

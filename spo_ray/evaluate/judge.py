@@ -207,11 +207,12 @@ class Cache:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and not _is_cache(path):
             set_aside(path, "is no cache of judgements, or is damaged")
             for name in ("-journal", "-wal", "-shm"):  # SQLite would apply them to the new file
                 path.with_name(path.name + name).unlink(missing_ok=True)
+        path.touch(mode=0o600)  # prompts and replies are for nobody else
         self.database = _connected(path)
         self.database.execute("CREATE TABLE IF NOT EXISTS said (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import httpx
 import openai
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
@@ -15,6 +16,10 @@ REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """Errors of one request alone, such as a prompt that is too long."""
 LOCKED_OUT = (openai.AuthenticationError, openai.NotFoundError)
 """Errors that every other request would get too."""
+LARGEST_RESPONSE = 64 * 2**20
+"""Most bytes of a response's body, decompressed."""
+ENCODINGS = ("", "identity", "gzip", "deflate")
+"""Content encodings of responses; others, and several in a row, can expand a few bytes to gigabytes."""
 
 HIGHEST_LOGP = 1e-3
 """Highest log-probability that rounding can give."""
@@ -22,6 +27,61 @@ HIGHEST_LOGP = 1e-3
 
 class InvalidResponseError(openai.OpenAIError):
     """A server's response is not a chat completion."""
+
+
+class BoundedClient(openai.DefaultAsyncHttpxClient):
+    """HTTP client with a limit on the time and the size of a whole exchange; it follows no redirect to another host.
+
+    The timeouts of HTTP clients are for one read each, so a server that sends a byte now and then never exceeds them.
+
+    Args:
+        seconds: limit of each exchange, from the first byte of the request to the last one of the response.
+        before: awaited before each exchange; not part of the time.
+    """
+
+    def __init__(self, seconds: float, before: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(event_hooks={"response": [_stay_on_host]}, headers={"Accept-Encoding": "gzip"})
+        self.seconds, self.before = seconds, before
+
+    async def send(self, request: Any, *, stream: bool = True, **options: Any) -> Any:
+        """Return the response with its whole body, whether or not ``stream`` is set.
+
+        Raises:
+            httpx.ReadTimeout: the exchange takes too long.
+            InvalidResponseError: the body is too large or encoded otherwise, or a redirect leads to another host.
+        """
+        await self.before()
+        try:
+            async with asyncio.timeout(self.seconds):
+                response = await super().send(request, stream=True, **options)
+                try:
+                    return await _read(response)
+                finally:
+                    await response.aclose()
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(f"no whole response in {self.seconds:g} s") from error
+
+
+async def _stay_on_host(response: Any) -> None:
+    """Raise InvalidResponseError if a response redirects to another host, or from https to http."""
+    here = response.request.url
+    there = here.join(response.headers["location"]) if response.has_redirect_location else here
+    if there.host != here.host or (here.scheme, there.scheme) == ("https", "http"):
+        raise InvalidResponseError(f"a redirect to {there.scheme}://{there.host}, which is not followed")
+
+
+async def _read(response: Any) -> Any:
+    """Return a copy of a streamed response with its body."""
+    if (encoding := response.headers.get("content-encoding", "").lower()) not in ENCODINGS:
+        raise InvalidResponseError(f"an answer in the encoding {encoding[:40]!r}")
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > LARGEST_RESPONSE:
+            raise InvalidResponseError(f"an answer of more than {LARGEST_RESPONSE >> 20} MiB")
+    headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() != "content-encoding"]
+    kept = {"headers": headers, "request": response.request, "extensions": response.extensions}
+    return type(response)(response.status_code, content=bytes(body), **kept)
 
 
 class ChatClient:
@@ -42,7 +102,7 @@ class ChatClient:
             api_key=key or "none",  # the client wants one; servers without keys ignore it
             timeout=config.timeout_s,
             max_retries=config.retries,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._wait_for_turn]}),
+            http_client=BoundedClient(config.timeout_s, self._wait_for_turn),
         )
         self.config = config
         self.logprobs: bool | None = None
@@ -120,8 +180,8 @@ class ChatClient:
             raise InvalidResponseError(f"an answer that is no chat completion ({error})") from error
         raise InvalidResponseError("an answer without choices")
 
-    async def _wait_for_turn(self, request: Any) -> None:
-        """Space requests evenly; the HTTP client calls this before each request, repetitions included."""
+    async def _wait_for_turn(self) -> None:
+        """Space requests evenly; the HTTP client awaits this before each request, repetitions included."""
         if self.interval:
             now = time.monotonic()
             start = max(self.next_start, now)

@@ -4,9 +4,11 @@ A prompt is templated and tokenised; a completion is tokenised separately and en
 Therefore no token spans the boundary, and prompt tokens are the same in sampling, training and evaluation.
 """
 
+import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
-from spo_ray.errors import RowRejectedError, UserError
+from spo_ray.errors import RowRejectedError, UserError, first_line
+from spo_ray.model import render_template
 from spo_ray.model.checkpoint_config import embedding_rows
 from spo_ray.model.completion import TEMPLATE_REFUSES
 
@@ -35,6 +38,12 @@ class Opening(NamedTuple):
     """End of a templated prompt that is missing before the answer in a conversation; empty if they agree."""
     conversation: str
     """Text before the answer in a conversation that is missing at the end of a prompt; empty if they agree."""
+
+
+CHECKED = "SPO_CHECKED_TEMPLATES"
+"""Environment variable with digests of the templates that were rendered within limits; child processes inherit it."""
+START_S = 120
+"""Seconds that a process may take to start and render a template on a busy machine."""
 
 
 class ChatTokenizer:
@@ -57,6 +66,7 @@ class ChatTokenizer:
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
+        check_template(tokenizer)
         self.tokenizer, self.template = tokenizer, template
         self.arguments: dict[str, Any] = dict(template.template_arguments)
         if date := template.template_date:  # replaces the function by which templates ask for today's date
@@ -216,7 +226,7 @@ class ChatTokenizer:
         try:
             text = str(self.tokenizer.apply_chat_template(plain, **options))
         except Exception as error:  # a template's own exception, or any that its mistakes cause
-            raise RowRejectedError(f"{TEMPLATE_REFUSES}: {error}") from error
+            raise RowRejectedError(f"{TEMPLATE_REFUSES}: {first_line(error)}") from error
         calls = [call for message in plain for call in message.get("tool_calls") or []]
         names = [call["function"]["name"] for call in [*(tools or []), *calls]]
         lost = [f"tool {name!r}" for name in names if name not in text]
@@ -256,6 +266,30 @@ class ChatTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
         return int(tokenizer.eos_token_id), False
+
+
+def check_template(tokenizer: Any) -> None:
+    """Render two short chats in a process of its own, with limits of time and memory; once for each template.
+
+    Raises:
+        UserError: the template fails, or exceeds a limit.
+    """
+    turns = [*_messages("question"), {"role": "assistant", "content": _PROBE}]
+    asked: dict[str, Any] = {"template": tokenizer.get_chat_template(), "special_tokens": tokenizer.special_tokens_map}
+    asked["chats"] = [(turns[:1], True), (turns, False)]
+    text = json.dumps(asked, default=str)
+    digest, known = hashlib.sha256(text.encode()).hexdigest()[:32], os.environ.get(CHECKED, "")
+    if digest in known.split(","):
+        return
+    command = [sys.executable, "-P", render_template.__file__]
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=START_S)
+        why = done.stdout.strip() if done.returncode == 0 else f"it takes more than {render_template.SECONDS} s"
+    except subprocess.TimeoutExpired:
+        why = f"it was not rendered in {START_S} s"
+    if why:
+        raise UserError(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} can't be used: {why}")
+    os.environ[CHECKED] = f"{known},{digest}" if known else digest
 
 
 def _messages(prompt: str | Sequence[Message]) -> list[dict[str, Any]]:

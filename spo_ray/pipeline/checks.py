@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from spo_ray.config.data import EndpointConfig, EngineConfig, TeacherModel
 from spo_ray.config.evaluate import LM_EVAL, AlpacaConfig
 from spo_ray.config.schema import Config
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.evaluate.alpaca import read_instructions
 from spo_ray.evaluate.judge import read_template
 from spo_ray.evaluate.lm_eval import known_task
@@ -41,7 +41,7 @@ def preflight(config: Config) -> None:
         raise
     except Exception as error:  # missing files, but also any mistake in a chat template
         absent = f"there is no folder {name} here, and on the hub " if is_hub_id else ""
-        raise UserError(f"{absent}the tokenizer of {name} can't be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{absent}the tokenizer of {name} can't be used: {first_line(error)}") from error
     source.check()
     if not is_hub_id:
         _check_lengths(config, path)

@@ -18,9 +18,11 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, redact, set_verbosity, warn
-from spo_ray.runtime.failure import AGAIN, card_of, recorded
+from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, set_verbosity, show, warn
+from spo_ray.runtime.failure import AGAIN, card_of
 from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.status import recorded, settle
+from spo_ray.runtime.supervisor import supervise
 
 quieten()  # before the importing program loads the libraries
 
@@ -77,9 +79,9 @@ def show_plan(plan: PlannedRun, more: str = "") -> None:
     """
     from spo_ray.pipeline.plan import plan_text
 
-    print(plan_text(plan))
+    show(plan_text(plan))
     if more:
-        print(more)
+        show(more)
     if plan.problem:
         raise UserError(plan.problem)
 
@@ -105,8 +107,8 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
             LOGGER.error(f"stopped; {AGAIN}")
             return 130
         except Exception as error:
-            card = getattr(error, "card", None) or card_of(error)  # recorded() attaches one
-            LOGGER.error(card.text() if card.details else f"{traceback.format_exc()}\n{card.text()}")
+            card = getattr(error, "card", None)  # recorded() attaches one
+            LOGGER.error(card.text() if card else f"{traceback.format_exc()}\n{card_of(error).text()}")
             return 1
     return 0
 
@@ -168,7 +170,7 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
         problem = str(error)
     with contextlib.redirect_stdout(sys.stderr), installed():  # stdout holds only the answer
         checks = examine(loaded, problem)
-    print(redact(as_json(checks) if json else table(checks)))
+    show(as_json(checks) if json else table(checks))
     return 0 if passed(checks) else 1
 
 
@@ -197,7 +199,7 @@ def inspect(
 
         from spo_ray.data.inspect import inspect_data
 
-        inspect_data(load(config, overrides), data, rows, Console(), displacement)
+        inspect_data(load(config, overrides), data, rows, Console(markup=False), displacement)
 
     return guarded(work)
 
@@ -332,7 +334,7 @@ def gsm8k(file: Path) -> int:
         result, defects = score_gsm8k(file)
         print(json.dumps(result))
         for defect in defects:
-            print(f"left out, {defect}", file=sys.stderr)
+            show(f"left out, {defect}", error=True)
 
     return guarded(work)
 
@@ -357,16 +359,25 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
         unjudged = result.pop("unjudged")
         print(json.dumps(result))
         if unjudged:
-            print(f"{unjudged} records without a preference are left out", file=sys.stderr)
+            show(f"{unjudged} records without a preference are left out", error=True)
         if not result["lc_method"].endswith(lc):
-            print(
-                "the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1",
-                file=sys.stderr,
-            )
+            show("the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1", error=True)
 
     return guarded(work)
 
 
+JOBS = ("run", "sweep", "evaluate")
+"""Commands that use Ray."""
+
+
 def main(*command: str) -> None:
     """Run a command line and exit with its code; ``command`` stands before the words that were typed."""
-    sys.exit(app([*command, *sys.argv[1:]]) or 0)
+    words = [*command, *sys.argv[1:]]
+    sys.exit(supervised(app, words) if words[:1] and words[0] in JOBS else app(words) or 0)
+
+
+def supervised(command: App, words: list[str]) -> int:
+    """Run a command that uses Ray in a child process, and return an exit code that agrees with ``status.json``."""
+    ending = supervise(lambda: command(words) or 0, verbose=bool({"-v", "--verbose"} & set(words)))
+    with installed(as_json="--log-json" in words):
+        return settle(ending)

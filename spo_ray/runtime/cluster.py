@@ -4,8 +4,11 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import ceil
+from threading import Timer
 from typing import Any
 
 import ray.data
@@ -21,6 +24,10 @@ LOCAL_CPUS = 4
 """Minimum of logical CPUs of a local cluster: beside actors, Ray Data needs some for its tasks."""
 DATA_TASK_CPUS = 1.0
 """CPUs of Ray Data's tasks beside actors."""
+GCS_WAIT = "RAY_gcs_server_port_wait_time_s"
+"""Environment variable of Ray's limit for the start of its GCS, in seconds."""
+SLOW_START_S = 30.0
+"""Seconds until the start of a local cluster is called slow."""
 REACH_S = 10.0
 """Timeout in seconds for connecting to a cluster's address."""
 
@@ -45,8 +52,8 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
             raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
     else:
         cpus = config.ray.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
-        _start(num_cpus=cpus, include_dashboard=False, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+        start_local(config.ray.start_timeout_s, num_cpus=cpus, include_dashboard=False, **quiet)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are on the failure card
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -55,16 +62,29 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
 
 
-def _start(**options: Any) -> None:
-    """Start a local cluster; try once more if it took longer than the 30 seconds that Ray allows."""
+def start_local(limit: float, **options: Any) -> None:
+    """Start a local cluster; on a busy machine that may take ``limit`` seconds instead of Ray's 30.
+
+    Ray's raylet ends itself if another process is not there after 15 seconds, which no setting changes: it is tried
+    again and again.
+    """
+    os.environ.setdefault(GCS_WAIT, str(ceil(limit)))
+    slow = f"the machine is busy: no cluster after {SLOW_START_S:g} s; waiting for ray.start_timeout_s={limit:g}"
+    reminder = Timer(SLOW_START_S, warn, ("ray", slow))
+    reminder.daemon = True
+    reminder.start()
+    end = time.monotonic() + limit
     try:
-        ray.init(address="local", **options)
-    except Exception as error:
-        if TOO_SLOW not in str(error):
-            raise
-        warn("ray", "the machine is too busy for a cluster to start within Ray's 30 seconds; once more")
-        ray.shutdown()
-        ray.init(address="local", **options)
+        while True:
+            try:
+                ray.init(address="local", **options)
+                return
+            except Exception as error:
+                if TOO_SLOW not in str(error) or time.monotonic() > end:
+                    raise
+                ray.shutdown()
+    finally:
+        reminder.cancel()
 
 
 def passed_env(config: Config) -> dict[str, str]:

@@ -36,6 +36,9 @@ IN_ADDRESS = re.compile(r"(?<=://)[^/\s:@]*:(?!\d+/)[^\s@]+(?=@)")
 """User and password in a URL; a port number is followed by a slash."""
 KNOWN = re.compile(r"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{12,}")
 """Tokens of Hugging Face, OpenAI, GitHub and AWS."""
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that act on a terminal instead of being shown: all controls but tabs and line feeds, marks that turn the
+direction of writing, separators of lines, and surrogates, which no encoding has."""
 Update = Callable[[int, int, str], None]
 """Reports progress: (done, total, text)."""
 
@@ -58,6 +61,16 @@ def redact(text: str) -> str:
     return KNOWN.sub("[secret]", IN_ADDRESS.sub("[secret]", text))
 
 
+def visible(text: str) -> str:
+    """Return the text with its control characters spelled out, ``\\x1b`` for escape: data may hold any of them."""
+    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def show(text: str, error: bool = False) -> None:
+    """Print a command's answer to stdout, or to stderr; without secrets, and with control characters spelled out."""
+    print(visible(redact(text)), file=sys.stderr if error else sys.stdout, flush=True)
+
+
 class _Redact(logging.Filter):
     """Replaces the secrets in a record before any formatter sees it."""
 
@@ -74,7 +87,7 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         text, stage = super().format(record), getattr(record, "stage", "")
-        return f"[{self.formatTime(record, '%H:%M:%S')}] {stage}: {text}" if stage else text
+        return visible(f"[{self.formatTime(record, '%H:%M:%S')}] {stage}: {text}" if stage else text)
 
 
 class _Json(logging.Formatter):
@@ -88,6 +101,10 @@ class _Json(logging.Formatter):
             "message": super().format(record),
         }
         return json.dumps(fields)
+
+
+def _text(template: str) -> TextColumn:
+    return TextColumn(template, markup=False)
 
 
 class _Bars:
@@ -105,14 +122,14 @@ class _Bars:
         """Show one stage's bar while the block runs."""
         with self.lock:
             if self.progress is None:
-                columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"))
+                columns = (_text("{task.description}"), BarColumn(20), _text("{task.fields[text]}"))
                 times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
                 self.progress = Progress(*columns, *times, console=terminal, transient=True)
                 self.progress.start()
             shown = self.progress
             task = shown.add_task(stage, total=None, text="")
         try:
-            yield lambda done, total, text: shown.update(task, completed=done, total=total, text=text)
+            yield lambda done, total, text: shown.update(task, completed=done, total=total, text=visible(text))
         finally:
             with self.lock:
                 shown.remove_task(task)

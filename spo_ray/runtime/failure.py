@@ -1,24 +1,15 @@
-"""Failure cards: the error without what Ray wraps around it, where it happened and what to do; and ``status.json``."""
+"""Failure cards: the error without what Ray wraps around it, where it happened and what to do."""
 
-import errno
-import os
 import re
 import shlex
-import socket
 import sys
-import threading
-import time
 import traceback
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import redact
-from spo_ray.runtime.run import Run
+from spo_ray.runtime.console import redact, visible
 
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.+)')
 PID = re.compile(r"pid[=:]\s*(\d+)")
@@ -38,15 +29,17 @@ ADVICE = {
     "WorkerCrashedError": "a process was killed, often for its memory: look at the node's kernel log",
     "NodeDiedError": "bring the node back, or lower train.num_workers; the same command resumes the run",
     "RuntimeEnvSetupError": "keep the working directory small (.rayignore), and the packages installed on all nodes",
+    "JobDiedError": "a process was killed, often for its memory, or Ray's own processes were lost: look at the node's "
+    "kernel log, and at Ray's in /tmp/ray/session_latest/logs",
     "AuthenticationError": "export RAY_AUTH_MODE=token, with the cluster's token in ~/.ray/auth_token on every node",
     "ModuleNotFoundError": "install it on every node: spo-ray doctor compares them",
 }
 """What to try, by the error's class or a base class of it."""
 TOO_SLOW = "node timed out during startup"
-"""Part of Ray's message when a node took longer than its 30 seconds to start."""
-STATUS = "status.json"
-TRACEBACK = "traceback.txt"
-EXIT_CODES = {"finished": 0, "failed": 1, "refused": 2, "stopped": 130}
+"""Part of Ray's message when a node took too long to start."""
+EMPTY_CAUSE = "SystemException"
+"""Class without a message that Ray Data makes the cause of errors that are not of a task's own code."""
+NO_SPACE = "No space left on device"
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def card_of(error: BaseException, stages: list[str] | None = None, details: str 
     message, notes = _from_data_task(chain)
     where = [note for link in chain for note in (*_rank(link), *getattr(link, "__notes__", []))] + notes
     return Card(
-        redact(message or ("" if expected else f"{type(cause).__name__}: ") + _first_lines(str(cause))),
+        redact(message or ("" if expected else f"{type(cause).__name__}: ") + _first_lines(visible(str(cause)))),
         list(stages or []),
         [redact(note) for note in dict.fromkeys(where)],
         [] if expected else [redact(line) for line in _code(chain)],
@@ -118,6 +111,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield link
         seen.add(id(link))
         link = _wrapped(link) or link.__cause__
+        if type(link).__name__ == EMPTY_CAUSE:
+            return
 
 
 def _wrapped(error: BaseException) -> BaseException | None:
@@ -181,54 +176,12 @@ def _log_lines(chain: list[BaseException]) -> list[str]:
 
 
 def _advice(cause: BaseException) -> str:
-    if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+    if NO_SPACE in str(cause):
         return "free space on the disk; spo-ray plan shows how much a run takes"
     if TOO_SLOW in str(cause):
-        return "the machine is too busy to start Ray's processes in time: run the same command when it is quieter"
+        return "the machine is too busy: run the same command when it is quieter, or raise ray.start_timeout_s"
     kinds = (kind.__name__ for kind in type(cause).__mro__)
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), "")
-
-
-@contextmanager
-def recorded(run: Run) -> Generator[None]:
-    """Keep ``status.json`` current while a run's stages are executed, and record there how the run ended.
-
-    ``state`` is ``running``, ``finished``, ``failed``, ``refused`` (bad input) or ``stopped`` (Ctrl-C, SIGTERM). A run
-    in state ``running`` was killed if its ``pid`` no longer exists on ``host``. ``exit_code`` is that of the process,
-    which ``ray job submit`` does not pass on.
-    """
-    status: dict[str, Any] = {
-        "state": "running",
-        "command": command_line(),
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "started": time.time(),
-    }
-    lock = threading.Lock()  # stages begin and end in several threads
-
-    def write(**changes: Any) -> None:
-        with lock:
-            status.update(changes, stages=list(run.under_way), updated=time.time())
-            write_json(run.root / STATUS, status)
-
-    before, run.changed = run.changed, write
-    write()
-    trace = run.root / TRACEBACK
-    trace.unlink(missing_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        state = "refused" if isinstance(error, UserError) else "failed" if isinstance(error, Exception) else "stopped"
-        if state == "failed":
-            trace.write_text(redact("".join(traceback.format_exception(error))))
-        card = card_of(error, run.under_way, str(trace) if state == "failed" else "")
-        error.__dict__["card"] = card
-        write(state=state, exit_code=EXIT_CODES[state], error=None if state == "stopped" else asdict(card))
-        raise
-    else:
-        write(state="finished", exit_code=0)
-    finally:
-        run.changed = before
 
 
 def cause_of(error: BaseException) -> BaseException:

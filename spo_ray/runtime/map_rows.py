@@ -18,6 +18,7 @@ from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_rows
 from spo_ray.runtime.console import log, progress
+from spo_ray.runtime.heartbeat import beating, watched
 
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[schema.Rejected]]
@@ -34,6 +35,8 @@ class Pool:
     gpus: float = 0.0
     most: int | None = None
     """Upper bound of actors that Ray Data may scale to; None: ``actors``."""
+    timeout_s: float | None = None
+    """Seconds after which an actor that works on one shard is ended and started again; None: no limit."""
 
 
 def each_row(function: Callable[[Row], list[Row]]) -> Mapper:
@@ -95,7 +98,8 @@ def map_shards(
     if every and len(shards) < len(every):
         log(name, f"{len(every) - len(shards)} of {len(every)} shards are there already")
     if shards:
-        task = {"mapper": mapper, "arguments": arguments, "out": out, "kind": kind}
+        task = {"name": name, "mapper": mapper, "arguments": arguments, "out": out, "kind": kind, "beats": watched()}
+        task["limit"] = pool.timeout_s if pool else None
         _run(name, shards, row_counts, pool, task)
     for file in sorted(out.glob(REJECTED_PARTS)):
         row_counts.rejected += pq.read_table(file).to_pylist()
@@ -131,22 +135,36 @@ def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None,
 class _MapAndWrite:
     """Reads the rows of a shard, maps them and writes the result."""
 
-    def __init__(self, mapper: Callable[..., Mapper], arguments: Row, out: Path, kind: Any) -> None:
-        self.out, self.kind = out, kind
+    def __init__(
+        self,
+        name: str,
+        mapper: Callable[..., Mapper],
+        arguments: Row,
+        out: Path,
+        kind: Any,
+        beats: Path | None,
+        limit: float | None,
+    ) -> None:
+        self.out, self.kind, self.beat = out, kind, (beats, f"a process of {name}", limit)
         self.mapper, self.refused = None, None
         try:
-            self.mapper = mapper(**arguments)
+            with beating(*self.beat):
+                self.mapper = mapper(**arguments)
         except UserError as error:  # raised in the driver: Ray would print its own traces of it
             self.refused = str(error)
 
     def __call__(self, shard: Row) -> Row:
         if self.mapper is None:
             return {"read": 0, "kept": 0, "refused": self.refused}
+        with beating(*self.beat):
+            return self._map(self.mapper, shard)
+
+    def _map(self, mapper: Mapper, shard: Row) -> Row:
         table: list[Row] = []
         for piece in shard["pieces"]:
             table += pq.read_table(piece["file"]).slice(piece["start"], piece["rows"]).to_pylist()
         try:
-            kept, rejected = self.mapper(table)
+            kept, rejected = mapper(table)
         except Exception as error:
             error.add_note(f"shard {shard['name']}, rows {table[0]['id']} to {table[-1]['id']}")
             raise

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from spo_ray.config.keys import leaves
 from spo_ray.config.schema import Config
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.runtime.console import warn
 from spo_ray.runtime.run import Run
 
@@ -123,8 +123,7 @@ class TrackerGroup:
             action()
         except Exception as error:
             self.trackers.pop(name, None)
-            text = str(error).splitlines()[0] if str(error) else ""
-            warn(self.stage, f"the tracker {name} is off from here on: {type(error).__name__}: {text}")
+            warn(self.stage, f"the tracker {name} is off from here on: {type(error).__name__}: {first_line(error)}")
 
 
 class Trackers:

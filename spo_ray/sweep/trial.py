@@ -24,6 +24,7 @@ from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines, write_json
 from spo_ray.runtime.console import install
+from spo_ray.runtime.heartbeat import report_to
 from spo_ray.runtime.run import Run
 from spo_ray.sweep.space import Point, run_for, start_key, sweep_of, trial_config
 from spo_ray.train.score_gate import decide, decision, rung_folder
@@ -58,6 +59,8 @@ class Context:
     """Handles of the evaluation actors."""
     engine: str
     """Kind of the evaluators' engines."""
+    beats: Path | None = None
+    """Folder in which the driver watches for processes that stand still."""
 
 
 def trial(config: dict[str, Any], context: Context) -> None:
@@ -66,6 +69,7 @@ def trial(config: dict[str, Any], context: Context) -> None:
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_S)
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # saves a process
     install()
+    report_to(context.beats)
     Trial(config["point"], context, folder_name(config, str(tune.get_context().get_trial_id()))).run()
 
 

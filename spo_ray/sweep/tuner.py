@@ -22,6 +22,7 @@ from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, write_json
 from spo_ray.runtime.cluster import engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
+from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.run import Run, Stage, Work, never_built, times
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import distributions, listed_points, run_for, shared_values, start_key, sweep_of, trial_count
@@ -83,7 +84,7 @@ def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run],
     evaluators = _evaluators(config, kind)
     log("trials", f"{room} at a time")
     try:
-        context = Context(run, prepare, stage.scratch, stage.digest, dict(known), evaluators, kind)
+        context = Context(run, prepare, stage.scratch, stage.digest, dict(known), evaluators, kind, watched())
         results = _tuner(config, context, room).fit()
     finally:
         for actor in evaluators:
@@ -129,7 +130,7 @@ def _evaluators(config: Config, kind: str) -> list[Any]:
     """Start the actors that score checkpoints; Ray restarts an actor that dies and repeats its call."""
     options: dict[str, Any] = {"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)}
     remote: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **options)(Evaluator)
-    arguments = (kind, config.engine, config.model)
+    arguments = (kind, config.engine, config.model, watched())
     return [remote.remote(*arguments) for _ in range(config.engine.replicas)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray.train import UserCallback
 from spo_ray.errors import TrainingError, UserError
 from spo_ray.runtime.console import redact
 from spo_ray.runtime.failure import cause_of
+from spo_ray.runtime.heartbeat import Heartbeat
 from spo_ray.train.spec import FAILURES, RESULT
 
 FATAL = (TrainingError, UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, ImportError)
@@ -26,18 +28,25 @@ class RecordFailures(UserCallback):
         """Called in Ray Train's controller after workers failed; see :class:`ray.train.UserCallback`."""
         causes = {rank: cause_of(error) for rank, error in worker_exceptions.items()}
         fatal = next((cause for cause in causes.values() if isinstance(cause, FATAL)), None)
-        record = {
-            "time": time.time(),
-            "errors": {rank: redact(f"{type(cause).__name__}: {str(cause)[:500]}") for rank, cause in causes.items()},
-            "restart": fatal is None,
-        }
-        for folder in map(Path, self.folders):
-            if not (folder / RESULT).exists():  # the job that was running
-                with (folder / FAILURES).open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                break
+        record_failure(self.folders, causes, restart=fatal is None)
         if fatal is not None:
             raise fatal
+
+
+def record_failure(
+    folders: Sequence[str], errors: Mapping[int, BaseException] | Mapping[str, BaseException], *, restart: bool
+) -> None:
+    """Append a failure to the file of the job that was running, the first in ``folders`` that is not finished.
+
+    ``errors`` are by rank, or :data:`~spo_ray.train.spec.CONTROLLER`.
+    """
+    texts = {rank: redact(f"{type(error).__name__}: {str(error)[:500]}") for rank, error in errors.items()}
+    record = {"time": time.time(), "errors": texts, "restart": restart}
+    for folder in map(Path, folders):
+        if not (folder / RESULT).exists():
+            with (folder / FAILURES).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            break
 
 
 def train_loop(arguments: dict[str, Any]) -> None:
@@ -52,6 +61,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from spo_ray.train.worker import run_job
 
     rank, retained = Distributed.current(), RetainedMemory()
+    Heartbeat(arguments["beats"], f"training worker {rank.index}")
     table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         if any(rank.gather([job.finished])):

@@ -8,6 +8,7 @@ from math import ceil
 from typing import Any
 
 from pyarrow.fs import FileSystem, FileType
+from ray.exceptions import RayActorError
 from ray.train import (
     CheckpointConfig,
     DataConfig,
@@ -17,7 +18,7 @@ from ray.train import (
     TrainingFailedError,
     WorkerGroupError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
@@ -26,14 +27,16 @@ from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
+from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.parallel import run_parallel
 from spo_ray.runtime.run import OpenStage, Run, Stage, Work, never_built, times
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
-from spo_ray.train.entry import RecordFailures, train_loop
+from spo_ray.train.entry import RecordFailures, record_failure, train_loop
 from spo_ray.train.log_follower import Follower
 from spo_ray.train.memory_check import estimate_memory
-from spo_ray.train.spec import RESULT, Start, TrainJob, failures_of
+from spo_ray.train.rendezvous import BoundTorchConfig
+from spo_ray.train.spec import CONTROLLER, RESULT, Start, TrainJob, failures_of
 
 MATTER = {"precision", "optimizer", "max_length"}
 """Training settings that change results beyond rounding."""
@@ -185,7 +188,7 @@ def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_fi
 
     Raises:
         UserError: the cluster has no room for the workers, or a worker refused a setting.
-        RuntimeError: a worker failed; the message is the worker's own error.
+        RuntimeError: a worker failed, with the worker's own error as message; or the controller died too often.
     """
     config, use_gpu = run.config.train, uses_gpu(run.config)
     shared = [] if from_files else [artifact for job in jobs for artifact in (job.rows, job.held_out) if artifact]
@@ -196,18 +199,24 @@ def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_fi
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {}),
             placement_strategy=config.placement,
         ),
-        "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s)),
+        "torch_config": BoundTorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(config.timeout_s)),
         "run_config": RunConfig(**_run_options(run, jobs, group, {} if use_gpu else KEEP_MEMORY)),
         "datasets": {digest: dataset(artifact) for digest, artifact in {a.digest: a for a in shared}.items()},
         "dataset_config": DataConfig(datasets_to_split=[]),
     }
     _log_memory(jobs, names, "cuda" if use_gpu else "cpu")
-    trainer = TorchTrainer(train_loop, train_loop_config={"jobs": jobs, "from_files": from_files}, **options)
-    try:
-        with Follower(jobs, names, Trackers(run)):
-            trainer.fit()
-    except TrainingFailedError as error:
-        raise _explain(error, run.config) from error
+    work = {"jobs": jobs, "from_files": from_files, "beats": watched()}
+    with Follower(jobs, names, Trackers(run)):
+        for left in reversed(range(config.max_failures + 1)):
+            try:
+                TorchTrainer(train_loop, train_loop_config=work, **options).fit()
+                break
+            except TrainingFailedError as error:
+                raise _explain(error, run.config) from error
+            except RayActorError as error:  # Ray Train restarts workers, and nobody its controller
+                record_failure([job.out for job in jobs], {CONTROLLER: error}, restart=left > 0)
+                if not left:
+                    raise RuntimeError(f"Ray Train's controller died more than {config.max_failures} times") from error
     _forget(run, group)
 
 

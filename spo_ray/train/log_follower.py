@@ -2,18 +2,22 @@
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, progress, warn
+from spo_ray.runtime.heartbeat import STILL_S
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import describe
 from spo_ray.train.method_state import lower_level_notices
-from spo_ray.train.spec import FAILURES, TrainJob
+from spo_ray.train.spec import CONTROLLER, FAILURES, TrainJob
 
 POLL_S = 1.0
+STILL_STEPS = 5
+"""Times the slowest step, if that is more than :data:`~spo_ray.runtime.heartbeat.STILL_S`, until a step is missed."""
 
 
 class Tail:
@@ -40,6 +44,9 @@ class JobView:
         self.failures.new()  # failures of an earlier start were reported then
         self.tracker: TrackerGroup | None = None
         self.last = -1
+        self.moved, self.slowest = time.monotonic(), 0.0
+        """When the last step came, and the longest time between two."""
+        self.still = False
         self.noticed: set[str] = set()
 
     def look(self, update: Update) -> None:
@@ -51,6 +58,7 @@ class JobView:
             if step <= self.last:  # repeated after a restart, with the same result
                 continue
             self.last = step
+            self._note_step(time.monotonic())
             if self.tracker is None:
                 self.tracker = self.trackers.open(self.name, self.job.key, step)
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
@@ -62,6 +70,15 @@ class JobView:
                     warn(self.name, f"step {step}: {text}")
             if step:
                 update(step, record["total_steps"], _step(record))
+
+        if not self.still and time.monotonic() - self.moved > max(STILL_S, STILL_STEPS * self.slowest):
+            self.still = True
+            warn(self.name, f"no step for {time.monotonic() - self.moved:.0f} s")
+
+    def _note_step(self, now: float) -> None:
+        if self.last > 0 and not self.still:
+            self.slowest = max(self.slowest, now - self.moved)
+        self.moved, self.still = now, False
 
     def close(self) -> None:
         """Close the trackers."""
@@ -102,4 +119,5 @@ def _step(record: dict[str, Any]) -> str:
 def _failure(record: dict[str, Any]) -> str:
     rank, text = next(iter(record["errors"].items()))
     text = text.splitlines()[0][:200]
-    return f"worker {rank} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"
+    who = "the controller" if rank == CONTROLLER else f"worker {rank}"
+    return f"{who} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"

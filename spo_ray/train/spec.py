@@ -14,6 +14,9 @@ RESULT = "result.json"
 FAILURES = "failures.jsonl"
 """File in a job's folder with one line for each failure of its workers."""
 
+CONTROLLER = "controller"
+"""Name of Ray Train's own process in that file, instead of a rank."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 
 import psutil
 import pytest
@@ -179,6 +181,59 @@ def test_a_bad_answer_costs_one_question(teacher, endpoint, trouble, reason):
     bad, good = answers_of(config)([("2 + 2?", 7), ("3 + 3?", 8)])
     assert bad.reason.startswith(reason)
     assert [c.text for c in good.completions] == ["3 + 3? 8 0", "3 + 3? 8 1"]
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def drip(wire, data):
+    for byte in data:
+        wire.write(bytes([byte]))
+        time.sleep(0.05)
+
+
+def endless(wire):
+    wire.write(HEAD + b"\r\n")
+    while True:
+        wire.write(b" " * 2**20)
+
+
+def bomb(wire, size=2**27, encoding=b"gzip"):
+    """A body of zeros, a thousandth of its size on the wire."""
+    packer = zlib.compressobj(9, wbits=31)
+    body = b"".join(packer.compress(bytes(2**20)) for _ in range(size >> 20)) + packer.flush()
+    wire.write(HEAD + b"Content-Encoding: %b\r\nContent-Length: %d\r\n\r\n" % (encoding, len(body)) + body)
+
+
+def elsewhere(wire):
+    wire.write(b"HTTP/1.1 307 Elsewhere\r\nLocation: http://localhost:1/v1/chat/completions\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("attack", "reason"),
+    [
+        (endless, "an answer of more than 64 MiB"),
+        (bomb, "an answer of more than 64 MiB"),
+        (partial(bomb, size=2**20, encoding=b"gzip, gzip"), "an answer in the encoding 'gzip, gzip'"),
+        (elsewhere, "a redirect to http://localhost, which is not followed"),
+    ],
+)
+def test_a_hostile_server_costs_one_question(teacher, endpoint, attack, reason):
+    teacher.script = [attack]
+    bad, good = answers_of(served(endpoint, concurrency=1, retries=0))([("2 + 2?", 7), ("3 + 3?", 8)])
+    assert bad.reason == f"the endpoint gave {reason}"
+    assert [c.text for c in good.completions] == ["3 + 3? 8 0", "3 + 3? 8 1"]
+    assert len(teacher.requests) == 2
+
+
+@pytest.mark.parametrize("head", [b"", HEAD + b"Content-Length: 1000\r\n\r\n"], ids=["header", "body"])
+def test_the_time_limit_is_for_the_whole_response(teacher, endpoint, head):
+    """A byte every 50 ms: no single read takes long."""
+    teacher.script = [lambda wire: (wire.write(head), drip(wire, HEAD * 20))]
+    before = time.monotonic()
+    (answer,) = answers_of(served(endpoint, timeout_s=1.0, retries=1))([("2 + 2?", 7)])
+    assert answer.completions[0].text == "2 + 2? 7 0"  # the second attempt
+    assert 1.0 <= time.monotonic() - before < 8.0
 
 
 def test_a_server_is_left_alone_as_long_as_it_wishes(teacher, endpoint):

@@ -231,6 +231,7 @@ def test_tokens_and_cost_are_counted_and_a_restart_pays_nothing(in_root, tmp_pat
         assert (facts["requests"], facts["cached"]) == (COUNT, COUNT)
         judged(tmp_path, annotator(judge.url, model="another"))
         assert len(judge.requests) == 3 * COUNT
+    assert (tmp_path / "runs" / ".judgements.sqlite").stat().st_mode & 0o777 == 0o600
 
 
 def test_after_a_kill_only_what_is_missing_is_asked_for(in_root, tmp_path):

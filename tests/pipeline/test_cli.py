@@ -12,6 +12,7 @@ from spo_ray.config.data import PreferenceData
 from spo_ray.config.load import load
 from spo_ray.data.sources import load_data
 from spo_ray.pipeline import cli
+from spo_ray.runtime.console import CONTROL
 from spo_ray.runtime.run import Run
 
 ROWS = [
@@ -118,6 +119,20 @@ def test_inspect_says_what_to_set(in_root, tmp_path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "set model" not in text
     assert "the template would give other tokens: 0 (0.0%)" in text
+
+
+def test_inspect_spells_out_control_characters_and_styles_nothing_that_rows_hold(in_root, tmp_path, capsys):
+    evil = "\x1b]0;owned\x07 [red]5 pens[/red] \u202e"
+    rows = [{"prompt": prompt, "chosen": evil, "rejected": "6"} for prompt in (evil, "refuse [/x]\x1b")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refuse = "{% if 'refuse' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}"
+    template = json.dumps(refuse + (in_root / "assets" / "toy_base" / "chat_template.jinja").read_text())
+    arguments = ["--data", str(tmp_path / "rows.jsonl"), f"model.chat_template={template}"]
+    assert call("inspect", *arguments) == 0
+    text = capsys.readouterr().out
+    assert text.replace("\n", "").count("\\x1b]0;owned\\x07 [red]5 pens[/red] ") == 2
+    assert "dropped: 1 (the chat template refuses the messages: refuse [/x]\\x1b)" in text
+    assert not CONTROL.search(text)
 
 
 def test_inspect_shows_the_rejected_response_that_training_would_see(in_root, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
@@ -169,3 +171,22 @@ def test_a_cluster_with_another_ray(in_root, monkeypatch):
     (check,) = doctor.cluster(load(QUICKSTART, ["ray.address=auto"]), NO_PLAN)
     assert check.level == "failed"
     assert "RuntimeError: Version mismatch: The cluster was started with:" in check.found
+
+
+def test_what_listens_beyond_this_machine_is_listed():
+    code = (
+        "import socket, time; s = socket.create_server((%r, 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    )
+    started = {
+        address: subprocess.Popen(
+            [sys.executable, "-c", code % address, "ray::Made_up"], stdout=subprocess.PIPE, text=True
+        )
+        for address in ("0.0.0.0", "127.0.0.1")
+    }
+    ports = {address: process.stdout.readline().strip() for address, process in started.items()}
+    (check,) = doctor.listeners()
+    for process in started.values():
+        process.kill()
+    assert check.level == "warning"
+    assert f"0.0.0.0:{ports['0.0.0.0']} (" in check.found
+    assert ports["127.0.0.1"] not in check.found

@@ -204,8 +204,8 @@ def test_the_exported_model_loads_anywhere(finished):
     assert model.generate(**inputs, max_new_tokens=8, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
-def interrupted(arguments, line):
-    """Exit code and standard error of the whole job, sent Ctrl-C two seconds after it printed ``line``."""
+def interrupted(arguments, line, number=signal.SIGINT):
+    """Exit code and standard error of the whole job, sent a signal two seconds after it printed ``line``."""
     command = ["env", "--default-signal=INT", *FULL, *arguments]  # which is ignored where tests run in the background
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -214,16 +214,18 @@ def interrupted(arguments, line):
         if line in printed:
             break
     time.sleep(2)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, errors = process.communicate(timeout=60)
     return process.returncode, errors
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
     arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
-    code, errors = interrupted(arguments, "base_samples: build")
+    code, errors = interrupted(arguments, "base_samples: build", signal.SIGTERM)  # what schedulers send
     assert code == 130, errors[-2000:]
-    assert "finished stages are kept" in errors
+    assert errors == "stopped; finished stages are kept: the same command resumes the run\n"  # and nothing of Ray's
+    status = json.loads((tmp_path / "quickstart" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("stopped", 130)
     assert finished_stages(tmp_path) == ["data_test", "data_train"]
 
 

@@ -1,6 +1,7 @@
 """Strings that look like HTML in names, answers, settings and figures: pages show them and run nothing."""
 
 import json
+import random
 import shutil
 from html.parser import HTMLParser
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spo_ray.pipeline import cli
+from spo_ray.report.page import environment, render
 from spo_ray.runtime.artifact import recorded_files
 
 HOSTILE = "<!--<script>\"'&lt;{{ 7 * 7 }}</script><img src=x onerror=document.title='run'>"
@@ -16,6 +18,52 @@ LABEL = HOSTILE.replace("/", "")
 """Name of a folder, so without a slash."""
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "table", "tr", "th", "td", "a"}
 TAGS |= {"script", "noscript", "details", "summary", "pre", "code", "mark", "footer"}
+PIECES = [
+    "<!--",
+    "-->",
+    "<script>",
+    "</script >",
+    "<![CDATA[",
+    "]]>",
+    "&lt;",
+    "&#0;",
+    "{{ x }}",
+    "{% x %}",
+    "'",
+    '"',
+    "`",
+    "=",
+    "\\",
+]
+PIECES += [
+    "<img src=//x/y onerror=1>",
+    "<svg onload=1>",
+    "<base href=//x>",
+    "<link rel=stylesheet href=//x>",
+    "</style>",
+]
+PIECES += [
+    "<iframe srcdoc=x>",
+    "<meta http-equiv=refresh content=0>",
+    "</title>",
+    "</textarea>",
+    "<plaintext>",
+    "<template>",
+]
+PIECES += [
+    "javascript:1",
+    "url(//x)",
+    "\u2028",
+    "\x1b[2J",
+    "\ud7ff\uffff",
+    "\u202e",
+    "🤖",
+    " ",
+    "\n",
+    "a",
+    "</div></table>",
+    "<math><mi>",
+]
 FIGURES = {"run": 6, "sweep": 3, "comparison": 4}
 
 
@@ -112,3 +160,37 @@ def test_hostile_strings_run_nothing_in_a_browser(pages, name):
         assert page.evaluate("document.querySelector('footer').innerText").startswith("spo_ray")
         browser.close()
     assert not messages
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium: apt-get install chromium")
+def test_a_thousand_generated_strings_stay_text_and_data_in_a_browser(tmp_path):
+    """As title, cells, attributes and data of a figure: the page has every one, and no other node or request."""
+    from playwright.sync_api import sync_playwright
+
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(PIECES, k=rng.randint(1, 8))) for _ in range(1000)]
+    body = """{% extends "base.html.j2" %}{% from "macros.html.j2" import cell, figure %}
+        {% block title %}{{ texts[0] }}{% endblock %}
+        {% block body %}<table>{% for text in texts %}<tr title="{{ text }}">{{ cell(text) }}</tr>{% endfor %}</table>
+        {{ figure(spec) }}{% endblock %}"""
+    spec = {"mark": "point", "data": {"values": [{"text": text, "n": n % 9} for n, text in enumerate(texts)]}}
+    spec["encoding"] = {"x": {"field": "n", "title": texts[1]}, "color": {"field": "text", "legend": None}}
+    (tmp_path / "page.html").write_text(render(environment().from_string(body), texts=texts, spec=spec, versions={}))
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        asked, messages = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_function("document.querySelectorAll('.figure svg').length == 1", timeout=60_000)
+        assert page.eval_on_selector_all("td", "all => all.map(cell => cell.textContent)") == texts
+        assert page.eval_on_selector_all("tr", "all => all.map(row => row.title)") == texts
+        data = "JSON.parse(document.querySelector('.figure script').textContent).data.values.map(row => row.text)"
+        assert page.evaluate(data) == texts
+        tags = page.evaluate("[...new Set([...document.querySelectorAll('*:not(svg, svg *)')].map(e => e.localName))]")
+        assert set(tags) <= TAGS | {"tbody", "form"}  # Vega-Embed adds an empty form
+        browser.close()
+    assert not messages
+    assert asked == [(tmp_path / "page.html").as_uri()]

@@ -15,7 +15,9 @@ import yaml
 
 from spo_ray.config.load import load
 from spo_ray.errors import UserError
-from spo_ray.runtime.cluster import TOO_SLOW, _start, passed_env
+from spo_ray.runtime import cluster as clusters
+from spo_ray.runtime.cluster import GCS_WAIT, TOO_SLOW, passed_env
+from spo_ray.runtime.console import LOGGER
 
 from ..cluster import RAY, free_port, head, submit
 from ..conftest import ROOT
@@ -134,25 +136,31 @@ def test_secrets_can_not_be_passed(in_root, monkeypatch):
     assert passed_env(load(QUICKSTART))["HTTPS_PROXY"] == "http://proxy:3128"
 
 
-def test_a_cluster_that_starts_too_slowly_is_started_once_more(monkeypatch):
+def test_a_cluster_that_starts_too_slowly_is_waited_for(monkeypatch, caplog):
     """``ray.init`` is a stand-in here: a machine that is busy to that degree can't be had at will."""
     ray_says = inspect.getsource(ray._private.node)
     assert TOO_SLOW.split("node ")[1] in ray_says.replace('"\n                        "', "")
-    failures = [Exception(f"The current {TOO_SLOW}."), None, ValueError("another"), Exception(TOO_SLOW)]
-    failures.append(Exception(TOO_SLOW))
-    calls = []
+    assert GCS_WAIT in ray_says
+    failures = [Exception(f"The current {TOO_SLOW}."), Exception(TOO_SLOW), None, ValueError("another")]
+    calls, took = [], 0.1
 
     def init(**options):
-        calls.append(options)
+        calls.append((options, os.environ[GCS_WAIT]))
+        time.sleep(took)
         if error := failures.pop(0):
             raise error
 
     monkeypatch.setattr(ray, "init", init)
-    _start(num_cpus=3)
-    assert calls == [{"address": "local", "num_cpus": 3}] * 2
+    monkeypatch.setattr(clusters, "SLOW_START_S", 0.05)
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    monkeypatch.setenv(GCS_WAIT, "")
+    monkeypatch.delenv(GCS_WAIT)
+    clusters.start_local(99.5, num_cpus=3)
+    assert calls == [({"address": "local", "num_cpus": 3}, "100")] * 3
+    assert caplog.messages == ["the machine is busy: no cluster after 0.05 s; waiting for ray.start_timeout_s=99.5"]
     with pytest.raises(ValueError, match="another"):
-        _start(num_cpus=3)
-    assert len(calls) == 3
+        clusters.start_local(99.5, num_cpus=3)
+    failures, calls = [Exception(TOO_SLOW)] * 9, []
     with pytest.raises(Exception, match=TOO_SLOW):
-        _start(num_cpus=3)
-    assert len(calls) == 5
+        clusters.start_local(0.15, num_cpus=3)
+    assert 1 <= len(calls) < 9

@@ -13,7 +13,7 @@ import pytest
 
 from spo_ray.errors import UserError
 from spo_ray.pipeline.cli import Output, guarded
-from spo_ray.runtime.console import LOGGER, log, warn
+from spo_ray.runtime.console import CONTROL, LOGGER, log, show, warn
 
 from ..conftest import ROOT
 
@@ -139,6 +139,23 @@ def test_secrets_are_struck_out_of_tracebacks_of_any_record(secret, capsys, outp
     printed = capsys.readouterr()
     assert "longkeyvalue" not in printed.out + printed.err
     assert printed.err.count("RuntimeError: [JUDGE_API_KEY]") == 3  # both tracebacks, and the card
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\b\x7f\u202e\u2066\u2028\ud800\ttab\nline ü 🤖"
+SHOWN = "\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\r\\x08\\x7f\\u202e\\u2066\\u2028\\ud800\ttab\nline ü 🤖"
+
+
+def test_control_characters_are_spelled_out_in_lines_errors_tracebacks_and_answers(capsys):
+    def fail():
+        log(HOSTILE, HOSTILE)
+        show(HOSTILE)
+        raise RuntimeError(HOSTILE)
+
+    assert guarded(fail) == 1
+    printed = capsys.readouterr()
+    assert printed.out.endswith(f" {SHOWN}: {SHOWN}\n{SHOWN}\n")
+    assert printed.err.count(SHOWN) == 2  # the traceback and the card
+    assert not CONTROL.search(printed.out + printed.err)
 
 
 def test_handlers_of_the_program_come_back_after_a_command():

@@ -13,9 +13,10 @@ from spo_ray.pipeline.cli import guarded
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_rows
 from spo_ray.runtime.console import redact
-from spo_ray.runtime.failure import STATUS, TRACEBACK, card_of, command_line, recorded
+from spo_ray.runtime.failure import card_of, command_line
 from spo_ray.runtime.map_rows import each_row, map_shards
 from spo_ray.runtime.run import Run, Stage
+from spo_ray.runtime.status import STATUS, TRACEBACK, recorded
 
 from ..helpers import small_config
 
@@ -97,6 +98,16 @@ def test_a_killed_actor_shows_what_it_last_wrote_and_advice(local_ray):
     card = card_of(caught.value)
     assert "allocating the last gigabyte" in card.log
     assert "engine.memory_gib" in card.advice
+
+
+def test_ray_datas_empty_cause_hides_no_error():
+    from ray.data.exceptions import SystemException
+
+    error = ray.exceptions.ObjectStoreFullError("no room")
+    error.__cause__ = SystemException()
+    card = card_of(error)
+    assert card.error.startswith("ObjectStoreFullError: no room")
+    assert card.advice == "start Ray with more --object-store-memory"
 
 
 def test_a_machine_that_is_too_busy_gets_advice():

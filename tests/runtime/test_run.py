@@ -14,9 +14,9 @@ import pytest
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import RowCounts, external, recorded_files, write_json, write_rows
-from spo_ray.runtime.failure import STATUS, recorded
 from spo_ray.runtime.finished_run import FinishedRun
 from spo_ray.runtime.run import PlannedRun, Run, Stage, never_built
+from spo_ray.runtime.status import STATUS, recorded
 
 from ..helpers import small_config
 

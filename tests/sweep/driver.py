@@ -17,8 +17,8 @@ from spo_ray.pipeline.cli import guarded
 from spo_ray.report.sweep import write_sweep_report
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_rows
-from spo_ray.runtime.failure import recorded
 from spo_ray.runtime.run import Run
+from spo_ray.runtime.status import recorded
 from spo_ray.sweep.results import rank, rows_of, write_best, write_csv
 from spo_ray.sweep.space import start_key
 from spo_ray.sweep.tuner import run_trials

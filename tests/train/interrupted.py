@@ -33,13 +33,14 @@ def train(output, referenced, stages, *overrides):
 
 
 def main(*arguments):
-    import ray
-
+    from spo_ray.runtime.cluster import start_local
     from spo_ray.runtime.console import install
+    from spo_ray.runtime.heartbeat import BEATS, Watch
 
     install()
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    train(*arguments)
+    start_local(300.0, num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with Watch(Path(arguments[0]) / BEATS):
+        train(*arguments)
 
 
 if __name__ == "__main__":

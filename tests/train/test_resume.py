@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -45,10 +46,10 @@ def wait_for_step(folder, name, step):
     raise AssertionError((folder / "output.txt").read_text()[-5000:])
 
 
-def workers(process):
+def workers(process, name="RayTrainWorker"):
     """The training processes of a driver's cluster."""
     family = psutil.Process(process.pid).children(recursive=True)
-    return [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
+    return [p for p in family if name in " ".join(p.cmdline())]
 
 
 def same(one, other, name):
@@ -155,6 +156,33 @@ def test_resume_after_the_kill_of_a_rank_at_any_step(step, uninterrupted, refere
     workers(process)[step % 2].kill()
     run = finish(process, tmp_path)
     same(run, uninterrupted, "spo")
+
+
+@pytest.mark.slow
+def test_resume_after_the_kill_of_the_controller(uninterrupted, referenced, tmp_path):
+    process = start(tmp_path, referenced, "methods", "train.num_workers=2")
+    wait_for_step(tmp_path, "spo", 5)
+    (controller,) = workers(process, "TrainController")
+    controller.kill()
+    run = finish(process, tmp_path)
+    same(run, uninterrupted, "spo")
+    assert "method_spo: the controller failed (ActorDiedError" in (tmp_path / "output.txt").read_text()
+    assert json.loads((run / "method_spo" / "manifest.json").read_text())["facts"]["restarts"] == 1
+
+
+@pytest.mark.slow
+def test_resume_after_a_lone_worker_that_stands_still(referenced, tmp_path):
+    """Nobody waits for it in a collective: its heartbeat is missed."""
+    process = start(tmp_path, referenced, "methods", "methods={spo: {type: spo}}", "train.checkpoint.every=3")
+    wait_for_step(tmp_path, "spo", 5)
+    workers(process)[0].suspend()
+    stopped = time.monotonic()
+    finish(process, tmp_path)
+    assert time.monotonic() - stopped > 120
+    output = (tmp_path / "output.txt").read_text()
+    assert re.search(r"training worker 0 \(process \d+ on .*\) has stood still for 60 s", output)
+    assert "method_spo: no step for 6" in output
+    assert "method_spo: worker 0 failed (" in output
 
 
 @pytest.mark.slow
