@@ -24,7 +24,15 @@ below, and an unknown key is an error. `spo-ray plan --config FILE` prints the r
 schema by `make docs`.
 """
 SIGNS = {Gt: "above", Ge: "at least", Lt: "below", Le: "at most"}
-PLAIN = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path", NoneType: "null"}
+PLAIN = {
+    Any: "any value",
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true, false",
+    Path: "path",
+    NoneType: "null",
+}
 PLAIN |= {datetime.date: "date"}
 
 

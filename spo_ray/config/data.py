@@ -138,6 +138,13 @@ class SamplingConfig(GenerationConfig):
     """Responses per question, the K of pass@K."""
 
 
+def _without_secrets(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if re.search("token$|key|password|secret", name):
+            raise ValueError(f"{name} may be a secret, and would be written into manifests: set HF_TOKEN instead")
+    return value
+
+
 class EngineConfig(ConfigModel):
     """Generation engines, for sampling and evaluation."""
 
@@ -162,13 +169,7 @@ class EngineConfig(ConfigModel):
     arguments: dict[str, str | int | float | bool | None] = {}
     """Further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``; they override the other fields."""
 
-    @field_validator("arguments")
-    @classmethod
-    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if re.search("token$|key|password|secret", name):
-                raise ValueError(f"{name} may be a secret, and would be written into manifests: set HF_TOKEN instead")
-        return value
+    _no_secrets = field_validator("arguments")(_without_secrets)
 
     @model_validator(mode="after")
     def _range(self) -> "EngineConfig":
@@ -191,6 +192,11 @@ class EndpointConfig(ConfigModel):
     """Seconds until a request counts as failed, from its first byte to the last one of the response."""
     retries: Annotated[int, Field(ge=0)] = 5
     """Retries after a failed, rate-limited or timed-out request."""
+    request: dict[str, Any] = {}
+    """Further fields of every request, such as ``{max_completion_tokens: 4000, temperature: null}``. They replace this
+    program's own (null: the field is left out); ``max_completion_tokens`` replaces ``max_tokens`` too."""
+
+    _no_secret_fields = field_validator("request")(_without_secrets)
 
     @field_validator("url")
     @classmethod
@@ -269,3 +275,8 @@ class PairsConfig(ConfigModel):
     """Drop duplicate pairs: none; equal text; equal but for case and white space; or similar text (MinHash)."""
     max_length_ratio: Annotated[float, Field(gt=1.0)] | None = None
     """Largest ratio of the two sides' lengths in characters; None: no limit."""
+    max_ches_quantile: Annotated[Fraction, Field(gt=0.0)] | None = None
+    """Share of the training pairs that are kept, those with the lowest CHES scores under the reference model; the
+    others would lower their chosen response's probability most. None: all."""
+    ches: Literal["ches", "ches_per_token"] = "ches"
+    """Score that is compared: over sums or over means of a response's hidden embeddings."""

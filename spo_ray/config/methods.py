@@ -102,6 +102,77 @@ class Dpop(Trained):
     """Weight of the fall of log pi(y_w) below the reference, in nats; beta multiplies it too."""
 
 
+class DpoShift(Scaled):
+    """DPO-Shift: DPO with a smaller weight of the rejected response."""
+
+    type: Literal["dpo_shift"]
+    shift: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    """Factor of the rejected response's log-ratio; 1 is DPO."""
+
+
+class CalDpo(Trained):
+    """Cal-DPO: DPO with a target for each of the two log-ratios."""
+
+    type: Literal["cal_dpo"]
+    beta: PositiveFloat = 0.1
+    """The targets of the log-ratios are 1 / (2 beta) for the chosen and -1 / (2 beta) for the rejected response."""
+
+
+class ApoZero(Scaled):
+    """APO-zero: raises chosen and lowers rejected responses, for chosen ones that are better than the model's own."""
+
+    type: Literal["apo_zero"]
+
+
+class ApoDown(Scaled):
+    """APO-down: lowers both, rejected responses further, for chosen ones that are worse than the model's own."""
+
+    type: Literal["apo_down"]
+
+
+class Nca(Scaled):
+    """NCA: noise contrastive alignment, which holds each reward by itself."""
+
+    type: Literal["nca"]
+
+
+class ExoPair(Scaled):
+    """EXO of pairs: reverse KL divergence from the smoothed label."""
+
+    type: Literal["exo_pair"]
+    label_smoothing: Annotated[float, Field(gt=0.0, lt=0.5)] = 1e-3
+    """Assumed share of pairs whose chosen and rejected responses are swapped."""
+
+
+class Slic(Scaled):
+    """SLiC: a hinge on the difference of DPO's rewards."""
+
+    type: Literal["slic"]
+
+
+class WithOwnSftLoss(Trained):
+    """Fields of the losses without a reference model that have an SFT loss of their own."""
+
+    beta: PositiveFloat = 0.1
+    """Weight of the preference term: a factor of the log-probabilities in CPO, of the loss in ORPO."""
+    mu: NonNegativeFloat = 1.0
+    """Weight of the SFT loss."""
+    sft_reduction: Literal["sum", "token_mean"] = "token_mean"
+    """SFT loss summed over a completion's tokens, or their mean."""
+
+
+class Cpo(WithOwnSftLoss):
+    """CPO: contrastive preference optimization, DPO without a reference model and with an SFT loss."""
+
+    type: Literal["cpo"]
+
+
+class Orpo(WithOwnSftLoss):
+    """ORPO: the odds ratio of the two responses' mean probabilities, with an SFT loss."""
+
+    type: Literal["orpo"]
+
+
 class DpoNll(Scaled, WithSftLoss):
     """DPO + mu * L_SFT, on all parameters."""
 
@@ -110,9 +181,10 @@ class DpoNll(Scaled, WithSftLoss):
     """Weight of the SFT loss."""
 
 
-Base = Dpo | CDpo | RobustDpo | Ipo | SimPo | AlphaDpo | Dpop
+Ratios = Dpo | CDpo | RobustDpo | Ipo | Dpop | DpoShift | CalDpo | ApoZero | ApoDown | Nca | ExoPair | Slic
+Base = Ratios | SimPo | AlphaDpo | Cpo | Orpo
 """Losses that SPO can be built around."""
-BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {"type", "lr"}
+BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {"type", "lr", "sft_reduction"}
 
 
 class Inner(ConfigModel):
@@ -193,6 +265,4 @@ def _not_reserved(name: str) -> str:
 
 
 MethodName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$"), AfterValidator(_not_reserved)]
-MethodConfig = Annotated[
-    Nll | Dpo | CDpo | RobustDpo | Ipo | SimPo | AlphaDpo | Dpop | DpoNll | Spo, Field(discriminator="type")
-]
+MethodConfig = Annotated[Nll | Base | DpoNll | Spo, Field(discriminator="type")]

@@ -1,6 +1,7 @@
 """Section for the model and its adapters."""
 
 import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
@@ -62,7 +63,9 @@ class ModelConfig(TemplateConfig):
     """Base model and its LoRA adapters."""
 
     path: str
-    """Local folder or hub id of an instruction-tuned model."""
+    """Local folder or hub id of an instruction-tuned model, or local folder of a PEFT adapter that names its model."""
+    adapter: Path | None = None
+    """Folder of a PEFT adapter that is merged into the model before the job; None: none, or ``path`` itself."""
     max_template_mismatch: Fraction = 0.05
     """Largest share of rows whose tokens are changed by the chat template; ``spo-ray inspect`` shows them."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"

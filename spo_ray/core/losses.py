@@ -5,6 +5,7 @@ r = u - log pi_ref(y|x), n = length in tokens, _w chosen, _l rejected. Rewards a
 the loss.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -135,6 +136,107 @@ def dpop(batch: PairLogps, *, beta: float, penalty: float = 50.0) -> tuple[Tenso
     return losses.mean(), reward_metrics(*batch.rewards(beta))
 
 
+def apo_zero(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
+    """``1 - sigma(beta r_w) + sigma(beta r_l)``: raises chosen and lowers rejected responses, each for itself.
+
+    Anchored preference optimization for chosen responses that are better than the model's own; D'Oosterlinck et al.,
+    arXiv 2408.06266, equation 7.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    return (torch.sigmoid(-rewards_w) + torch.sigmoid(rewards_l)).mean(), reward_metrics(rewards_w, rewards_l)
+
+
+def apo_down(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
+    """``sigma(beta r_w) + 1 - sigma(beta (r_w - r_l))``: lowers chosen responses, and rejected ones further.
+
+    Anchored preference optimization for chosen responses that are worse than the model's own; D'Oosterlinck et al.,
+    arXiv 2408.06266, equation 8.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    losses = torch.sigmoid(rewards_w) + torch.sigmoid(rewards_l - rewards_w)
+    return losses.mean(), reward_metrics(rewards_w, rewards_l)
+
+
+def nca(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
+    """``l(beta r_w) + (l(-beta r_w) + l(-beta r_l)) / 2`` with ``l = -log sigma``: noise contrastive alignment.
+
+    For pairs. It holds every reward by itself, not their difference; Chen et al., arXiv 2402.05369.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    losses = -F.logsigmoid(rewards_w) - 0.5 * (F.logsigmoid(-rewards_w) + F.logsigmoid(-rewards_l))
+    return losses.mean(), reward_metrics(rewards_w, rewards_l)
+
+
+def exo_pair(batch: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> tuple[Tensor, Metrics]:
+    """``q log(q / (1 - e)) + (1 - q) log((1 - q) / e)``, ``q = sigma(beta (r_w - r_l))``: efficient exact optimization.
+
+    The reverse KL divergence from the smoothed label, with 0 < e < 1; Ji et al., arXiv 2402.00856, equation 16.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    z = rewards_w - rewards_l
+    losses = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
+    losses = losses + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(label_smoothing))
+    return losses.mean(), reward_metrics(rewards_w, rewards_l)
+
+
+def slic(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
+    """``max(0, 1 - beta (r_w - r_l))``: SLiC's hinge on DPO's rewards.
+
+    Zhao et al., arXiv 2305.10425, with log-ratios instead of log-probabilities as in Liu et al., arXiv 2309.06657.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    return torch.relu(1 - rewards_w + rewards_l).mean(), reward_metrics(rewards_w, rewards_l)
+
+
+def dpo_shift(batch: PairLogps, *, beta: float, shift: float = 0.75) -> tuple[Tensor, Metrics]:
+    """``-log sigma(beta (r_w - f r_l))`` with ``shift`` f in (0, 1]: DPO that presses rejected responses down less.
+
+    Yang et al., arXiv 2502.07599, with the fixed strategy for f(lambda).
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    return -F.logsigmoid(rewards_w - shift * rewards_l).mean(), reward_metrics(rewards_w, rewards_l)
+
+
+def cal_dpo(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
+    """``-log sigma(r_w - r_l) + (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2``: calibrated DPO.
+
+    The log-ratios have targets of their own, so r_w can't fall without a cost; Xiao et al., arXiv 2412.14516,
+    algorithm 1. Its beta is only in the targets.
+    """
+    ratio_w, ratio_l = batch.ratios
+    target = 1 / (2 * beta)
+    losses = -F.logsigmoid(ratio_w - ratio_l) + (ratio_w - target) ** 2 + (ratio_l + target) ** 2
+    return losses.mean(), reward_metrics(*batch.rewards(beta))
+
+
+def cpo(
+    batch: PairLogps, *, beta: float, mu: float = 1.0, sft_reduction: SftReduction = "token_mean"
+) -> tuple[Tensor, Metrics]:
+    """``-log sigma(beta (u_w - u_l)) + mu * L_SFT``: contrastive preference optimization, without a reference model.
+
+    Xu et al., arXiv 2401.08417, equations 3 and 5; the public trainer takes L_SFT per token.
+    """
+    rewards_w, rewards_l = beta * batch.chosen, beta * batch.rejected
+    loss = -F.logsigmoid(rewards_w - rewards_l).mean()
+    sft = sft_loss(batch.chosen, batch.mean_chosen_length, sft_reduction)
+    return loss + mu * sft, reward_metrics(rewards_w, rewards_l)
+
+
+def orpo(
+    batch: PairLogps, *, beta: float, mu: float = 1.0, sft_reduction: SftReduction = "token_mean"
+) -> tuple[Tensor, Metrics]:
+    """``-beta * log sigma(odds(m_w) - odds(m_l)) + mu * L_SFT``: odds ratio preference optimization.
+
+    Reference-free. ``m = u / n`` and ``odds(m) = m - log(1 - exp(m))``, the log odds; Hong et al., arXiv 2403.07691,
+    equations 4 to 7.
+    """
+    means = batch.mean_rewards(1.0)
+    odds = [m - torch.log(-torch.expm1(m.clamp(max=-torch.finfo(m.dtype).eps))) for m in means]
+    loss = -beta * F.logsigmoid(odds[0] - odds[1]).mean()
+    sft = sft_loss(batch.chosen, batch.mean_chosen_length, sft_reduction)
+    return loss + mu * sft, reward_metrics(*batch.mean_rewards(beta))
+
+
 def nll(batch: PairLogps, *, sft_reduction: SftReduction = "sum") -> tuple[Tensor, Metrics]:
     """``L_SFT`` on the chosen responses alone: mean of -log pi(y_w|x) (equation 72), or per token."""
     return sft_loss(batch.chosen, batch.mean_chosen_length, sft_reduction), {}
@@ -169,7 +271,11 @@ def reward_metrics(rewards_chosen: Tensor, rewards_rejected: Tensor) -> Metrics:
 
 
 LOSSES: dict[str, Loss] = {
-    loss.__name__: loss for loss in (dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, nll, dpo_nll)
+    loss.__name__: loss
+    for loss in (
+        *(dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, dpo_shift, cal_dpo),
+        *(apo_zero, apo_down, nca, exo_pair, slic, cpo, orpo, nll, dpo_nll),
+    )
 }
 """Losses by name. For a new one write the function, list it here, look at ``PARAMETERS`` and ``BATCHWISE``, and add its
 class to ``MethodConfig`` (and ``Base``) in ``config/methods.py``."""

@@ -67,6 +67,29 @@ def pair_check(config: PairsConfig) -> Callable[[Any], tuple[str, str]]:
     return check
 
 
+def without_displacement(run: Run, pairs: Artifact) -> Artifact:
+    """Drop the pairs with the highest CHES scores (:class:`schema.ChesPair`), by ``pairs.max_ches_quantile``."""
+    share, score = run.config.pairs.max_ches_quantile, run.config.pairs.ches
+    if share is None:
+        return pairs
+
+    def build(out: Path, counts: RowCounts) -> None:
+        table = pairs.rows()
+        limit = sorted(row[score] for row in table)[max(1, round(share * len(table))) - 1]
+        kept = [row for row in table if row[score] <= limit]
+        for row in table:
+            if row[score] > limit:
+                reason = f"CHES score above the quantile pairs.max_ches_quantile={share}"
+                counts.reject(row["id"], reason, f"{row['ches_per_token']:.4g}, the limit is {limit:.4g}")
+        counts.read, counts.kept, counts.facts[f"max_{score}"] = len(table), len(kept), limit
+        write_rows(out / "part-0.parquet", kept, schema.ChesPair)
+
+    work = Work(pairs.max_rows, note=f"the {share:.0%} of the pairs with the lowest CHES scores")
+    return run.execute(
+        Stage(f"{pairs.path.name}_kept", build, {"quantile": share, "score": score}, {"pairs": pairs}, work)
+    )
+
+
 def hold_out(run: Run, source: Artifact, what: str, count: int, kind: Any) -> tuple[Artifact, Artifact]:
     """Return (rows to train on, validation rows): a seeded random split with all rows of a prompt on the same side.
 

@@ -2,39 +2,27 @@ r"""GSM8K: extracts the answers of responses, compares them, and grades.
 
 There are two ways to read a response. Strict: only the last ``#### N``, the form in which GSM8K's solutions end.
 Flexible: also what models write that were not trained on GSM8K, which is ``\boxed{N}``, "the answer is N", "A: N", or
-else the last number.
+else the last number. :mod:`spo_ray.data.numerals` reads the numbers.
 """
 
 import re
-import sys
 from bisect import bisect_left
-from collections.abc import Sequence
-from decimal import Decimal
 from fractions import Fraction
 
+from spo_ray.data.numerals import NUMBER, Result, plain, read, result, tokens
 from spo_ray.data.verifiers import Grade
 
-LONGEST = 25
-"""Longest number in characters; longer ones are degenerate text and too large for a float."""
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_SIGN = r"(?:(?<![\w.])(?:-|−\s?))?"  # a hyphen before a space is a dash, or a bullet
-_BEFORE = rf"{_SIGN}(?:\\?\$\s?-?)?(?<!\^)"
-_NUMBER = rf"{_BEFORE}(?:{_INTEGER}(?:\.\d+|/\d+)?|\.\d+)"
-_FIND = re.compile(_NUMBER)
-_WRITTEN = r"[-−]?(?:\\?\$\s?)?-?\d[\d,]*(?:\.\d+|/\d+)?"
-_MARKED = re.compile(rf"####[ \t*]*({_WRITTEN})(?!\d|,\d|\.\d)(?=([.)][ \t]+\S)|)")  # "#### 1. Cost" may be a heading
-_BARE = re.compile(rf"\s*({_WRITTEN})\s*")
-_ANSWER_IS = r"(?i:\banswer\b)\s*(?i:is|are|:|=)"
+GAP = 40
+"""Most characters between "the answer is" and its number."""
+_THOUGHTS = re.compile(
+    r"(?is)^.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\])|(?:<(?:think|thinking|thought|reasoning)>|\[THINK\]).*"
+)
+_MARK = re.compile(r"####[ \t*]*")
+_HEADING = re.compile(r"[.)][ \t]+\S")  # "#### 1. Cost" may be a heading
 _LETTERED = r"^[^\S\n]*{}:"  # "A:" marks an answer, unless there is also "B:"
-_UNTIL = rf"[^\n\d]{{0,40}}?(?={_NUMBER})"
-_SAID = re.compile(rf"(?:{_ANSWER_IS}|{_LETTERED.format('A')}){_UNTIL}", re.MULTILINE)
-_SAID_IN_WORDS = re.compile(rf"{_ANSWER_IS}{_UNTIL}")
+_SAID = re.compile(rf"(?i:\banswer\b)\s*(?:(?i:is|are|=)|(:))|({_LETTERED.format('A')})", re.MULTILINE)
 _OTHER_LETTER = re.compile(_LETTERED.format("B"), re.MULTILINE)
-# Here 3/4 is only a division. If it could also be a number, matching would take exponential time.
-_OPERAND = rf"{_BEFORE}(?:{_INTEGER}(?:\.\d+)?|\.\d+)"
-_MORE = rf"\s*[-+*/×÷x]\s*{_OPERAND}"
-_SUM = re.compile(rf"{_OPERAND}(?:{_MORE})+(?:\s*=\s*{_OPERAND}(?:{_MORE})*)*\s*=\s*({_NUMBER})")
-_FRACTION = re.compile(r"(?:(?<!\d)(\d+)\s{0,9})?\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?")
+_SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$)|(?=\n)|$)")
 _BRACE = re.compile(r"(\\boxed\s*)?\{|\}")
 
 
@@ -52,39 +40,32 @@ class Gsm8k:
 
 
 def extract(text: str) -> str | None:
-    """Return the last ``#### N`` of a response, without separators, currency, percent sign or trailing zeros.
+    """Return the number behind the last ``####`` of a response, without separators, currency, percent sign or zeros.
 
     None if there is none. Fractions stay fractions, in lowest terms.
     """
-    found = list(_MARKED.finditer(text))
-    if len(found) > 1:
-        found = [match for match in found if not match.group(2)]
-    return _normalise(found[-1].group(1)) if found else None
+    return _marked(_written(text))
 
 
 def extract_flexible(text: str) -> str | None:
-    """Return the answer by the first of these that occurs: ``####``, ``\\boxed``, "the answer is", the last number."""
-    marked = extract(text)
+    """Return the answer by the first of these that occurs: ``####``, ``\\boxed``, "the answer is", the last number.
+
+    The answer to a calculation is its result: 14 in "the answer is (3+4)*2 = 14". A calculation without a result is no
+    answer, but a number that follows it may be one.
+    """
+    text = _written(text)
+    marked = _marked(text)
     if marked is not None:
         return marked
-    text = _FRACTION.sub(_plain, text.replace("{,}", ",").replace("\\,", "").replace("\\!", ""))
-    numbers = list(_FIND.finditer(text))
-    boxed = _boxed(text, [match.start() for match in numbers])
-    if boxed is not None:
-        return _normalise(boxed)
-    said = list((_SAID_IN_WORDS if _OTHER_LETTER.search(text) else _SAID).finditer(text))
-    if said:
-        return _normalise(_first(text, said[-1].end()))
-    return _normalise(numbers[-1].group()) if numbers else None
+    response = _Response(text)
+    found = response.boxed() or response.said() or response.last()
+    return found.value if found else None
 
 
 def gold_answer(text: str) -> str | None:
     """Return the gold answer of a GSM8K solution (``... #### N``) or of a bare number; None if it is neither."""
     marked = extract(text)
-    if marked is not None:
-        return marked
-    bare = _BARE.fullmatch(text)
-    return _normalise(bare.group(1)) if bare else None
+    return marked if marked is not None else read(plain(text).strip())
 
 
 def is_correct(extracted: str | None, gold: str) -> bool:
@@ -93,48 +74,77 @@ def is_correct(extracted: str | None, gold: str) -> bool:
     return extracted is not None and answer is not None and Fraction(extracted) == Fraction(answer)
 
 
-def _boxed(text: str, numbers: Sequence[int]) -> str | None:
-    """Return the number in the last ``\\boxed{...}`` that has one; the box may lack its end.
-
-    ``numbers`` has the positions at which the text's numbers begin.
-    """
-    boxes: list[tuple[int, int]] = []
-    opened: list[tuple[int, bool]] = []
-    for brace in _BRACE.finditer(text):
-        if brace.group() != "}":
-            opened.append((brace.end(), brace.group(1) is not None))
-        elif opened:
-            start, is_box = opened.pop()
-            boxes += [(start, brace.start())] if is_box else []
-    boxes += [(start, len(text)) for start, is_box in opened if is_box]
-    for start, end in sorted(boxes, reverse=True):
-        i = bisect_left(numbers, start)
-        if i < len(numbers) and numbers[i] < end:
-            return _first(text, numbers[i], end)
-    return None
+def _written(text: str) -> str:
+    """Return the plain text of a response behind its thoughts."""
+    return plain(_THOUGHTS.sub("", text))
 
 
-def _first(text: str, start: int, end: int = sys.maxsize) -> str:
-    """Return the number at a position, or the result of the calculation there."""
-    found = _SUM.match(text, start, end) or _FIND.match(text, start, end)
-    return found.group(found.lastindex or 0) if found else ""  # the group of a calculation is its result
-
-
-def _plain(fraction: re.Match[str]) -> str:
-    """Write LaTeX's ``2\\frac{1}{2}`` as ``5/2``."""
-    whole, above, below = fraction.groups()
-    if len(fraction.group()) > 2 * LONGEST:
-        return fraction.group()
-    return f"{int(whole or 0) * int(below) + int(above)}/{int(below)}"
-
-
-def _normalise(number: str) -> str | None:
-    text = re.sub(r"[\s$\\,]", "", number).replace("−", "-")
-    if len(text) > LONGEST:
+def _marked(text: str) -> str | None:
+    """Return the number that stands directly behind the last ``####``, or the result of a calculation there."""
+    found = [number for mark in _MARK.finditer(text) if (number := NUMBER.match(text, mark.end()))]
+    if len(found) > 1:
+        found = [number for number in found if not _HEADING.match(text, number.end())]
+    if not found:
         return None
-    try:
-        if "/" in text:
-            return str(Fraction(text))
-        return f"{Decimal(text).normalize() + 0:f}"
-    except (ArithmeticError, ValueError):  # two signs, or a division by zero
-        return None
+    end = text.find("\n", found[-1].end())
+    return result(tokens(text, found[-1].start(), end if end > 0 else len(text)), 0, len(text)).value
+
+
+class _Response:
+    """A plain text and its tokens."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.tokens = tokens(self.text)
+        self.starts = [token.start for token in self.tokens]
+        self.numbers = [token.start for token in self.tokens if token.kind == "number"]
+
+    def boxed(self) -> Result | None:
+        """Return what the last ``\\boxed{...}`` with a number holds; the box may lack its end."""
+        boxes: list[tuple[int, int]] = []
+        opened: list[tuple[int, bool]] = []
+        for brace in _BRACE.finditer(self.text):
+            if brace.group() != "}":
+                opened.append((brace.end(), brace.group(1) is not None))
+            elif opened:
+                start, is_box = opened.pop()
+                boxes += [(start, brace.start())] if is_box else []
+        boxes += [(start, len(self.text)) for start, is_box in opened if is_box]
+        last = next((box for box in sorted(boxes, reverse=True) if self.has_number(*box)), None)
+        return result(self.tokens, bisect_left(self.starts, last[0]), last[1]) if last else None
+
+    def said(self) -> Result | None:
+        """Return what the last "the answer is" or "A:" says.
+
+        A colon may also begin a whole solution, or be in "to get the answer: add 3 and 4". Therefore words between it
+        and its number are allowed in the last sentence with numbers only.
+        """
+        lettered, found = _OTHER_LETTER.search(self.text) is None, None
+        for said in reversed(list(_SAID.finditer(self.text))):
+            sentence = _SENTENCE.match(self.text, said.end())
+            end = sentence.end() if sentence else said.end()
+            if (said.group(2) and not lettered) or not self.has_number(said.end(), min(said.end() + GAP, end)):
+                continue
+            number = self.numbers[bisect_left(self.numbers, said.end())]
+            between = any(c.isalpha() for c in self.text[said.end() : number])
+            if between and (said.group(1) or said.group(2)) and self.has_number(end, len(self.text)):
+                continue
+            found = result(self.tokens, bisect_left(self.starts, said.end()), len(self.text))
+            if not found.unfinished:
+                return found
+            if self.has_number(found.end, len(self.text)):
+                return self.last()
+        return found
+
+    def last(self) -> Result | None:
+        """Return the last number of the text."""
+        return Result(read(self.text_of(self.numbers[-1])), len(self.text), False) if self.numbers else None
+
+    def text_of(self, number: int) -> str:
+        """Return the text of the number that begins at a position."""
+        return self.tokens[bisect_left(self.starts, number)].text
+
+    def has_number(self, start: int, end: int) -> bool:
+        """Return True if a number begins within a part of the text."""
+        i = bisect_left(self.numbers, start)
+        return i < len(self.numbers) and self.numbers[i] < end

@@ -15,6 +15,10 @@ from spo_ray.data.preference_formats import unread
 from spo_ray.data.sources import read_pair, sourced_rows
 from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
+from spo_ray.model.adapter import ModelSource
+from spo_ray.model.collate import rows_at_once
+from spo_ray.model.displacement import ches_scores
+from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.console import visible
 
@@ -30,8 +34,10 @@ LONGEST_CHARACTER = 4
 """Bytes of the longest character in UTF-8, which can be a token each."""
 
 
-def inspect_data(config: Config, data: Path | None, rows: int, console: Console) -> None:
+def inspect_data(config: Config, data: Path | None, rows: int, console: Console, displacement: bool = False) -> None:
     """Print some rows, then the lengths and the drop reasons of the first thousand.
+
+    With ``displacement`` also the pairs with the highest CHES scores (:mod:`spo_ray.model.displacement`).
 
     Raises:
         UserError: the data can't be read, or no row can be used.
@@ -41,7 +47,8 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
         section = (section or PreferenceData(path=data)).model_copy(update={"path": data, "more": [], "weight": None})
     if section is None:
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
-    chat, limit = ChatTokenizer.load(config.model.path, config.model), config.train.max_length
+    base = ModelSource.of(config.model)
+    chat, limit = ChatTokenizer.load(base.tokenizer, config.model, base.model), config.train.max_length
     reasons, check = Counter[str](), pair_check(config.pairs)
     tokenised: list[dict[str, Any]] = []
     unused: set[str] = set()
@@ -67,6 +74,26 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console)
         console.print(advice, markup=False)
     if not tokenised:
         raise UserError("no row can be used: the reasons are above")
+    if displacement:
+        _show_displacement(console, chat, tokenised, rows, config)
+
+
+def _show_displacement(
+    console: Console, chat: ChatTokenizer, tokenised: list[dict[str, Any]], rows: int, config: Config
+) -> None:
+    source = ModelSource.of(config.model)
+    if source.adapter is not None:
+        raise UserError(
+            "--displacement needs a model without an adapter: run with --until data, and name its base_model"
+        )
+    model, size = load_model(source.model).eval(), rows_at_once(config.train.max_length)
+    scores = ches_scores(model, tokenised, chat.pad_id, size)
+    ranked = sorted(zip(scores, tokenised, strict=True), key=lambda found: -getattr(found[0], config.pairs.ches))
+    console.rule("CHES scores (and per token), the highest first: these pairs lower log pi(chosen) most")
+    for score, row in ranked[:rows]:
+        line = f"row {row['id']}: {score.ches:.4g} ({score.ches_per_token:.4g})"
+        texts = [f"{side}: {chat.decode(row[column])[:EXCERPT]!r}" for side, column in SIDES.items()]
+        console.print("\n  ".join([line, *texts]), markup=False)
 
 
 def _show(console: Console, chat: ChatTokenizer, row: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ class SamplingJob(NamedTuple):
         """Settings that samples depend on, besides the model and the questions."""
         if isinstance(self.engine, EndpointConfig):
             engine: dict[str, Any] = {"engine": "endpoint", "url": self.engine.url}
+            engine |= {"request": self.engine.request} if self.engine.request else {}
         else:
             engine = {"engine": choose_engine(self.engine)[0]}
             engine |= self.engine.model_dump(include={"dtype", "max_model_len", "arguments"})

@@ -66,9 +66,11 @@ def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limi
 def _tokenise(
     run: Run, name: str, source: Artifact, sides: Mapping[str, str], kind: Any, rows_per_input: int = 1
 ) -> Artifact:
+    from spo_ray.model.adapter import ModelSource  # imports torch, which this file's tasks need not
+
     config, limit = run.config.model, run.config.train.max_length
     every = sides == RESPONSE and run.config.sft is not None and run.config.sft.loss_on == "every_assistant_turn"
-    model = external(config.path)
+    model = external(ModelSource.of(config).tokenizer)
 
     def build(out: Path, counts: RowCounts) -> None:
         tokeniser = partial(_tokeniser, str(model.path), config, sides, limit, every)

@@ -99,8 +99,8 @@ class Evaluator:
             return local_replies(local, requests, annotator)
 
     def _open(self, path: Path) -> Any:
+        from spo_ray.model.adapter import ModelSource, adapted, is_adapter
         from spo_ray.model.engines import LocalAnswers
-        from spo_ray.model.export import is_adapter, merge_adapter
 
         if self.path != path:
             if self.local is not None:
@@ -110,7 +110,7 @@ class Evaluator:
                 folder = path
                 if is_adapter(path):
                     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                    merge_adapter(path, folder)
+                    ModelSource(adapted(path), path).merge(folder)
                 self.local = LocalAnswers(self.kind, str(folder), self.config, self.template)
             self.path = path
         return self.local

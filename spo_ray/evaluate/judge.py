@@ -91,7 +91,8 @@ def read_verdict(reply: Reply, annotator: AnnotatorConfig) -> float | None:
     lines = [line for line in reply.text.splitlines() if line.strip()]
     if annotator.verdict == "weighted" or not lines:
         return None
-    named = [i for i in annotator.identifiers if re.search(rf"(?<!\w){re.escape(i)}(?!\w)", lines[-1])]
+    # the second lookbehind: "I'm sure M" names M alone
+    named = [i for i in annotator.identifiers if re.search(rf"(?<!\w)(?<!\w['’]){re.escape(i)}(?!\w)", lines[-1])]
     return float(annotator.identifiers.index(named[0])) if len(named) == 1 else None
 
 
@@ -100,7 +101,8 @@ def identity(annotator: AnnotatorConfig, model: Artifact) -> dict[str, Any]:
     own = annotator.model_dump(include={"identifiers", "max_tokens", "temperature"})
     own["weighted"] = _weighted(annotator)
     if annotator.engine.type == "endpoint":
-        return own | {"url": annotator.engine.url, "model": annotator.model}
+        request = {"request": annotator.engine.request} if annotator.engine.request else {}
+        return own | request | {"url": annotator.engine.url, "model": annotator.model}
     engine = annotator.engine.model_dump(include={"type", "dtype", "max_model_len", "arguments"})
     return own | {"engine": engine, "model": model.digest}
 

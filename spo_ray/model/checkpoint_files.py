@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from spo_ray.errors import UserError
+from spo_ray.model.checkpoint_config import generation_settings, model_config, rehearse_export
 
 WHOLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of weights in a safetensors header; others are quantised weights, or buffers."""
 LISTED = 3
@@ -30,23 +32,26 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-def check_checkpoint(path: str | Path) -> None:
+def check_checkpoint(path: str | Path, *, trained: bool = False) -> None:
     """Compare the weights of a checkpoint or of a PEFT adapter with its configuration; their values are not read.
 
-    A hub id is checked if it is in the cache.
+    A hub id is checked if it is in the cache. With ``trained`` the export after training is rehearsed too.
 
     Raises:
-        UserError: a file is missing, cut off or too large, or names, shapes or types are not those of the model.
+        UserError: a file is missing, cut off or too large, names, shapes or types are not those of the model, or it
+            could not be exported.
     """
     stored = stored_tensors(path)
     if not stored or next(iter(stored.values())).file.name == ADAPTER:
         return
     try:
-        load_weights(path, device_map={"": "meta"})
+        model = load_weights(path, device_map={"": "meta"})
     except UserError:
         raise
     except Exception as error:  # a configuration that transformers refuses: the causes have no common class
         raise UserError(f"the model in {path} can't be loaded: {_first_line(error)}") from error
+    if trained:
+        rehearse_export(model, path)
 
 
 def load_weights(path: str | Path, **options: Any) -> PreTrainedModel:
@@ -56,19 +61,23 @@ def load_weights(path: str | Path, **options: Any) -> PreTrainedModel:
 
     Raises:
         UserError: a file can't be read, or weights are missing or have another shape; transformers would train them
-            from random numbers.
+            from random numbers. Also if there are others than the model has, or an adapter beside it.
     """
     stored = stored_tensors(path)
+    if (Path(path) / "config.json").is_file() and (Path(path) / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{path} holds a model and an adapter ({ADAPTER_CONFIG}): set model.adapter={path} to merge it at the "
+            "start, or move it to another folder"
+        )
+    options = {"config": model_config(path), "generation_config": generation_settings(path)} | options
     with _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     model, found = loaded
-    if found["missing_keys"]:
-        raise UserError(
-            f"the weights in {path} lack {_listed(found['missing_keys'])}, which its config.json asks for: copy the "
-            "checkpoint again, or correct config.json"
-        )
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if missing or unexpected:
+        raise UserError(f"the weights in {path} {_difference(missing, unexpected)}")
     if found["mismatched_keys"]:
         name, shape, wanted = min(found["mismatched_keys"])
         file = stored[name].file if name in stored else path
@@ -137,6 +146,26 @@ def weight_files(path: str | Path) -> list[Path]:
     if missing:
         raise UserError(f"{folder} lacks {_listed(missing)}, which {INDEX} names: copy the checkpoint again")
     return files
+
+
+def _difference(missing: set[str], unexpected: set[str]) -> str:
+    """Describe how stored names differ from the model's; at least one of the two sets has a name."""
+    lack = f"lack {_listed(missing)}, which its config.json asks for"
+    if not missing:
+        return (
+            f"have {_listed(unexpected)}, which its config.json has no place for: correct it, or remove these weights"
+        )
+    if not unexpected:
+        return f"{lack}: copy the checkpoint again, or correct config.json"
+    foreign = {part for name in unexpected for part in name.split(".")} - {p for n in missing for p in n.split(".")}
+    for name in sorted(unexpected):
+        before = next((name.removesuffix(m) for m in missing if name.endswith(f".{m}")), "")
+        within = ".".join(part for part in name.split(".") if part in foreign)
+        inside = ".".join(part for part in name.split(".") if part not in foreign)
+        if before or (within and inside in missing):
+            wrapper = before or within
+            return f"{lack}: they have {wrapper!r} in their names, such as {name}; save the model inside that wrapper"
+    return f"{lack}, and have {_listed(unexpected)} instead: config.json is another model's"
 
 
 @contextmanager

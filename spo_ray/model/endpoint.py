@@ -9,6 +9,7 @@ import httpx
 import openai
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
+from spo_ray.errors import UserError
 from spo_ray.model.completion import Completion, Generations, Skipped, valid_text
 
 REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
@@ -103,8 +104,12 @@ class ChatClient:
             max_retries=config.retries,
             http_client=BoundedClient(config.timeout_s, self._wait_for_turn),
         )
+        self.config = config
         self.logprobs: bool | None = None
         """True if the server returns log-probabilities; None: unknown."""
+        self.accepted = False
+        """True once the server has answered a request, so that it can't be the settings that it refuses."""
+        self.checking = asyncio.Lock()
 
     async def __aenter__(self) -> "ChatClient":
         await self.client.__aenter__()
@@ -118,23 +123,55 @@ class ChatClient:
 
         Raises:
             openai.OpenAIError: after all retries, or :class:`InvalidResponseError`.
+            UserError: the server refuses the settings of the requests, whatever they ask.
         """
         async with self.concurrent:
-            if self.logprobs is False or not logprobs:
-                return await self._send(request)
             try:
-                answer = await self._send(request | logprobs)
-                self.logprobs = True
+                return await self._ask(logprobs, request)
             except REFUSED:
-                if self.logprobs:  # the server accepts them in other requests
-                    raise
-                answer = await self._send(request)
-                self.logprobs = bool(self.logprobs)  # a request at the same time may have shown that it does
-            return answer
+                await self._check_settings(request)
+                raise
+
+    async def _ask(self, logprobs: dict[str, Any], request: dict[str, Any]) -> Any:
+        if self.logprobs is False or not logprobs:
+            return await self._send(request)
+        try:
+            answer = await self._send(request | logprobs)
+            self.logprobs = True
+        except REFUSED:
+            if self.logprobs:  # the server accepts them in other requests
+                raise
+            answer = await self._send(request)
+            self.logprobs = bool(self.logprobs)  # a request at the same time may have shown that it does
+        return answer
+
+    async def _check_settings(self, request: dict[str, Any]) -> None:
+        """Send the settings of a refused request with a short prompt, unless a request was accepted before.
+
+        Raises:
+            UserError: they are refused again, as every other request would be.
+        """
+        async with self.checking:
+            if self.accepted:
+                return
+            try:
+                await self._send(request | {"messages": [{"role": "user", "content": "Say yes."}]})
+            except REFUSED as error:
+                raise UserError(
+                    f"{self.config.url} refuses every request ({error.status_code}: {str(error)[:300]}): change the "
+                    "requests by engine.request, such as {max_completion_tokens: 4000, temperature: null}"
+                ) from error
+            except openai.OpenAIError:
+                return
 
     async def _send(self, request: dict[str, Any]) -> Any:
+        own = self.config.request
+        replaced = own.keys() | ({"max_tokens"} if "max_completion_tokens" in own else set())
+        request = {name: value for name, value in request.items() if name not in replaced}
+        more = {name: value for name, value in own.items() if value is not None}
         try:
-            answer: Any = await self.client.chat.completions.create(**request)
+            answer: Any = await self.client.chat.completions.create(**request, extra_body=more)
+            self.accepted = True
             if answer.choices and all(choice.message for choice in answer.choices):
                 return answer
         except openai.OpenAIError:
@@ -157,6 +194,7 @@ class EndpointAnswers:
 
     Raises:
         RuntimeError: the server can't be reached after all retries, rejects the key, or does not know the model.
+        UserError: the server refuses the settings of every request.
     """
 
     def __init__(self, key: str | None, model: str, config: EndpointConfig, sampling: SamplingConfig) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.config.model import TemplateConfig
 from spo_ray.core.logps import IGNORE, completion_logps
 from spo_ray.errors import RowRejectedError
+from spo_ray.model.checkpoint_config import generation_settings
 from spo_ray.model.checkpoint_files import check_finite, stored_tensors
 from spo_ray.model.collate import TokenRow, collate, rows_at_once
 from spo_ray.model.completion import (
@@ -118,7 +120,12 @@ class VllmEngine:
             gpus = config.gpus or 1.0
             hardware = {"tensor_parallel_size": max(1, int(gpus)), "gpu_memory_utilization": 0.9 * min(1.0, gpus)}
         options: dict[str, Any] = {"enable_prefix_caching": True, "load_format": "safetensors", "seed": 0}
-        options |= {"dtype": config.dtype, "max_model_len": config.max_model_len} | hardware | config.arguments
+        options |= {"dtype": config.dtype, "max_model_len": config.max_model_len} | hardware
+        self.folder = tempfile.TemporaryDirectory()  # vLLM would fail on values that transformers refuses
+        if settings := generation_settings(path):
+            settings.save_pretrained(self.folder.name)
+            options["generation_config"] = self.folder.name
+        options |= config.arguments
         self.llm = LLM(model=path, **options)
         self.longest = config.max_model_len - 1  # scoring a text generates one token more
 

@@ -9,16 +9,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
-from transformers import AutoTokenizer
 
 from spo_ray.core.lm_head import base_of
-from spo_ray.errors import UserError
-from spo_ray.model.load import PHI, THETA, load_model
+from spo_ray.model.load import PHI, THETA
 from spo_ray.model.tokenizer import ChatTokenizer
 
 PROBE = "spo_probe.json"
 BACKBONE, ADAPTER = "backbone", "adapter"
-ADAPTER_CONFIG = "adapter_config.json"
 _CARD = "README.md"
 
 
@@ -85,35 +82,6 @@ def read_probe(path: str | Path) -> dict[str, Any] | None:
     """Return the probe of a checkpoint that spo_ray exported, or None for any other model."""
     file = Path(path) / PROBE
     return json.loads(file.read_text()) if file.is_file() else None
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Return True if a folder holds a PEFT adapter without its model."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
-
-
-def adapted(path: Path) -> Path | str:
-    """Return the base model of an adapter: a folder relative to it, or the name in its configuration.
-
-    Raises:
-        UserError: the configuration names none.
-    """
-    name = json.loads((path / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    if not name:
-        raise UserError(f"{path / ADAPTER_CONFIG} names no base_model_name_or_path: add it")
-    beside = (path / name).resolve()
-    return beside if beside.is_dir() else name
-
-
-def merge_adapter(path: Path, into: Path) -> None:
-    """Merge an adapter into its base model and save the result in float32, with the tokenizer."""
-    from peft import PeftModel
-
-    source = adapted(path)
-    model: Any = PeftModel.from_pretrained(load_model(source), path)
-    model.merge_and_unload().save_pretrained(into)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path if (path / "tokenizer_config.json").is_file() else source)
-    tokenizer.save_pretrained(into)
 
 
 def _stop_at(settings: Any, stop_ids: Sequence[int]) -> None:

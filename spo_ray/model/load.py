@@ -1,7 +1,6 @@
 """Loading of models from checkpoints: the backbone, the parameters to train, and adapters."""
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -9,15 +8,14 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.utils import is_flash_attn_2_available, logging
 
 from spo_ray.config.model import LastLayers, ModelConfig, SecondAdapter, WholeBackbone
 from spo_ray.errors import UserError
+from spo_ray.model.checkpoint_config import generation_settings, model_config
 from spo_ray.model.checkpoint_files import check_finite, load_weights
 from spo_ray.model.fsdp import decoder_layers
 
@@ -43,11 +41,10 @@ def load_model(
         UserError: the attention implementation is not installed or does not support this model, or the weights are
             incomplete, damaged or not finite.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = model_config(path)
     implementation = _attention(config, attention, compute or dtype)
     model = load_weights(path, config=config, dtype=getattr(torch, dtype), attn_implementation=implementation)
     check_finite(path)
-    _make_savable(model.generation_config)
     return model
 
 
@@ -108,15 +105,13 @@ _PHI_NAME = re.compile(rf"\.lora_\w+\.{PHI}(\.|$)")
 
 def _empty(path: str | Path, dtype: str, attention: str, *, compute: str | None) -> PreTrainedModel:
     """Build the model of a checkpoint's configuration on the meta device."""
-    config = AutoConfig.from_pretrained(path)
+    config = model_config(path)
     implementation = _attention(config, attention, compute or dtype)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=implementation
         )
-    with suppress(OSError):  # base models often have no generation settings
-        model.generation_config = GenerationConfig.from_pretrained(path)
-    _make_savable(model.generation_config)
+    model.generation_config = generation_settings(path) or model.generation_config
     return model
 
 
@@ -186,12 +181,3 @@ def _refuse_tied_targets(wrapped: Any, config: ModelConfig) -> None:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     if base.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise UserError(f"model.lora_targets={config.lora_targets!r} includes an embedding that is tied: leave it out")
-
-
-def _make_savable(settings: GenerationConfig | None) -> None:
-    """Set ``do_sample`` if there are sampling parameters, because transformers refuses to save them without it."""
-    if settings is not None:
-        try:
-            settings.validate(strict=True)
-        except ValueError:
-            settings.do_sample = True

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
 from spo_ray.errors import RowRejectedError, UserError, first_line
 from spo_ray.model import render_template
+from spo_ray.model.checkpoint_config import embedding_rows
 from spo_ray.model.completion import TEMPLATE_REFUSES
 
 Message = Mapping[str, Any]
@@ -48,12 +49,20 @@ START_S = 120
 class ChatTokenizer:
     """Wrapper of a Hugging Face tokenizer with the operations that training and sampling need.
 
+    Args:
+        tokenizer: the tokenizer.
+        template: replacement, arguments and answer prefix of its chat template.
+        rows: number of token ids that the model knows; None: any.
+
     Raises:
-        UserError: the tokenizer has no chat template, the template can't be used or does not take the arguments, or no
-            end-of-turn token can be found.
+        UserError: the tokenizer has no chat template, the template can't be used or does not take the arguments, no
+            end-of-turn token can be found, or the model does not know a token other than the padding, for which any
+            other will do because it is masked.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig = OWN_TEMPLATE) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig = OWN_TEMPLATE, rows: int | None = None
+    ) -> None:
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
@@ -71,15 +80,20 @@ class ChatTokenizer:
             self.end_id, self.writes_end = self._end_of_turn()
         except RowRejectedError as error:
             raise UserError(f"the chat template of {name} can't be used: {error}") from error
-        self.pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_id)
+        self.rows = sys.maxsize if rows is None else rows
+        self._refuse_unknown()
+        pad = tokenizer.pad_token_id
+        self.pad_id = int(self.end_id if pad is None or pad >= self.rows else pad)
 
     @classmethod
-    def load(cls, path: str | Path, template: TemplateConfig = OWN_TEMPLATE) -> "ChatTokenizer":
-        """Load from a directory or the hub."""
+    def load(
+        cls, path: str | Path, template: TemplateConfig = OWN_TEMPLATE, model: str | Path | None = None
+    ) -> "ChatTokenizer":
+        """Load from a directory or the hub; ``model`` is the model's checkpoint, if it is not in the same place."""
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
         if template.chat_template:
             tokenizer.chat_template = template.chat_template
-        return cls(tokenizer, template)
+        return cls(tokenizer, template, embedding_rows(model or path))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -164,9 +178,13 @@ class ChatTokenizer:
         return f"{differ}: set model.answer_prefix {text}, {otherwise}"
 
     def has_markup(self, text: str) -> bool:
-        """Return True if text contains special tokens, such as the end of a turn, before its last token."""
+        """Return True if text contains special tokens, such as the end of a turn, before its last token.
+
+        Also if it has a token anywhere that the model does not know.
+        """
         special = set(self.tokenizer.all_special_ids) | {self.end_id}
-        return any(token in special for token in self._encode(text)[:-1])
+        ids = self._encode(text)
+        return any(token in special for token in ids[:-1]) or any(token >= self.rows for token in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
@@ -179,6 +197,22 @@ class ChatTokenizer:
     def _conversation(self, prompt: str | Sequence[Message], text: str, extra: str | None = None) -> str:
         answer = {"role": "assistant", "content": text, "extra": extra}
         return self._render([*_messages(prompt), *_messages([answer])], self.arguments, False)
+
+    def _refuse_unknown(self) -> None:
+        """Refuse tokens without a row in the model's embedding, if ordinary texts or the chat template have them.
+
+        A special token that no template uses, such as one that transformers adds by itself, does no harm.
+        """
+        tokenizer: Any = self.tokenizer
+        ids = {i: word for word, i in tokenizer.get_vocab().items() if i >= self.rows and i != tokenizer.pad_token_id}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        used = self._encode(self._conversation("question", _PROBE)) if ids else []
+        unknown = {i for i in ids if i not in special or i in used}
+        if unknown:
+            raise UserError(
+                f"the tokenizer has ids up to {max(unknown)}, but the model's embedding has {self.rows} rows: "
+                f"{ids[min(unknown)]!r} is {min(unknown)}; resize the embedding, or use the model's own tokenizer"
+            )
 
     def _render(self, messages: Sequence[Message], arguments: Mapping[str, Any], generation: bool) -> str:
         """Return messages as the template writes them, with their tools.

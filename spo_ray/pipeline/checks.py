@@ -12,6 +12,7 @@ from spo_ray.errors import UserError, first_line
 from spo_ray.evaluate.alpaca import read_instructions
 from spo_ray.evaluate.judge import read_template
 from spo_ray.evaluate.lm_eval import known_task
+from spo_ray.model.adapter import ModelSource
 from spo_ray.model.checkpoint_files import check_checkpoint
 from spo_ray.model.completion import choose_engine
 from spo_ray.model.tokenizer import ChatTokenizer
@@ -29,18 +30,19 @@ def preflight(config: Config) -> None:
         UserError: something is missing or can't be used.
     """
     check_trackers(config.tracking)
-    name = config.model.path
+    source = ModelSource.of(config.model)
+    name = str(source.model)
     path, is_hub_id = Path(name), on_hub(Path(name))
     if not is_hub_id and not (path / "config.json").is_file():
         raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
     try:
-        ChatTokenizer.load(name, config.model).check_opening()
+        ChatTokenizer.load(source.tokenizer, config.model, name).check_opening()
     except UserError:
         raise
     except Exception as error:  # missing files, but also any mistake in a chat template
         absent = f"there is no folder {name} here, and on the hub " if is_hub_id else ""
         raise UserError(f"{absent}the tokenizer of {name} can't be used: {first_line(error)}") from error
-    check_checkpoint(name)
+    source.check()
     if not is_hub_id:
         _check_lengths(config, path)
     engine, why = choose_engine(config.engine)

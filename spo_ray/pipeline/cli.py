@@ -179,7 +179,11 @@ def doctor(*overrides: Overrides, config: ConfigPath | None = None, json: Json =
 
 @app.command
 def inspect(
-    *overrides: Overrides, config: ConfigPath = Path("configs/quickstart.yaml"), data: Path | None = None, rows: int = 3
+    *overrides: Overrides,
+    config: ConfigPath = Path("configs/quickstart.yaml"),
+    data: Path | None = None,
+    rows: int = 3,
+    displacement: bool = False,
 ) -> int:
     """Show how training reads preference data: tokens, masks, lengths, and which rows would be dropped.
 
@@ -189,6 +193,8 @@ def inspect(
         A .jsonl or .parquet file, a folder with train.jsonl, or a dataset on the hub.
     rows
         Number of rows to show.
+    displacement
+        Load the model, and list the pairs that lower the chosen response's probability most.
     """
 
     def work() -> None:
@@ -196,7 +202,7 @@ def inspect(
 
         from spo_ray.data.inspect import inspect_data
 
-        inspect_data(load(config, overrides), data, rows, Console(markup=False))
+        inspect_data(load(config, overrides), data, rows, Console(markup=False), displacement)
 
     return guarded(work)
 

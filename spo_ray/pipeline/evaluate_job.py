@@ -10,8 +10,8 @@ from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.evaluate.statistics import in_words
+from spo_ray.model.adapter import adapted, is_adapter
 from spo_ray.model.checkpoint_files import check_checkpoint
-from spo_ray.model.export import adapted, is_adapter
 from spo_ray.pipeline.checks import check_evaluation
 from spo_ray.runtime.artifact import Artifact, external, on_hub, write_json
 from spo_ray.runtime.cluster import connect

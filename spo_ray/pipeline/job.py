@@ -6,23 +6,25 @@ folder of its own and is reused as long as everything that it depends on stays t
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import ValidationConfig
-from spo_ray.data.filter import clean_pairs, hold_out
+from spo_ray.data.filter import clean_pairs, hold_out, without_displacement
 from spo_ray.data.pairs import preference_pairs
 from spo_ray.data.sft_set import sft_set
 from spo_ray.data.sources import load_data, load_examples
 from spo_ray.data.tokenize import tokenise_pairs, tokenise_sft
 from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
+from spo_ray.model.adapter import ModelSource
 from spo_ray.pipeline import Part
 from spo_ray.pipeline.checks import preflight
 from spo_ray.report.run_page import write_report
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.cluster import connect
-from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
 from spo_ray.train.spec import Prepared, Start
@@ -100,7 +102,7 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
     rows = load_data(run, "train", against=job.test)
     yield "data"
 
-    job.base = external(config.model.path)
+    job.base = base_model(run)
     if validation and not has_pairs:
         rows, job.validation = hold_out(run, rows, "questions", validation.questions, schema.Prompt)
     job.chosen = clean_pairs(run, "pairs", rows) if has_pairs else sft_set(run, job.base, rows)
@@ -123,8 +125,18 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
 
     if held_out is not None:
         job.held_out = referenced(run, job.policy, held_out, "held_out_tokens", "held_out_pairs")
-    job.reference = referenced(run, job.policy, job.pairs, "pair_tokens", "reference")
+    job.reference = without_displacement(run, referenced(run, job.policy, job.pairs, "pair_tokens", "reference"))
     yield "reference"
+
+
+def base_model(run: Run) -> Artifact:
+    """Return the configuration's model; if an adapter is to be merged into it, a stage with the result."""
+    source = ModelSource.of(run.config.model)
+    if source.adapter is None:
+        return external(source.model)
+    inputs = {"model": external(source.model), "adapter": external(source.adapter)}
+    work = Work(cpus=1, note=f"{source.adapter.name} merged into {Path(source.model).name}")
+    return run.execute(Stage("base_model", lambda out, _: source.merge(out), {}, inputs, work))
 
 
 def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number: int) -> dict[str, Artifact]:
@@ -133,7 +145,8 @@ def next_round(run: Run, policies: dict[str, Artifact], chosen: Artifact, number
     for name, policy in policies.items():
         suffix = f"_{name}_round{number}"
         pairs = preference_pairs(run, policy, chosen, suffix)
-        starts[name] = Start(policy, referenced(run, policy, pairs, f"pair_tokens{suffix}", f"reference{suffix}"))
+        reference = referenced(run, policy, pairs, f"pair_tokens{suffix}", f"reference{suffix}")
+        starts[name] = Start(policy, without_displacement(run, reference))
     return train_methods(run, starts, suffix=f"_round{number}")
 
 

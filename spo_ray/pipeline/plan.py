@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
+from spo_ray.model.adapter import ModelSource
 from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
 from spo_ray.runtime.manifest import MANIFEST, UnreadableError, read_manifest
 from spo_ray.runtime.run import PlannedRun, PlannedStage, Work
@@ -65,8 +66,8 @@ class Estimator:
     def model(self) -> Any:
         """The model's configuration; None if it can't be read, for instance without a network."""
         try:
-            return AutoConfig.from_pretrained(self.config.model.path)
-        except (OSError, ValueError):
+            return AutoConfig.from_pretrained(ModelSource.of(self.config.model).model)
+        except (OSError, ValueError, UserError):
             return None
 
     def of(self, stage: PlannedStage) -> Estimate:

@@ -93,6 +93,13 @@ class ReferencedPair(TokenisedPair):
     ref_rejected_logps: float
 
 
+class ChesPair(ReferencedPair):
+    """A pair with the scores of :mod:`spo_ray.model.displacement` under the reference model."""
+
+    ches: float
+    ches_per_token: float
+
+
 class SftRow(TypedDict):
     """A tokenised SFT example."""
 

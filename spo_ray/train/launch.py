@@ -80,7 +80,7 @@ def train_methods(
                     "method": config.methods[name].model_dump(),
                     "preference": config.preference.model_dump(),
                     "train": _identity(run),
-                    "model": config.model.model_dump(exclude={"path", "attention", "max_template_mismatch"}),
+                    "model": config.model.model_dump(exclude={"path", "adapter", "attention", "max_template_mismatch"}),
                 },
                 {"model": start.model, "pairs": start.rows} | more,
                 _work(config, start.rows, name, config.preference.batch_size, config.preference.epochs),

@@ -7,6 +7,7 @@ import torch
 from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.model.collate import collate, rows_at_once
+from spo_ray.model.displacement import ches_scores
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime import schema
@@ -23,6 +24,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
     settings, or in the digests of ``model`` and ``pairs``.
     """
     config = run.config
+    with_ches = config.pairs.max_ches_quantile is not None
 
     def build(out: Path, counts: RowCounts) -> None:
         map_shards(
@@ -31,33 +33,44 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
             out,
             counts,
             mapper=ReferenceLogps,
-            kind=schema.ReferencedPair,
+            kind=schema.ChesPair if with_ches else schema.ReferencedPair,
             batch_size=1024,
             pool=Pool(config.train.num_workers, config.train.cpus_per_worker, float(uses_gpu(config))),
             model=str(model.path),
             precision=config.train.precision,
             max_length=config.train.max_length,
             template=config.model,
+            with_ches=with_ches,
         )
 
-    settings = {"precision": config.train.precision}
+    settings = {"precision": config.train.precision} | ({"ches": True} if with_ches else {})
     tokens = times(pairs.max_rows, 2 * config.train.max_length)
     work = worker_work(config, "reference log-probabilities", rows=pairs.max_rows, tokens=tokens)
     return run.execute(Stage(name, build, settings, {"model": model, "pairs": pairs}, work, resumable=True))
 
 
 class ReferenceLogps:
-    """Mapper that adds the reference model's logps (nats) to rows of tokenised pairs."""
+    """Mapper that adds the reference model's logps (nats) to rows of tokenised pairs, with CHES scores if asked."""
 
-    def __init__(self, model: str, precision: str, max_length: int, template: TemplateConfig = OWN_TEMPLATE) -> None:
+    def __init__(
+        self,
+        model: str,
+        precision: str,
+        max_length: int,
+        template: TemplateConfig = OWN_TEMPLATE,
+        with_ches: bool = False,
+    ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pad_id = ChatTokenizer.load(model, template).pad_id
-        self.precision, self.size = precision, rows_at_once(max_length)
+        self.precision, self.size, self.with_ches = precision, rows_at_once(max_length), with_ches
         self.model = load_model(model).to(self.device).eval()
 
     def __call__(self, table: list[Row]) -> Mapped:
         columns = {f"ref_{side}_logps": self.score(table, f"{side}_ids") for side in ("chosen", "rejected")}
-        return [row | {key: values[i] for key, values in columns.items()} for i, row in enumerate(table)], []
+        scores: list[Row] = [{} for _ in table]
+        if self.with_ches:
+            scores = [s._asdict() for s in ches_scores(self.model, table, self.pad_id, self.size, self.device)]
+        return [row | {key: v[i] for key, v in columns.items()} | scores[i] for i, row in enumerate(table)], []
 
     @torch.inference_mode()
     def score(self, table: list[Row], side: str) -> list[float]:

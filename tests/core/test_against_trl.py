@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from spo_ray.core.logps import IGNORE, completion_logps
-from spo_ray.core.losses import dpo_nll, ipo
+from spo_ray.core.losses import PairLogps, cpo, dpo_nll, exo_pair, ipo, orpo
 from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import collate_pairs
 
@@ -22,6 +22,14 @@ LOSSES = {
     "dpo": ({"loss_type": ["sigmoid"]}, "dpo"),
     "ipo": ({"loss_type": ["ipo"]}, partial(ipo, beta=BETA, ipo_reduction="mean")),
     "robust": ({"loss_type": ["robust"], "label_smoothing": 0.1}, "robust_dpo"),
+    "hinge": ({"loss_type": ["hinge"]}, "slic"),
+    "apo_zero": ({"loss_type": ["apo_zero"]}, "apo_zero"),
+    "apo_down": ({"loss_type": ["apo_down"]}, "apo_down"),
+    "nca_pair": ({"loss_type": ["nca_pair"]}, "nca"),
+    "exo_pair": (
+        {"loss_type": ["exo_pair"], "label_smoothing": 0.1},
+        partial(exo_pair, beta=BETA, label_smoothing=0.1),
+    ),
     "dpo + sft": (
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
         partial(dpo_nll, beta=BETA, mu=1.0, sft_reduction="token_mean"),
@@ -183,3 +191,23 @@ def test_simpo_is_its_published_formula(options):
     print(f"loss {abs(metrics['loss'] / loss.item() - 1):.1e}, gradients {error:.1e}")
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert error < 1e-5
+
+
+def test_cpo_and_orpo_are_trls():
+    """Their preference terms; TRL's trainers take L_SFT over the prompt too."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    lengths = torch.tensor([3, 4]), torch.tensor([2, 5])
+    sums = torch.tensor([-3.0, -8.0]), torch.tensor([-4.0, -5.0])
+    pairs = PairLogps(*sums, *sums, *lengths, 3.5)
+    device = type("Accelerator", (), {"device": "cpu"})
+    settings = {"beta": BETA, "alpha": 0.0, "loss_type": "sigmoid", "label_smoothing": 0.0, "accelerator": device}
+    trainer = type("Settings", (), settings)
+    theirs = CPOTrainer.cpo_loss(trainer, *sums)[0].mean()
+    assert cpo(pairs, beta=BETA, mu=0.0)[0].item() == pytest.approx(theirs.item(), rel=1e-6)
+    means = [column / n for column, n in zip(sums, lengths, strict=True)]
+    theirs, *rewards = ORPOTrainer.odds_ratio_loss(trainer, *means)[:3]
+    loss, metrics = orpo(pairs, beta=BETA, mu=0.0)
+    assert loss.item() == pytest.approx(-theirs.mean().item(), rel=1e-6)
+    assert metrics["rewards/chosen"] == pytest.approx(rewards[0].mean().item())

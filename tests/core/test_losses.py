@@ -158,7 +158,67 @@ def dpo_nll_term(p, beta, mu=1.0, sft_reduction="sum"):
     return dpo_term(p, beta) + mu * nll_term(p, sft_reduction)
 
 
+def rewards(p, beta):
+    return beta * (p.u_w - p.ref_w), beta * (p.u_l - p.ref_l)
+
+
+def apo_zero_term(p, beta):
+    a, b = rewards(p, beta)
+    return 1 - sigmoid(a) + sigmoid(b)
+
+
+def apo_down_term(p, beta):
+    a, b = rewards(p, beta)
+    return sigmoid(a) + 1 - sigmoid(a - b)
+
+
+def nca_term(p, beta):
+    a, b = rewards(p, beta)
+    return minus_log(a) + (minus_log(-a) + minus_log(-b)) / 2
+
+
+def exo_pair_term(p, beta, label_smoothing):
+    """The KL divergence of the two-point distributions."""
+    q, e = sigmoid(beta * log_ratio_gap(p)), label_smoothing
+    return sum(a * math.log(a / b) for a, b in ((q, 1 - e), (1 - q, e)))
+
+
+def slic_term(p, beta):
+    return max(0.0, 1 - beta * log_ratio_gap(p))
+
+
+def dpo_shift_term(p, beta, shift):
+    a, b = rewards(p, beta)
+    return minus_log(a - shift * b)
+
+
+def cal_dpo_term(p, beta):
+    r_w, r_l = rewards(p, 1.0)
+    return minus_log(r_w - r_l) + (r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2
+
+
+def cpo_term(p, beta, mu, sft_reduction="sum"):
+    return minus_log(beta * (p.u_w - p.u_l)) + mu * nll_term(p, sft_reduction)
+
+
+def orpo_term(p, beta, mu, sft_reduction="sum"):
+    """With probabilities and odds, not their logarithms."""
+    chosen, rejected = math.exp(p.u_w / p.n_w), math.exp(p.u_l / p.n_l)
+    ratio = (chosen / (1 - chosen)) / (rejected / (1 - rejected))
+    return beta * minus_log(math.log(ratio)) + mu * nll_term(p, sft_reduction)
+
+
 PAIRWISE = {
+    "apo_zero": ("apo_zero", apo_zero_term, {"beta": 0.5}),
+    "apo_down": ("apo_down", apo_down_term, {"beta": 0.5}),
+    "nca": ("nca", nca_term, {"beta": 0.5}),
+    "exo_pair": ("exo_pair", exo_pair_term, {"beta": 0.5, "label_smoothing": 0.1}),
+    "slic": ("slic", slic_term, {"beta": 0.7}),
+    "dpo_shift": ("dpo_shift", dpo_shift_term, {"beta": 0.5, "shift": 0.75}),
+    "cal_dpo": ("cal_dpo", cal_dpo_term, {"beta": 0.4}),
+    "cpo sum": ("cpo", cpo_term, {"beta": 0.5, "mu": 0.3, "sft_reduction": "sum"}),
+    "cpo token_mean": ("cpo", cpo_term, {"beta": 0.5, "mu": 0.3, "sft_reduction": "token_mean"}),
+    "orpo": ("orpo", orpo_term, {"beta": 0.5, "mu": 0.3, "sft_reduction": "token_mean"}),
     "dpo": ("dpo", dpo_term, {"beta": 0.5}),
     "cdpo": ("cdpo", cdpo_term, {"beta": 0.5, "label_smoothing": 0.2}),
     "robust_dpo": ("robust_dpo", robust_term, {"beta": 0.5, "label_smoothing": 0.2}),
@@ -357,6 +417,7 @@ def test_dpo_nll_gradient_is_dpos_less_mu_per_pair():
         ("robust_dpo", {"label_smoothing": 0.0}),
         ("dpop", {"penalty": 0.0}),
         ("dpo_nll", {"mu": 0.0}),
+        ("dpo_shift", {"shift": 1.0}),
     ],
 )
 def test_variants_without_their_addition_are_dpo(name, options):
@@ -393,7 +454,14 @@ def test_dpop_adds_pull_only_where_the_chosen_answer_fell():
     assert (pulled[0][1], pulled[1][1]) == pytest.approx((-6 * c, c), rel=1e-13)
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "robust_dpo", "ipo", "simpo", "alpha_dpo", "dpop", "dpo_nll"], ids=str)
+def test_orpo_of_a_certain_answer_stays_finite():
+    pairs = PairLogps(*(torch.zeros(1, requires_grad=True) for _ in range(2)), W[:1], L[:1], NW[:1], NL[:1], 3.0)
+    loss, _ = LOSSES["orpo"](pairs, beta=0.5)
+    assert loss.item() == pytest.approx(0.5 * math.log(2))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [pairs.chosen, pairs.rejected]))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"nll"}), ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_extreme_log_probabilities_stay_finite(name, dtype):
     leaves = [torch.tensor([-1e5, -1.0], dtype=dtype, requires_grad=True) for _ in range(2)]
@@ -403,7 +471,7 @@ def test_extreme_log_probabilities_stay_finite(name, dtype):
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaves))
 
 
-@pytest.mark.parametrize("name", ["dpo", "cdpo", "robust_dpo", "ipo", "dpop", "dpo_nll"])
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"nll", "simpo", "alpha_dpo", "cpo", "orpo"}))
 def test_rewards_are_beta_times_the_log_ratio(name):
     _, metrics, _ = evaluate(name, PAIRS, {"beta": 0.5})
     chosen = [0.5 * (p.u_w - p.ref_w) for p in PAIRS]
@@ -415,9 +483,9 @@ def test_rewards_are_beta_times_the_log_ratio(name):
     assert all(type(v) is float for v in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["simpo", "alpha_dpo"])
+@pytest.mark.parametrize("name", ["simpo", "alpha_dpo", "orpo"])
 def test_rewards_of_length_normalised_losses_are_beta_times_the_mean(name):
-    _, metrics, _ = evaluate(name, PAIRS, {"beta": 2.0, "margin": 0.7})
+    _, metrics, _ = evaluate(name, PAIRS, {"beta": 2.0} | ({} if name == "orpo" else {"margin": 0.7}))
     assert metrics["rewards/chosen"] == pytest.approx(sum(2 * p.u_w / p.n_w for p in PAIRS) / 4)
     assert metrics["rewards/rejected"] == pytest.approx(sum(2 * p.u_l / p.n_l for p in PAIRS) / 4)
     assert metrics["rewards/accuracies"] == sum(mean_gap(p) > 0 for p in PAIRS) / 4

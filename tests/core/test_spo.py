@@ -27,8 +27,9 @@ DEFAULTS = {
     "margin": 0.0,
 }
 BASES = ["dpo", "cdpo", "robust_dpo", "ipo", "simpo", "alpha_dpo", "dpop", "nll", "dpo_nll"]
+BASES += ["dpo_shift", "cal_dpo", "apo_zero", "apo_down", "nca", "exo_pair", "slic", "cpo", "orpo"]
 EXACT = [
-    *[{"base": base, "beta": 2.0, "margin": 1.0} for base in BASES],
+    *[{"base": base, "beta": 0.01 if base == "slic" else 2.0, "margin": 1.0} for base in BASES],  # its hinge ends at 1
     *[{"base": base, "lambda_sft": 0.7, "inner_steps": 1} for base in BASES],
     *[{"lambda_sft": 2.0, "inner_steps": k, "eta": 1e-2} for k in (0, 1, 3)],
     *[{"lambda_sft": 2.0, "inner_steps": k, "sft_reduction": "token_mean", "eta": 1e-1} for k in (0, 1, 3)],

@@ -23,8 +23,8 @@ from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
 from spo_ray.evaluate.statistics import wilson
 from spo_ray.evaluate.suite import SuiteContext
+from spo_ray.model.adapter import ModelSource, adapted, is_adapter
 from spo_ray.model.collate import collate
-from spo_ray.model.export import is_adapter, merge_adapter
 from spo_ray.model.load import load_model
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_rows
@@ -148,7 +148,7 @@ def test_probabilities_of_texts_are_the_trainers(evaluated, checkpoints, tmp_pat
     """SFT's samples under another checkpoint and back, and the divergences made of them."""
     run, _, found = evaluated
     merged = tmp_path / "merged"
-    merge_adapter(checkpoints["spo"].path, merged)
+    ModelSource(adapted(checkpoints["spo"].path), checkpoints["spo"].path).merge(merged)
     models = {"sft": load_model(checkpoints["sft"].path).eval(), "spo": load_model(merged).eval()}
 
     def logp(name, row):
@@ -208,7 +208,7 @@ def test_an_adapter_is_merged_into_its_model(checkpoints, tmp_path):
     assert not is_adapter(checkpoints["sft"].path)
     moved = tmp_path / "elsewhere"
     shutil.copytree(path.parent, moved)
-    merge_adapter(moved / "adapter", tmp_path / "merged")
+    ModelSource(adapted(moved / "adapter"), moved / "adapter").merge(tmp_path / "merged")
     expected = PeftModel.from_pretrained(load_model(path.parent / "backbone"), path).eval()
     ids = torch.tensor([[1, 2, 3, 4]])
     with torch.inference_mode():

@@ -25,6 +25,8 @@ from ..chat_server import ChatServer, choice
 from ..helpers import small_config
 
 COUNT = 24
+VERDICTS = [("m", 0.0), ("**M**", 1.0), ("m or M", None), ("", None), ("model", None), ("a\nM.\n", 1.0)]
+VERDICTS += [("I'm sure M", 1.0), ("I’m for 'm'", 0.0)]
 SURE = math.log(0.9), math.log(0.1)
 
 
@@ -258,6 +260,28 @@ def test_a_locked_door_is_an_error_at_once(in_root, tmp_path):
             judged(tmp_path, annotator(judge.url))
 
 
+def reasoning_model(body):
+    """Refuses what the newer models at api.openai.com refuse."""
+    wrong = body.keys() & {"max_tokens", "temperature", "logprobs"}
+    return 400 if wrong or body["max_completion_tokens"] != 50 else [choice("So, I'm sure:\nM")]
+
+
+def test_settings_that_a_server_refuses_are_one_error_and_can_be_replaced(in_root, tmp_path):
+    request = {"max_completion_tokens": 50, "temperature": None, "reasoning_effort": "low", "some_server": {"own": 1}}
+    options = {"verdict": "discrete", "max_tokens": 50}
+    with ChatServer(reasoning_model) as server:
+        with pytest.raises(
+            UserError, match=r"refuses every request \(400: .*\): change the requests by engine\.request"
+        ):
+            judged(tmp_path, annotator(server.url, **options, engine={"concurrency": 1}))
+        assert len(server.requests) == 2  # an output, and a short prompt that is refused too
+        judged(tmp_path, annotator(server.url, **options, engine={"request": request}))
+        assert len(server.requests) == 2 + COUNT
+        sent = server.requests[-1][2]
+    assert "max_tokens" not in sent and "temperature" not in sent
+    assert (sent["reasoning_effort"], sent["some_server"]) == ("low", {"own": 1})
+
+
 def test_requests_flow_at_the_given_rate(in_root, tmp_path):
     with Judge() as judge:
         start = time.monotonic()
@@ -284,7 +308,7 @@ def test_verdicts_are_read_strictly():
     assert read_verdict(Reply("x", (-math.inf, -5.0)), ask) == 1.0
     assert read_verdict(Reply("x", (-math.inf, -math.inf)), ask) is None
     assert read_verdict(Reply("M", (-math.inf, -math.inf)), ask) == 1.0
-    for text, second in [("m", 0.0), ("**M**", 1.0), ("m or M", None), ("", None), ("model", None), ("a\nM.\n", 1.0)]:
+    for text, second in VERDICTS:
         assert read_verdict(Reply(text, None), ask) == second
     assert read_verdict(Reply("M", (-0.1, -9.0)), config(verdict="discrete")) == 1.0
     assert read_verdict(Reply("M", None), config(verdict="weighted")) is None

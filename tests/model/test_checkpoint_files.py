@@ -22,6 +22,11 @@ def rewritten(folder, change):
     save_file(tensors, file, {"format": "pt"})
 
 
+def renamed(folder, change):
+    file = folder / "model.safetensors"
+    save_file({change(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+
+
 def cut(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(100_000)
@@ -45,6 +50,26 @@ def sharded(folder, index):
 SHARDS = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
 DAMAGES = {
     "missing": (lambda f: rewritten(f, lambda t: t.pop(ONE)), rf"the weights in .* lack {ONE}, which its config\.json"),
+    "wrapped": (
+        lambda f: renamed(f, lambda name: f"_orig_mod.{name}"),
+        r"lack .* and 36 more, which its config\.json asks for: they have '_orig_mod\.' in their names, such as _",
+    ),
+    "wrapped within": (
+        lambda f: renamed(f, lambda name: name.replace("q_proj.", "q_proj.base_layer.")),
+        r"they have 'base_layer' in their names, such as model\.layers\.0\.self_attn\.q_proj\.base_layer\.bias; save",
+    ),
+    "another family": (
+        lambda f: renamed(f, lambda name: name.replace("layers", "h")),
+        r"lack model\.layers\.0\..* and 33 more, .* and have model\.h\.0\..* and 33 more instead: config\.json is",
+    ),
+    "more": (
+        lambda f: rewritten(f, lambda t: t.update({"v_head.weight": torch.ones(2)})),
+        r"have v_head\.weight, which its config\.json has no place for: correct it, or remove these weights",
+    ),
+    "adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        r"holds a model and an adapter \(adapter_config\.json\): set model\.adapter=.* to merge it at the start",
+    ),
     "shape": (
         lambda f: rewritten(f, lambda t: t.update({OTHER: torch.ones(3)})),
         rf"model\.safetensors: {OTHER} has the shape \[3\], by config\.json it has \[96\]",

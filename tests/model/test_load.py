@@ -183,7 +183,8 @@ def test_attention_by_what_is_there(toy_base, capped, monkeypatch):
 
         def stub(*_, attn_implementation, **__):
             seen.append(attn_implementation)
-            return type("Model", (), {"generation_config": None})(), {"missing_keys": (), "mismatched_keys": ()}
+            model = type("Model", (), {"generation_config": None})()
+            return model, dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
 
         with monkeypatch.context() as patch:
             patch.setattr(load.AutoModelForCausalLM, "from_pretrained", stub)

@@ -48,3 +48,24 @@ def test_a_missing_template_is_refused_and_can_be_given(toy_base):
     with pytest.raises(UserError, match=r"no chat template.*model\.chat_template"):
         ChatTokenizer(bare)
     assert ChatTokenizer.load(toy_base, TemplateConfig(chat_template=CHATML)).tokenizer.chat_template == CHATML
+
+
+def test_a_tokenizer_that_is_larger_than_the_embedding(toy_base):
+    """transformers adds ``<|endoftext|>`` itself, as id 439 beside an embedding of 439 rows."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_base)
+    chat = ChatTokenizer(tokenizer, rows=439)
+    assert (chat.has_markup("a <|endoftext|>"), chat.has_markup("a b")) == (True, False)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    assert (ChatTokenizer(tokenizer, rows=439).pad_id, ChatTokenizer(tokenizer, rows=441).pad_id) == (chat.end_id, 440)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = CHATML.replace("<|end|>", "<|turn|>")
+    with pytest.raises(
+        UserError, match=r"ids up to 441, but the model's embedding has 439 rows: '<\|turn\|>' is 441; "
+    ):
+        ChatTokenizer(tokenizer, rows=439)
+    tokenizer.add_tokens("zebra")
+    tokenizer.chat_template = CHATML
+    with pytest.raises(
+        UserError, match=r"ids up to 442, but the model's embedding has 439 rows: 'zebra' is 442; resize"
+    ):
+        ChatTokenizer(tokenizer, rows=439)

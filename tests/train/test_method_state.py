@@ -21,6 +21,15 @@ PLAIN = {
     "simpo": {"beta": 0.9, "margin": 0.2},
     "alpha_dpo": {"beta": 0.9, "margin": 0.2, "alpha": 0.1},
     "dpop": {"beta": 0.9, "penalty": 1.0},
+    "dpo_shift": {"beta": 0.9, "shift": 0.5},
+    "cal_dpo": {"beta": 0.9},
+    "apo_zero": {"beta": 0.9},
+    "apo_down": {"beta": 0.9},
+    "nca": {"beta": 0.9},
+    "exo_pair": {"beta": 0.9, "label_smoothing": 0.2},
+    "slic": {"beta": 0.9},
+    "cpo": {"beta": 0.9, "mu": 0.3, "sft_reduction": "sum"},
+    "orpo": {"beta": 0.9, "mu": 0.3, "sft_reduction": "sum"},
     "dpo_nll": {"beta": 0.9, "mu": 0.3, "sft_reduction": "token_mean"},
 }
 SPO = {
