@@ -248,11 +248,7 @@ class BatchGradients:
             sides = self.chosen.rows(rows), self.rejected.rows(rows)
 
             def weigh(logps_w: Tensor, logps_l: Tensor, rows: Sequence[int] = rows) -> tuple[Tensor, Tensor]:
-                self.add_logp_metrics(rows, logps_w, logps_l, tally)
-                if sft is not None:
-                    valid = self.valid[rows].bool()
-                    lower = (sft[rows] * logps_w.detach())[valid].mean().item() * self.pairs
-                    tally.add({"spo/sft_loss": lower}, int(valid.sum()))
+                self.add_logp_metrics(rows, logps_w, logps_l, tally, sft)
                 known = self.loss_weights(base, rows, logps_w, logps_l, tally) if ahead is None else ahead[:, rows]
                 return known[0], known[1]
 
@@ -345,8 +341,10 @@ class BatchGradients:
         tally.add(seen.sums, int(counts))  # padding adds the keys, because all ranks must have the same
         total.add_all(grads if counts else [])
 
-    def add_logp_metrics(self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally") -> None:
-        """Add mean log-probabilities and their change since the reference model to the metrics."""
+    def add_logp_metrics(
+        self, rows: Sequence[int], logps_w: Tensor, logps_l: Tensor, tally: "Tally", sft: Tensor | None = None
+    ) -> None:
+        """Add mean log-probabilities and their change since the reference model to the metrics; with weights L_SFT."""
         valid = self.valid[rows].bool()
         sides = zip(("chosen", "rejected"), (logps_w, logps_l), self.reference, strict=True)
         changes = []
@@ -356,6 +354,9 @@ class BatchGradients:
             tally.add({f"logps/{side}": own.mean().item(), f"logps/{side}_change": changes[-1].mean().item()}, len(own))
         both = torch.stack(changes).lt(-FALL).all(dim=0).double().mean().item()
         tally.add({"logps/both_fell": both}, int(valid.sum()))
+        if sft is not None:
+            loss = (sft[rows] * logps_w.detach())[valid].mean().item() * self.pairs
+            tally.add({"spo/sft_loss": loss}, int(valid.sum()))
 
     def shared_prompt_logps(self, sides: tuple[Side, Side]) -> Tensor | None:
         """Return log-probabilities [2B] of both sides from one pass over a shared prompt, or None if impossible."""

@@ -32,9 +32,7 @@ Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, suc
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
 DryRun = Annotated[bool, Parameter(negative="", help="Print the plan and do nothing.")]
 Flag = Annotated[bool, Parameter(negative="")]
-Verify = Annotated[
-    bool, Parameter(negative="", help="Compare the contents of finished stages' files, not sizes alone.")
-]
+Verify = Annotated[bool, Parameter(negative="", help="Compare contents of finished stages' files, not sizes alone.")]
 Json = Annotated[bool, Parameter(negative="", help="Print JSON.")]
 
 
@@ -82,9 +80,7 @@ def show_plan(plan: PlannedRun, more: str = "") -> None:
     """
     from spo_ray.pipeline.plan import plan_text
 
-    show(plan_text(plan))
-    if more:
-        show(more)
+    show("\n".join(filter(None, [plan_text(plan), more])))
     if plan.problem:
         raise UserError(plan.problem)
 
@@ -251,7 +247,6 @@ def evaluate(
     """
 
     def work() -> None:
-
         from spo_ray.pipeline.evaluate_job import evaluate_checkpoints
 
         named = dict(text.partition("=")[::2] for text in checkpoint)
@@ -388,8 +383,7 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
     return guarded(work)
 
 
-JOBS = ("run", "sweep", "evaluate")
-"""Commands that use Ray."""
+JOBS = ("run", "sweep", "evaluate")  # they use Ray
 
 
 def main(*command: str) -> None:
