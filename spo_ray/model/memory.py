@@ -44,7 +44,7 @@ Device = Literal["cpu", "cuda"]
 Changes = dict[str, Any]
 """New values by dotted configuration key."""
 GIB = 2**30
-DUAL, SCORES, SIDE_BY_SIDE = 3, 6, 3
+DUAL, SCORES, SIDE_BY_SIDE = 3, 6, 2
 """Upper bounds for exact passes: activations and weights as multiples of a pass's, and tensors of attention scores."""
 CUDA_BYTES = 3 * GIB // 2
 """CUDA's context, the workspaces of its libraries, and what the allocator loses."""

@@ -12,15 +12,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spo_ray.config.model import OWN_TEMPLATE, TemplateConfig
 from spo_ray.errors import RowRejectedError, UserError, first_line
 from spo_ray.model import render_template
 from spo_ray.model.checkpoint_config import embedding_rows
 from spo_ray.model.completion import TEMPLATE_REFUSES
+
+if TYPE_CHECKING:  # a type alone: benchmarks.gpu does without pydantic
+    from spo_ray.config.model import TemplateConfig
 
 Message = Mapping[str, Any]
 """``role``, ``content``, and ``extra`` as in :class:`spo_ray.runtime.schema.Turn`."""
@@ -61,18 +63,21 @@ class ChatTokenizer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: TemplateConfig = OWN_TEMPLATE, rows: int | None = None
+        self, tokenizer: PreTrainedTokenizerBase, template: "TemplateConfig | None" = None, rows: int | None = None
     ) -> None:
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
         check_template(tokenizer)
-        self.tokenizer, self.template = tokenizer, template
-        self.arguments: dict[str, Any] = dict(template.template_arguments)
-        if date := template.template_date:  # replaces the function by which templates ask for today's date
+        self.tokenizer, self.answer_prefix = tokenizer, template.answer_prefix if template else None
+        settings = template.template_arguments if template else {}
+        self.arguments: dict[str, Any] = dict(settings)
+        if (
+            date := template.template_date if template else None
+        ):  # replaces the function by which templates ask for today's date
             self.arguments["strftime_now"] = date.strftime
         self.words = set(re.findall(r"\w+", str(tokenizer.get_chat_template())))
-        for argument in template.template_arguments:
+        for argument in settings:
             if argument not in self.words or argument in RESERVED:
                 raise UserError(f"model.template_arguments: {argument!r} is no setting of {name}'s chat template")
         try:
@@ -87,11 +92,11 @@ class ChatTokenizer:
 
     @classmethod
     def load(
-        cls, path: str | Path, template: TemplateConfig = OWN_TEMPLATE, model: str | Path | None = None
+        cls, path: str | Path, template: "TemplateConfig | None" = None, model: str | Path | None = None
     ) -> "ChatTokenizer":
         """Load from a directory or the hub; ``model`` is the model's checkpoint, if it is not in the same place."""
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        if template.chat_template:
+        if template and template.chat_template:
             tokenizer.chat_template = template.chat_template
         return cls(tokenizer, template, embedding_rows(model or path))
 
@@ -111,7 +116,7 @@ class ChatTokenizer:
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """Return a prompt (messages without ``extra``) as the template writes it, with ``model.answer_prefix``."""
-        return self._render(messages, self.arguments, True) + (self.template.answer_prefix or "")
+        return self._render(messages, self.arguments, True) + (self.answer_prefix or "")
 
     def completion_ids(self, text: str) -> list[int]:
         """Return the token ids of a completion with one end-of-turn token at its end; empty for blank text."""
@@ -147,7 +152,7 @@ class ChatTokenizer:
             RowRejectedError: the template refuses the conversation.
         """
         start, whole = self.prompt_text(_messages(prompt)), self._encode(self._conversation(prompt, text))
-        bare = start.removesuffix(self.template.answer_prefix or "").removesuffix(self.opening.prompt)
+        bare = start.removesuffix(self.answer_prefix or "").removesuffix(self.opening.prompt)
         answer = self.completion_ids(text)[: None if self.writes_end else -1]
         parts = [self._encode(before) + answer for before in {start, bare + self.opening.conversation}]
         return all(whole[: len(ids)] != ids for ids in parts)
@@ -162,7 +167,7 @@ class ChatTokenizer:
 
         It is empty too if ``model.answer_prefix`` is set: then that is what shall stand there.
         """
-        if not any(self.opening) or self.template.answer_prefix is not None:
+        if not any(self.opening) or self.answer_prefix is not None:
             return ""
         prompt, conversation = self.opening
         differ = f"the chat template ends prompts in {prompt!r} and " if prompt else "the chat template "

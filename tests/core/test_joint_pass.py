@@ -64,6 +64,7 @@ def two_backwards(model, names, batch, base="dpo", lambda_sft=0.7, sft_reduction
 @pytest.mark.parametrize("reduction", ["sum", "token_mean"])
 def test_one_backward_equals_two_and_the_oracle(base, reduction):
     batch, options = tiny_batch(4), {"base": base, "sft_reduction": reduction}
+    options |= {"beta": 0.01} if base == "slic" else {}  # its hinge ends at 1
     model, *names = tiny_model()
     oracle, _ = objective_gradient(model, batch, *names, **OPTIONS | ORACLE | options)
     truth, n = two_backwards(model, names, batch, **options), len(names[0])

@@ -162,6 +162,6 @@ def test_arguments_reach_vllm(checkpoints, chat):
 def test_more_engines_than_the_first_are_an_option():
     config = EngineConfig(replicas=2, max_replicas=3, cpus=0.5, gpus=0.0)
     source = SamplingJob(Artifact("m", "m"), config, SamplingConfig())
-    assert _answering(source, "seed")[1] == Pool(2, 0.5, 0.0, most=3)
+    assert _answering(source, "seed")[1] == Pool(2, 0.5, 0.0, most=3, timeout_s=7200.0)
     with pytest.raises(ValueError, match="max_replicas=1 is below replicas=2"):
         EngineConfig(replicas=2, max_replicas=1)

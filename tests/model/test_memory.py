@@ -327,7 +327,7 @@ STEPS = {
     "spo": ("spo", []),
     "spo-short": ("spo", SHORT),
     "spo-3-inner-steps": ("spo", [*SHORT, "methods.spo.inner.steps=3"]),
-    "spo-exact": ("spo", [*SHORT, "methods.spo.inner.method=exact"]),
+    "spo-exact": ("spo", [*SHORT, "methods.spo.inner={method: exact, eta: 1e-2}"]),
     "hinge": ("spo", [*SHORT, HINGE]),
     "hinge-per-pair": ("spo", [*SHORT, HINGE, "methods.spo.hinge=pair"]),
     "hinge-adapter-recomputed": ("spo", [HINGE, ADAPTER, "train.gradient_checkpointing=true"]),
