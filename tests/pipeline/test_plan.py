@@ -207,9 +207,9 @@ class Captured(PlannedRun):
         super().__init__(config)
         self.stages = {}
 
-    def open(self, stage):
+    def open(self, stage, **options):
         self.stages[stage.name] = stage
-        return super().open(stage)
+        return super().open(stage, **options)
 
 
 BETA = "methods.spo.base.beta: {type: grid, values: [0.1]}"
@@ -247,8 +247,8 @@ def test_a_sweeps_plan_has_each_shared_start_once_in_its_folder(in_root, tmp_pat
 class Made(Run):
     """A run that makes every stage at once, empty, but for one finished trial."""
 
-    def open(self, stage):
-        opened = super().open(stage)
+    def open(self, stage, **options):
+        opened = super().open(stage, **options)
         if isinstance(opened, Artifact):
             return opened
         if stage.name == "trials":

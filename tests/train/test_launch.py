@@ -24,7 +24,7 @@ def stages(in_root, toy_base, referenced, tmp_path, monkeypatch):
     def depend(*overrides):
         found = {}
 
-        def note(self, stage):
+        def note(self, stage, **options):
             found[stage.name] = json.dumps(stage.config, sort_keys=True, default=str)
             return Artifact(tmp_path, stage.name)
 
