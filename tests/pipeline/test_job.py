@@ -21,7 +21,7 @@ from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.cli import guarded
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.pipeline.job import plan_job
-from spo_ray.report.comparison import write_reports
+from spo_ray.report.comparison import named, write_reports
 from spo_ray.report.run_page import SHOWN_DROPPED
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, read_lines
 from spo_ray.runtime.cluster import check_resources
@@ -33,8 +33,8 @@ from .against_plan import check_against_plan
 ROOT = Path(__file__).resolve().parents[2]
 TEACHER = "sft_data.teachers=[{model: absent/teacher/here, engine: {type: transformers, gpus: 2, max_model_len: 5000}}]"
 REDONE = ["method_spo", "eval_spo", "health_spo", "shift_spo", "scores", "comparisons", "report"]
-FIGURES = 6
-"""Accuracy, log-probabilities (three), gradient terms, text health."""
+FIGURES = 5
+"""Accuracy, displacement, trajectories, each step's own pairs, text health."""
 TRAIN = [sys.executable, "-m", "spo_ray", "run", "--until", "train", "--config", "configs/quickstart.yaml"]
 FULL = [sys.executable, "pipelines/full.py", "--config", "configs/quickstart.yaml"]
 
@@ -162,9 +162,11 @@ def test_a_finished_run_gets_its_page_again_and_is_compared_without_a_cluster(fi
     page = (root / "report" / "index.html").read_text()
     shutil.rmtree(root / "report")
     other = shutil.copytree(root, tmp_path / "other")
-    assert guarded(lambda: write_reports([read_finished(root)], None)) == 0
+    assert guarded(lambda: write_reports(named([read_finished(root)]), None)) == 0
     assert (root / "report" / "index.html").read_text() == page
-    assert guarded(lambda: write_reports([read_finished(root), read_finished(other)], tmp_path / "both.html")) == 0
+    assert (
+        guarded(lambda: write_reports(named([read_finished(root), read_finished(other)]), tmp_path / "both.html")) == 0
+    )
     assert "ray: started" not in capsys.readouterr().out
     both = (tmp_path / "both.html").read_text()
     for label in ("quickstart", "other"):
