@@ -28,6 +28,8 @@ STILL_S = 60.0
 """Seconds without a sign of life until the user is warned."""
 LOST_S = 120.0
 """Seconds without a sign of life until the process is ended."""
+NODE_S = 30.0
+"""Seconds until another node must have answered."""
 BEATS = ".beats"
 """Name of the folder of the files."""
 _watched: Path | None = None
@@ -157,10 +159,12 @@ class Watch:
             if self.still.pop(file, None):
                 warn("job", f"{_name(process)} moves again")
             self.seen[file] = _Seen(touched, now)
+        elif now - last.at > STILL_S and not _on_its_node(_exists, process):
+            file.unlink()  # it ended, or was ended by Ray, without a word
         elif now - last.at > LOST_S:
             file.unlink()
             warn("job", f"{_name(process)} is ended: Ray starts it again, and its work is repeated")
-            end_process(process)
+            _on_its_node(_kill, process)
         elif now - last.at > STILL_S and file not in self.still:
             self.still[file] = _name(process)
             warn("job", f"{_name(process)} has stood still for {STILL_S:g} s")
@@ -170,23 +174,34 @@ def _name(process: dict[str, Any]) -> str:
     return f"{process['what']} (process {process['pid']} on {process['host']})"
 
 
-def end_process(process: dict[str, Any]) -> None:
-    """Kill a process of this node, or by a task on its node; not another one that has got its id."""
-    if process["host"] == socket.gethostname() and _kill(process["pid"], process["started"]):
-        return
+def _on_its_node(function: Callable[[int, float], bool], process: dict[str, Any]) -> bool:
+    """Call a function of id and start time where a process is; return its result, False if the node can't be asked."""
+    arguments = process["pid"], process["started"]
+    if process["host"] == socket.gethostname():
+        return function(*arguments)
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
-    there = there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(process["node"], soft=True))
-    there.remote(process["pid"], process["started"])
+    there: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    there = there.options(scheduling_strategy=NodeAffinitySchedulingStrategy(process["node"], soft=False))
+    with suppress(RayError):
+        return bool(ray.get(there.remote(*arguments), timeout=NODE_S))
+    return False
+
+
+def _exists(pid: int, started: float) -> bool:
+    """Return True if there is a process that started at that time; another one may have got its id."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 1.0
+    return False
 
 
 def _kill(pid: int, started: float) -> bool:
     """Kill a process if it started at that time; return False if there is none."""
     with suppress(psutil.Error):
-        process = psutil.Process(pid)
-        if abs(process.create_time() - started) < 1.0:
-            process.kill()
+        if _exists(pid, started):
+            psutil.Process(pid).kill()
             return True
     return False

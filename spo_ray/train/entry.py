@@ -61,7 +61,7 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from spo_ray.train.worker import run_job
 
     rank, retained = Distributed.current(), RetainedMemory()
-    Heartbeat(arguments["beats"], f"training worker {rank.index}")
+    heartbeat = Heartbeat(arguments["beats"], f"training worker {rank.index}")
     table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         if any(rank.gather([job.finished])):
@@ -73,3 +73,4 @@ def train_loop(arguments: dict[str, Any]) -> None:
         except StoppedError:
             checkpointer.wait()
         ray.train.report({"job": job.key, "finished": True})
+    heartbeat.end()

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,8 @@ from spo_ray.train.method_state import lower_level_notices
 from spo_ray.train.spec import CONTROLLER, FAILURES, RESULT, TrainJob
 
 POLL_S = 1.0
+NOTICED = 10
+"""Steps with the same notice until it is told: a single batch may be unusual."""
 SHOWN = {
     "logps/chosen_change": "chosen {:+.2f}",
     "logps/rejected_change": "rejected {:+.2f}",
@@ -64,7 +67,7 @@ class JobView:
         self.moved, self.slowest = time.monotonic(), 0.0
         """When the last step came, and the longest time between two."""
         self.still = False
-        self.noticed: set[str] = set()
+        self.noticed = Counter[str]()
 
     def look(self, update: Update) -> None:
         """Report what was added to the files."""
@@ -85,8 +88,8 @@ class JobView:
             if record.get(STOP):
                 warn(self.name, f"training ends at step {step} (on_alarm: stop)")
             for kind, text in lower_level_notices(record).items():
-                if kind not in self.noticed:
-                    self.noticed.add(kind)
+                self.noticed[kind] += 1
+                if self.noticed[kind] == min(NOTICED, record["total_steps"]):
                     warn(self.name, f"step {step}: {text}")
             self.clipped += any((record.get(key) or 0.0) > limit for key, limit in self.limits.items())
             if step:

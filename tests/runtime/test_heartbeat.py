@@ -10,7 +10,7 @@ import pytest
 
 from spo_ray.runtime import heartbeat
 from spo_ray.runtime.console import LOGGER
-from spo_ray.runtime.heartbeat import Watch, end_process, watched
+from spo_ray.runtime.heartbeat import Watch, watched
 
 from ..conftest import ROOT
 
@@ -70,12 +70,23 @@ def test_a_call_that_takes_too_long_ends_its_process(tmp_path):
     assert errors == "a call took longer than its limit of 0.3 s: this process ends\n"
 
 
-def test_another_process_of_the_same_id_is_left_alone(monkeypatch):
-    """Without a cluster nothing else can be asked to end it."""
+def test_a_process_that_ended_without_a_word_is_not_taken_to_stand_still(fast, tmp_path, caplog):
+    with Watch(tmp_path / "beats"):
+        process = at_work(watched())
+        process.kill()
+        process.wait()
+        limit = time.monotonic() + 20
+        while list(watched().iterdir()) and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert not list(watched().iterdir())
+    assert not caplog.messages
+
+
+def test_another_process_of_the_same_id_is_left_alone():
     sleeper = subprocess.Popen(["sleep", "60"])
     own = {"pid": sleeper.pid, "host": heartbeat.socket.gethostname(), "node": ""}
     started = psutil.Process(sleeper.pid).create_time()
     assert not heartbeat._kill(sleeper.pid, started - 9)
     assert sleeper.poll() is None
-    end_process(own | {"started": started})
+    assert heartbeat._on_its_node(heartbeat._kill, own | {"started": started})
     assert sleeper.wait(5) == -signal.SIGKILL
