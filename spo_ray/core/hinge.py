@@ -49,7 +49,7 @@ class Hinge:
         """Add the gradient of R on batch means to ``total``."""
         passes = self.passes
         grad, metrics = self._gradient(
-            (passes.chosen, passes.rejected), self.weights(), (sums.chosen, sums.rejected), collective=True
+            (passes.chosen, passes.rejected), self.weights(), (sums.chosen, sums.rejected), own=False
         )
         if grad:
             add(total, grad, self.gamma)
@@ -60,7 +60,7 @@ class Hinge:
         weights = tuple(self.of_tokens(side.lengths) for side in sides)
         for grad, weight in zip(grads, weights, strict=True):
             torch._foreach_mul_(grad, weight.item())
-        grad, metrics = self._gradient(sides, weights, grads, collective=False)
+        grad, metrics = self._gradient(sides, weights, grads, own=True)
         tally.add(metrics, 1)
         return [g.mul_(self.gamma / self.passes.pairs) for g in grad]
 
@@ -70,7 +70,7 @@ class Hinge:
         weights: tuple[Tensor, ...],
         grads: tuple[Gradients, ...],
         *,
-        collective: bool,
+        own: bool,
     ) -> tuple[Gradients, Metrics]:
         """Return the gradient of R from the gradients of both sides; empty if the hinge is inactive."""
         norms = [norm(grad[self.scope]) for grad in grads]
@@ -82,7 +82,7 @@ class Hinge:
         total = [torch.zeros_like(p) for p in self.passes.params]
         for side, weight, grad, size, sign in zip(sides, weights, grads, norms, (1.0, -1.0), strict=True):
             if size:
-                add(total, self._product(side, weight, grad, own=not collective), sign)
+                add(total, self._product(side, weight, grad, own=own), sign)
         return total, metrics
 
     def _product(self, side: Side, weight: Tensor, grad: Gradients, *, own: bool) -> Gradients:
