@@ -24,14 +24,6 @@ def model_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def embedding_rows(path: str | Path) -> int | None:
-    """Return the number of token ids that a checkpoint's model knows; None if no configuration says so."""
-    try:
-        return getattr(AutoConfig.from_pretrained(path).get_text_config(), "vocab_size", None)
-    except (OSError, ValueError):
-        return None
-
-
 def generation_settings(path: str | Path) -> GenerationConfig | None:
     """Return a checkpoint's generation settings, without the values that transformers refuses; None if it has none.
 

@@ -7,8 +7,7 @@ from spo_ray.config.data import EngineConfig
 from spo_ray.errors import UserError
 
 TOO_LONG = "prompt longer than engine.max_model_len"
-TEMPLATE_REFUSES = "the chat template refuses the messages"
-"""Reasons why a question has no answer; the template's own message follows the second."""
+"""Reason why a question has no answer."""
 
 
 class Completion(NamedTuple):

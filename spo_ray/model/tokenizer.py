@@ -14,12 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from spo_ray.errors import RowRejectedError, UserError, first_line
 from spo_ray.model import render_template
-from spo_ray.model.checkpoint_config import embedding_rows
-from spo_ray.model.completion import TEMPLATE_REFUSES
 
 if TYPE_CHECKING:  # a type alone: benchmarks.gpu does without pydantic
     from spo_ray.config.model import TemplateConfig
@@ -44,6 +42,8 @@ class Opening(NamedTuple):
 
 CHECKED = "SPO_CHECKED_TEMPLATES"
 """Environment variable with digests of the templates that were rendered within limits; child processes inherit it."""
+TEMPLATE_REFUSES = "the chat template refuses the messages"
+"""Reason why a row is not used; the template's own message follows."""
 START_S = 120
 """Seconds that a process may take to start and render a template on a busy machine."""
 
@@ -271,6 +271,14 @@ class ChatTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
         return int(tokenizer.eos_token_id), False
+
+
+def embedding_rows(path: str | Path) -> int | None:
+    """Return the number of token ids that a checkpoint's model knows; None if no configuration says so."""
+    try:
+        return getattr(AutoConfig.from_pretrained(path).get_text_config(), "vocab_size", None)
+    except (OSError, ValueError):
+        return None
 
 
 def check_template(tokenizer: Any) -> None:
