@@ -1,12 +1,16 @@
 """SPOTrainer against the pipeline's own step, and what a Trainer must do besides: accumulate, save, resume."""
 
 import copy
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
+import trl
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from trl import DPOConfig
 
 from spo_ray.config.load import load
 from spo_ray.config.methods import Spo
@@ -20,6 +24,8 @@ from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure
 from spo_ray.train.method_state import Method
 from spo_ray.train.worker import preference_gradients
+
+from .conftest import ROOT
 
 ROWS = [
     {
@@ -52,6 +58,22 @@ def trainer_of(model, folder, rows=ROWS, peft_config=None, **options):
         model, args, train_dataset=rows, eval_dataset=held_out, peft_config=peft_config, callbacks=[watch]
     )
     return trainer, watch
+
+
+def fields_of(config):
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+def test_every_field_of_trls_config_has_a_line_in_the_documentation():
+    page = (ROOT / "docs" / "trl.md").read_text()
+    theirs, inherited = fields_of(DPOConfig), fields_of(TrainingArguments)
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == sorted(theirs.keys() - inherited.keys())
+    assert f"Fields of TRL {'.'.join(trl.__version__.split('.')[:2])};" in page
+    ours, sentence = fields_of(SPOConfig), page.partition("Four inherited fields")[2].partition("`ref_model`")[0]
+    changed = {name for name in inherited if theirs[name] != ours[name]}
+    assert set(re.findall(r"`([a-z]\w+)`", sentence)) == changed
+    for cell in re.findall(r"^\| `\w+` \|([^|]*)\|", page, re.MULTILINE):
+        assert set(re.findall(r"`(\w+)`", cell)) <= ours.keys() | {"sft"}
 
 
 @pytest.fixture

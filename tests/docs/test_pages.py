@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import types
 from pathlib import Path
 from typing import get_args
@@ -56,9 +57,10 @@ def given(monkeypatch, toy_base):
 
 @pytest.fixture
 def run_folder(tmp_path, toy_base):
-    """A finished run's folders, from the toy base."""
+    """A model's folder and a finished run's, from the toy base."""
     from peft import LoraConfig, get_peft_model
 
+    shutil.copytree(toy_base, tmp_path / "models" / "mine")
     method = tmp_path / "runs" / "mine" / "method_spo"
     for folder in (method, method / "backbone"):
         load_model(toy_base).save_pretrained(folder)
