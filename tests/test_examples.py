@@ -82,6 +82,14 @@ def run_example(name, missing, installed, toy_base):
     return output
 
 
+def test_without_the_pipelines_packages_the_command_says_what_to_install(installed):
+    code = "from contextlib import redirect_stderr\nfrom spo_ray.__main__ import main\n"
+    code += "with redirect_stderr(sys.stdout):\n    try: main()\n    except SystemExit as ended: print(ended.code)"
+    message, code = python_without(PIPELINE_ONLY, code, installed).splitlines()
+    assert message == "error: no package cyclopts: the command line needs pip install 'spo-ray[cpu]'"
+    assert code == "2"
+
+
 def test_the_plain_loop_runs_from_the_wheel_without_the_pipelines_packages(installed, toy_base):
     rows = LINE.findall(run_example("plain_pytorch.py", PIPELINE_ONLY, installed, toy_base))
     assert [row[0] for row in rows] == ["1", "2", "3"]
