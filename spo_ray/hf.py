@@ -22,7 +22,7 @@ from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import PairLogps, bind
 from spo_ray.core.spo import spo_gradients
 from spo_ray.data.preference_formats import preference
-from spo_ray.errors import RowRejectedError
+from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.collate import collate_pairs
 from spo_ray.model.tokenizer import ChatTokenizer, tokenise_row
 from spo_ray.runtime.schema import SIDES
@@ -77,8 +77,8 @@ class SPOTrainer(Trainer):
         kwargs: further arguments of Trainer.
 
     Raises:
-        ValueError: several processes, fp16, or adapters of another kind than LoRA.
-        UserError: the chat template can't be used.
+        ValueError: ``args`` of another kind, several processes, fp16, or adapters of another kind than LoRA.
+        UserError: the chat template can't be used, or no row can.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class SPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = SPOConfig() if args is None else args
+        if not isinstance(args, SPOConfig):
+            raise ValueError(f"args must be an SPOConfig, not a {type(args).__name__}: docs/trl.md maps its fields")
         if args.world_size > 1 or args.fp16:
             raise ValueError("SPOTrainer trains in one process, in bf16 or float32: for many GPUs use spo-ray run")
         whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype="float32") if isinstance(model, str) else model
@@ -128,6 +130,8 @@ class SPOTrainer(Trainer):
                 dropped[str(error)] += 1
         for reason, count in dropped.items():
             logging.getLogger(__name__).warning("%d of the pairs left out: %s", count, reason)
+        if not found:
+            raise UserError(f"no pair can be used: {', '.join(dropped) or 'there is none'}")
         size = self.args.eval_batch_size
         for part in (found[start : start + size] for start in range(0, len(found), size)):
             sides = self._logps(collate_pairs(part, self.chat.pad_id))

@@ -8,13 +8,14 @@ import re
 import pytest
 import torch
 import trl
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 from trl import DPOConfig
 
 from spo_ray.config.load import load
 from spo_ray.config.methods import Spo
 from spo_ray.core.logps import completion_logps
+from spo_ray.errors import UserError
 from spo_ray.hf import SPOConfig, SPOTrainer, merged
 from spo_ray.model.collate import collate_pairs
 from spo_ray.model.load import PHI, build_policy, parameter_groups
@@ -192,10 +193,19 @@ def test_pefts_own_model_and_trls_formats_are_taken_and_useless_rows_left_out(mo
     assert merged(trainer.model).keys() == AutoModelForCausalLM.from_config(model.config).state_dict().keys()
 
 
-@pytest.mark.parametrize(("options", "message"), [({"fp16": True}, "in bf16 or float32"), ({}, "needs LoRA adapters")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp16": True}, "in bf16 or float32"),
+        ({"peft_config": IA3Config(target_modules=["q_proj"], feedforward_modules=[])}, "needs LoRA adapters"),
+        ({"rows": [{"prompt": "How?"}]}, "no pair can be used: no column"),
+    ],
+)
 def test_what_it_can_not_train_is_refused(model, tmp_path, options, message):
-    from peft import IA3Config
+    with pytest.raises((ValueError, UserError), match=message):
+        trainer_of(model, tmp_path, **options)
 
-    peft = None if options else IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    with pytest.raises(ValueError, match=message):
-        trainer_of(model, tmp_path, peft_config=peft, **options)
+
+def test_trls_own_configuration_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match=r"args must be an SPOConfig, not a DPOConfig: docs/trl\.md"):
+        SPOTrainer(model, DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False), train_dataset=ROWS)
