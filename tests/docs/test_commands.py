@@ -48,6 +48,8 @@ LISTED = {
     "make docs": "rewrites a page; tests/test_docs.py does it elsewhere",
     "make test": "these tests",
     "make real": "half an hour of real weights; tests/model has the import and the real weights in parts",
+    "python scripts/fetch_smollm2.py": "fetches 93 MB; the tests with real weights do it",
+    "spo-ray run --config configs/smollm2/word_problems.yaml": "as make real",
     "make bench": "40 minutes of measurements",
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
