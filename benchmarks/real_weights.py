@@ -31,6 +31,8 @@ RATES = (5e-5, 1e-5)
 BLOCKS = (("nll", "dpo", "dpo_nll", "simpo", "spo"), ("dpop", "ipo"))
 """Types of methods, with their defaults; the first block is that of word_problems.yaml."""
 KEPT = ("pairs", "steps", "delta_logp_chosen", "delta_logp_rejected", "held_out", "accuracy_greedy", "accuracy_sampled")
+STARTS = ("sft", "reference")
+"""Checkpoints that methods start from, with SFT and without."""
 Row = dict[str, Any]
 
 
@@ -64,15 +66,25 @@ def run(task: str, seed: int, output: Path) -> None:
     Raises:
         subprocess.CalledProcessError: a run fails; the same command resumes.
     """
-    name, methods = f"real-{task}-seed{seed}", {}
+    for overrides in blocks(task, seed, output):
+        command = [sys.executable, "-m", "spo_ray", "run", "--config", f"configs/smollm2/{task}.yaml", *overrides]
+        subprocess.run(command, cwd=ROOT, check=True)
+        add_rows(task, output / _name(task, seed))
+
+
+def blocks(task: str, seed: int, output: Path) -> Iterator[list[str]]:
+    """Yield the overrides of each block's run; a block has the methods of those before it, which are reused."""
+    methods: dict[str, Any] = {}
     for rate in RATES:
+        own = {} if rate == RATES[0] else {"lr": rate}
         for block in BLOCKS:
-            own = {} if rate == RATES[0] else {"lr": rate}
             methods |= {f"{kind}_{rate:g}".replace("-", "") if own else kind: {"type": kind} | own for kind in block}
-            settings = (f"name={name}", f"seed={seed}", f"output={output}", f"methods={json.dumps(methods)}")
-            command = [sys.executable, "-m", "spo_ray", "run", "--config", f"configs/smollm2/{task}.yaml"]
-            subprocess.run([*command, *TASKS[task].overrides, *settings], cwd=ROOT, check=True)
-            add_rows(task, output / name)
+            settings = (f"name={_name(task, seed)}", f"seed={seed}", f"output={output}")
+            yield [*TASKS[task].overrides, *settings, f"methods={json.dumps(methods)}"]
+
+
+def _name(task: str, seed: int) -> str:
+    return f"real-{task}-seed{seed}"
 
 
 def add_rows(task: str, folder: Path) -> None:
@@ -146,12 +158,12 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def paired_tests(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Yield SPO against each other method with its rate, and each method against the checkpoint before it.
+    """Yield SPO against each other method with its rate, and each method against the checkpoint that it starts from.
 
     The p-values of one task and seed are adjusted together, by Holm's method.
     """
     graded = [row for row in rows if "right" in row]
-    start = [row for row in graded if "lr" not in row][-1:]
+    start = [row for row in graded if row["method"] in STARTS]
     trained = [row for row in graded if "lr" in row]
     found = [(row, base) for row in trained for base in start]
     found += [(spo, row) for spo in trained if spo["method"] == "spo" for row in trained if _rival(spo, row)]
