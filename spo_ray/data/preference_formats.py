@@ -6,6 +6,7 @@ columns of ShareGPT, LLaMA-Factory, ms-swift and OpenAI.
 """
 
 import json
+import math
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,16 +22,11 @@ NAMES = {
     "system": ("system",),
     "tools": ("tools",),
     "completions": ("completions",),
+    "score_chosen": ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "chosen_reward"),
+    "score_rejected": ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rejected_reward"),
 }
 """Names that a column may have, besides the one in ``data.columns``; the first that holds something counts."""
-SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
-)
-"""Columns with the scores of the two sides."""
-READ = {*MEDIA, *(name for names in (*NAMES.values(), *SCORES) for name in names), "input", "history"}
+READ = {*MEDIA, *(name for names in NAMES.values() for name in names), "input", "history"}
 """All columns that are looked at."""
 
 
@@ -43,6 +39,8 @@ class Preference(NamedTuple):
     chosen_extra: str | None = None
     """Further fields of the chosen message that templates read, such as ``tool_calls``, as JSON."""
     rejected_extra: str | None = None
+    score_gap: float | None = None
+    """Score of the chosen completion minus that of the rejected one; None: unknown."""
 
 
 def preference(
@@ -62,9 +60,9 @@ def preference(
     """
     found = _named(row, columns or {})
     if found["completions"] is not None and (found["chosen"] is None or found["rejected"] is None):
-        sides = _scored(found["completions"], rejected, seed)
+        sides, gap = _scored(found["completions"], rejected, seed)
     else:
-        _check_scores(row)
+        gap = _gap(found["score_chosen"], found["score_rejected"])
         sides = [_side(found, row, name) for name in ("chosen", "rejected")]
     if len({isinstance(side, str) for side in sides}) > 1:
         raise RowRejectedError("'chosen' and 'rejected' are not both text, nor both messages")
@@ -83,7 +81,7 @@ def preference(
     prompt = _with_system(opening, found["system"])
     chosen, lost = answers
     prompt = _with_tools(prompt, tools(found["tools"]))
-    return Preference(prompt, chosen["content"], lost["content"], chosen.get("extra"), lost.get("extra"))
+    return Preference(prompt, chosen["content"], lost["content"], chosen.get("extra"), lost.get("extra"), gap)
 
 
 def unread(row: Mapping[str, Any], columns: Collection[str]) -> set[str]:
@@ -143,8 +141,8 @@ def _side(found: Mapping[str, Any], row: Mapping[str, Any], name: str) -> Any:
     return messages(value, name)
 
 
-def _scored(completions: Any, which: str, seed: str) -> list[Any]:
-    """Return the best of UltraFeedback's completions, and the worst or any that scores lower.
+def _scored(completions: Any, which: str, seed: str) -> tuple[list[Any], float]:
+    """Return the best of UltraFeedback's completions with the worst or any that scores lower, and how much lower.
 
     Completions without a score or a response are left out.
     """
@@ -161,18 +159,21 @@ def _scored(completions: Any, which: str, seed: str) -> list[Any]:
     lower = [pair for pair in found if pair[0] < best]
     if not lower:
         raise RowRejectedError("no completion is scored lower than the best")
-    _, lost = random.Random(seed).choice(lower) if which == "random" else min(lower, key=lambda pair: pair[0])
-    return [chosen, lost]
+    least, lost = random.Random(seed).choice(lower) if which == "random" else min(lower, key=lambda pair: pair[0])
+    return [chosen, lost], best - least
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value  # a NaN is not equal to itself
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_scores(row: Mapping[str, Any]) -> None:
-    for best, worst in SCORES:
-        if _is_number(row.get(best)) and _is_number(row.get(worst)) and row[best] <= row[worst]:
-            raise RowRejectedError(f"{best!r} is not above {worst!r}")
+def _gap(best: Any, worst: Any) -> float | None:
+    """Return the difference of two scores; None if one is missing or no number."""
+    if not _is_number(best) or not _is_number(worst):
+        return None
+    if best <= worst:
+        raise RowRejectedError("by their scores 'chosen' is not better than 'rejected'")
+    return float(best - worst)
 
 
 def _split(

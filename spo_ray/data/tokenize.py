@@ -60,7 +60,7 @@ def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limi
         found["template_differs"] |= not extra and chat.is_changed_by_template(row["prompt"], row[side])
     if "chosen_ids" in found and found["chosen_ids"] == found["rejected_ids"]:
         raise RowRejectedError("chosen and rejected are the same")
-    return found
+    return found | {"score_gap": row.get("score_gap")}
 
 
 def _tokenise(

@@ -66,6 +66,7 @@ class Pair(TypedDict):
     rejected_source: str  # as chosen_source
     chosen_extra: NotRequired[str | None]  # as Turn.extra, for the message with the completion
     rejected_extra: NotRequired[str | None]
+    score_gap: NotRequired[float | None]  # score of the chosen side minus the rejected one's; None: unknown
 
 
 class SftExample(TypedDict):
@@ -84,6 +85,7 @@ class TokenisedPair(TypedDict):
     chosen_ids: list[int]
     rejected_ids: list[int]
     template_differs: bool  # see spo_ray.model.tokenizer.ChatTokenizer.is_changed_by_template
+    score_gap: NotRequired[float | None]  # as Pair.score_gap
 
 
 class ReferencedPair(TokenisedPair):

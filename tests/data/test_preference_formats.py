@@ -81,7 +81,7 @@ SCORED = [
 )  # fmt: skip
 def test_formats(row, expected):
     found = preference(row)
-    assert found == (*expected, None, None)
+    assert found[:5] == (*expected, None, None)
     assert preference(json.loads(json.dumps(row))) == found
 
 
@@ -134,6 +134,25 @@ def test_tools_and_their_calls(arguments, tools):
     assert json.loads(found.rejected_extra) == calls
 
 
+@pytest.mark.parametrize(
+    ("row", "gap"),
+    [
+        ({"chosen": "4", "rejected": "5", "score_chosen": 9, "score_rejected": 2.5}, 6.5),
+        ({"chosen": "4", "rejected": "5", "chosen-rating": 5, "rejected-rating": 1}, 4.0),
+        ({"chosen": "4", "rejected": "5", "chosen_reward": -1.5, "rejected_reward": -2.0}, 0.5),
+        ({"chosen": "4", "rejected": "5", "good": 3, "bad": 1}, 2.0),
+        ({"completions": SCORED}, 7.5),
+        ({"chosen": "4", "rejected": "5", "score_chosen": 9}, None),
+        ({"chosen": "4", "rejected": "5", "score_chosen": "9", "score_rejected": "1"}, None),
+        ({"chosen": "4", "rejected": "5", "score_chosen": True, "score_rejected": False}, None),
+        ({"chosen": "4", "rejected": "5", "score_chosen": float("inf"), "score_rejected": 1}, None),
+    ],
+)
+def test_gaps_of_scores(row, gap):
+    columns = {"score_chosen": "good", "score_rejected": "bad"} if "good" in row else {}
+    assert preference({"prompt": "2 + 2?", **row}, columns=columns).score_gap == gap
+
+
 def test_a_random_completion_that_scores_lower():
     row = {"instruction": "2 + 2?", "completions": [*SCORED, {"response": "as good", "overall_score": 9.5}]}
     lost = [preference(row, rejected="random", seed=str(i)).rejected for i in range(40)]
@@ -165,8 +184,8 @@ def test_a_random_completion_that_scores_lower():
          "'prompt' has content of type 'image'"),
         ({"prompt": "p", "chosen": "a", "rejected": "a \n"}, "the same but for white space"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 3.0},
-         "'score_chosen' is not above 'score_rejected'"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 1, "rejected-rating": 5}, "not above"),
+         "by their scores 'chosen' is not better than 'rejected'"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 1, "rejected-rating": 5}, "by their scores"),
         ({"prompt": "p", "history": ["ab"], "chosen": "a", "rejected": "b"}, "'history' is no list of pairs"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "add"}, "'tools' is not JSON"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "'tools' has a function without a 'name'"),
