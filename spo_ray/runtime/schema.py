@@ -102,6 +102,16 @@ class ChesPair(ReferencedPair):
     ches_per_token: float
 
 
+class PairChange(TypedDict):
+    """What a method's training did to a pair: changes of its log-probabilities since the reference, in nats."""
+
+    id: str
+    delta_logp_chosen: float
+    delta_logp_rejected: float
+    ches: NotRequired[float | None]  # as ChesPair; None: not computed
+    ches_per_token: NotRequired[float | None]
+
+
 class SftRow(TypedDict):
     """A tokenised SFT example."""
 
