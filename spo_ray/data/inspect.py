@@ -54,7 +54,8 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console,
     unused: set[str] = set()
     for number, raw in sourced_rows(section, "train", LOOKED_AT):
         source = section.sources[number]
-        unused |= unread(raw.row, source.columns.values())
+        columns: Any = source.columns
+        unused |= unread(raw.row, columns)
         try:
             row = read_pair(raw, source, section, config.seed)._asdict() | {"id": str(raw.number)}
             reason, _ = check(row)

@@ -5,13 +5,12 @@ published (completions with scores) or binarised (whole conversations on both si
 columns of ShareGPT, LLaMA-Factory, ms-swift and OpenAI.
 """
 
-import json
 import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from spo_ray.data.messages import MEDIA, messages, refuse_media, text, tools, transcript
+from spo_ray.data.messages import MEDIA, messages, refuse_media, text, transcript, with_columns
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
 
@@ -78,15 +77,25 @@ def preference(
     else:
         opening, answers = _split(opening, *sides)
     _check_differ(answers)
-    prompt = _with_system(opening, found["system"])
     chosen, lost = answers
-    prompt = _with_tools(prompt, tools(found["tools"]))
+    prompt = with_columns(opening, found["system"], found["tools"])
     return Preference(prompt, chosen["content"], lost["content"], chosen.get("extra"), lost.get("extra"), gap)
 
 
-def unread(row: Mapping[str, Any], columns: Collection[str]) -> set[str]:
-    """Return the columns of a row that are not looked at; ``columns`` are, besides those known by name."""
-    return {name for name in row if name not in READ and name not in columns}
+def unread(row: Mapping[str, Any], columns: Mapping[str, str]) -> set[str]:
+    """Return the columns of a row that are not looked at, also those whose place another one takes."""
+    used = {*_keys(row, columns).values(), *MEDIA, "history"}
+    used |= {"input"} if row.get("instruction") or isinstance(row.get("input"), Mapping) else set()
+    return {name for name, value in row.items() if name not in used and not (name in READ and value is None)}
+
+
+def _keys(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns that hold what a row has, by the names of :data:`NAMES`."""
+    found = {}
+    for name, names in NAMES.items():
+        keys = [columns[name]] if name in columns else names
+        found[name] = next((key for key in keys if row.get(key) is not None), "")
+    return {name: key for name, key in found.items() if key}
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -95,12 +104,11 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
     whole = row.get("input")
     if isinstance(whole, Mapping):  # OpenAI's format
         row = {**row, **whole}
-    found: dict[str, Any] = {}
-    for name, names in NAMES.items():
-        if name in columns and columns[name] not in row:
-            raise RowRejectedError(f"no column {columns[name]!r}, which data.columns.{name} names")
-        values = (row.get(key) for key in ([columns[name]] if name in columns else names))
-        found[name] = next((value for value in values if value is not None), None)
+    for name, column in columns.items():
+        if column not in row:
+            raise RowRejectedError(f"no column {column!r}, which data.columns.{name} names")
+    keys = _keys(row, columns)
+    found = {name: row[keys[name]] if name in keys else None for name in NAMES}
     instruction = row.get("instruction")
     if isinstance(whole, str) and whole.strip() and instruction and found["prompt"] == instruction:
         found["prompt"] = f"{instruction}\n{whole}"  # as LLaMA-Factory joins them
@@ -219,23 +227,3 @@ def _check_differ(answers: Sequence[schema.Turn]) -> None:
     one, other = ({**answer, "content": answer["content"].strip()} for answer in answers)
     if one == other:
         raise RowRejectedError("'chosen' and 'rejected' are the same but for white space")
-
-
-def _with_system(turns: list[schema.Turn], system: Any) -> list[schema.Turn]:
-    """Put the text of a column before the messages as the system's."""
-    if system is None or (isinstance(system, str) and not system.strip()):
-        return turns
-    first: schema.Turn = {"role": "system", "content": text(system, "system")}
-    if turns[0]["role"] not in ("system", "developer"):
-        return [first, *turns]
-    if turns[0]["content"].strip() != first["content"].strip():
-        raise RowRejectedError("'system' differs from the system message in 'prompt'")
-    return turns
-
-
-def _with_tools(turns: list[schema.Turn], found: list[Any]) -> list[schema.Turn]:
-    """Keep a row's tools with its first message."""
-    if not found:
-        return turns
-    extra = json.loads(turns[0].get("extra") or "{}") | {"tools": found}
-    return [{**turns[0], "extra": json.dumps(extra, ensure_ascii=False)}, *turns[1:]]

@@ -95,11 +95,12 @@ def load_examples(run: Run, data: RowSource, against: Artifact) -> Artifact:
                 if raw.defect:
                     raise RowRejectedError(raw.defect)
                 with whatever_is_wrong():
-                    prompt, response = example(raw.row)
+                    prompt, answer = example(raw.row)
             except RowRejectedError as error:
                 counts.reject(raw.name(EXAMPLE), str(error), raw.excerpt)
             else:
-                rows.append({"id": raw.name(EXAMPLE), "prompt": prompt, "responses": [response]})
+                row = {"id": raw.name(EXAMPLE), "prompt": prompt, "responses": [answer["content"]]}
+                rows.append(row | {"chosen_extra": answer.get("extra")})
         if words:
             template = getattr(own, "prompt", "")
             rows = list(Contamination(against.rows(), words, template).keep_clean(rows, counts))

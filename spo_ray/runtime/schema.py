@@ -75,6 +75,7 @@ class SftExample(TypedDict):
     id: str
     prompt: list[Turn]
     responses: list[str]  # one
+    chosen_extra: NotRequired[str | None]  # as Pair.chosen_extra
 
 
 class TokenisedPair(TypedDict):
