@@ -18,6 +18,8 @@ _THOUGHTS = re.compile(
     r"(?is)^.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\])|(?:<(?:think|thinking|thought|reasoning)>|\[THINK\]).*"
 )
 _MARK = re.compile(r"####[ \t*]*")
+_RUN_ON = re.compile(r"(####[ \t*]*[^\s\d]{0,3}\d[^\n]*)\n[ \t\n]{0,9}(?:Question|Problem|Q|User|Human) ?:")
+"""An answer behind which a model goes on with a question of its own."""
 _HEADING = re.compile(r"[.)][ \t]+\S")  # "#### 1. Cost" may be a heading
 _LETTERED = r"^[^\S\n]*{}:"  # "A:" marks an answer, unless there is also "B:"
 _SAID = re.compile(rf"(?i:\banswer\b)\s*(?:(?i:is|are|=)(?!\s+not\b)|(:))|({_LETTERED.format('A')})", re.MULTILINE)
@@ -76,8 +78,10 @@ def is_correct(extracted: str | None, gold: str) -> bool:
 
 
 def _written(text: str) -> str:
-    """Return the plain text of a response behind its thoughts."""
-    return plain(_THOUGHTS.sub("", text))
+    """Return the plain text of a response behind its thoughts and before a further question."""
+    text = plain(_THOUGHTS.sub("", text))
+    further = _RUN_ON.search(text)
+    return text[: further.end(1)] if further else text
 
 
 def _marked(text: str) -> Result | None:

@@ -136,6 +136,8 @@ def test_every_real_gold_answer_extracts(shared_data):
         ("#### 10-15", None),
         ("#### 10**3", "1000"),
         ("#### 5 000 €", "5000"),
+        ("#### **18**\n\nQuestion: Tom has 3 apples.\nAnswer: 3 + 2 = 5\n#### 5", "18"),
+        ("#### Restated\nQuestion: How many?\n#### 5", "5"),
         ("#### 5 000 apples", "5"),
         (r"\boxed{3\sqrt{2}}", None),
         (r"\boxed{2\pi}", None),
