@@ -114,9 +114,8 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
         found["prompt"] = f"{instruction}\n{whole}"  # as LLaMA-Factory joins them
     if found["chosen"] is None and found["rejected"] is not None and row.get("messages"):
         found["chosen"], found["prompt"] = row["messages"], None  # ms-swift: the messages end in the chosen answer
-        if isinstance(found["rejected"], str):
-            before = messages(row["messages"], "messages")[:-1]
-            found["rejected"] = [*before, {"role": "assistant", "content": found["rejected"]}]
+        if isinstance(found["rejected"], str) and isinstance(row["messages"], list):
+            found["rejected"] = [*row["messages"][:-1], {"role": "assistant", "content": found["rejected"]}]
     return found
 
 

@@ -149,6 +149,14 @@ def test_calls_of_tools_as_others_write_them(message):
         assert found == calls | ({} if "tool_calls" in message else {"type": "function"})
 
 
+def test_the_rejected_response_of_ms_swift_follows_the_same_calls():
+    call = {"role": "tool_call", "content": json.dumps(CALL)}
+    turns = [ASK, call, {"role": "tool_response", "content": "4"}]
+    found = preference({"messages": [*turns, GOOD], "rejected_response": "5"})
+    assert found == preference({"messages": turns, "chosen": GOOD, "rejected": BAD})
+    assert json.loads(found.prompt[1]["extra"])["tool_calls"][0]["function"]["arguments"] == {"a": 2}
+
+
 def test_roles_and_parts_of_contents_as_others_write_them():
     parts = ["2 + ", {"type": "input_text", "text": "2?"}]
     answer = {"role": "Assistant", "content": "4", "reasoning": "Hm."}
