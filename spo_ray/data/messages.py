@@ -89,7 +89,8 @@ def turn(message: Any, name: str) -> schema.Turn:
     if role is None:
         raise RowRejectedError(f"{name!r} has a message of the role {said!r}; known: {', '.join([*ROLES, *CALLS])}")
     refuse_media(message)
-    content = _joined(message.get("content", message.get("value")), name)
+    said_text = [message[key] for key in ("content", "value") if message.get(key) is not None]  # Arrow adds nulls
+    content = _joined(said_text[0] if said_text else None, name)
     extra = {key: _plain(message[key]) for key in EXTRA if message.get(key)}
     if message.get("reasoning"):  # as servers name it; templates know it by the other name
         extra.setdefault("reasoning_content", message["reasoning"])

@@ -159,7 +159,7 @@ def test_the_rejected_response_of_ms_swift_follows_the_same_calls():
 
 def test_roles_and_parts_of_contents_as_others_write_them():
     parts = ["2 + ", {"type": "input_text", "text": "2?"}]
-    answer = {"role": "Assistant", "content": "4", "reasoning": "Hm."}
+    answer = {"role": None, "from": "GPT", "content": None, "value": "4", "reasoning": "Hm."}
     found = preference({"prompt": [{"role": "User", "content": parts}], "chosen": [answer], "rejected": [BAD]})
     assert found[:3] == ([ASK], "4", "5")
     assert json.loads(found.chosen_extra) == {"reasoning_content": "Hm."}
