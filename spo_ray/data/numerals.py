@@ -5,7 +5,8 @@ number      = [sign] [currency] ([whole] decimal "/" decimal | decimal ("^" | "Ã
 calculation = number {[words] [operator] number} ["=" number]
 ```
 
-A text is first written plainly (:func:`plain`), then cut into tokens; :func:`result` reads a calculation from them.
+A text is first written plainly (:func:`plain`), then cut into tokens; :func:`result` reads a calculation from them. Roots,
+pi and LaTeX's functions are tokens without a value.
 """
 
 import re
@@ -126,7 +127,7 @@ def result(found: Sequence[Token], first: int, end: int) -> Result:
             joint, words = "", 0
         elif kind == "word":
             joint, words = joint if joint in ("equals", "begin") else "", words + 1
-        elif kind == "function":  # what follows is no factor of the number before it, but no result either
+        elif kind == "function":  # a root or pi is not computed: only a number behind "=" is a result then
             joint, unfinished = "begin", unfinished or begun
         elif kind in ("equals", "operator") or (kind in ("of", "begin") and joint not in ("equals", "begin")):
             joint, words = kind, 0
