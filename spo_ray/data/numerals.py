@@ -5,8 +5,8 @@ number      = [sign] [currency] ([whole] decimal "/" decimal | decimal ("^" | "Ã
 calculation = number {[words] [operator] number} ["=" number]
 ```
 
-A text is first written plainly (:func:`plain`), then cut into tokens; :func:`result` reads a calculation from them. Roots,
-pi and LaTeX's functions are tokens without a value.
+A text is first written plainly (:func:`plain`), then cut into tokens; :func:`result` reads a calculation from them.
+Roots, pi and LaTeX's functions are tokens without a value.
 """
 
 import re
