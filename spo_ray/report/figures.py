@@ -163,7 +163,7 @@ def ches_figure(trainings: Paths, score: str) -> Spec | None:
         table = pq.read_table(path / CHANGES).to_pylist() if (path / CHANGES).is_file() else []
         points = sorted((row[score], row["delta_logp_chosen"]) for row in table if row[score] is not None)
         rank = stats.spearmanr(points).statistic if len(points) > 2 else math.nan
-        panel = f"{method}: rank correlation {rank:+.2f}"
+        panel = f"{method}: rank correlation {rank:+.2f}" if math.isfinite(rank) else method
         every = math.ceil(len(points) / MOST_PAIRS) or 1
         records += [{"method": panel, "score": x, "value": y} for x, y in points[::every]]
         told += [panel] if points else []
