@@ -126,6 +126,7 @@ class SPOTrainer(Trainer):
                 pair = preference(row)._asdict() | {"id": str(number)}
                 ids = tokenise_row(self.chat, pair, SIDES, self.max_length)
                 found.append({key: array("l", ids[key]) for key in ("prompt_ids", *SIDES.values())})
+                found[-1]["score_gap"] = ids["score_gap"]
             except RowRejectedError as error:
                 dropped[str(error)] += 1
         for reason, count in dropped.items():
@@ -164,7 +165,8 @@ class SPOTrainer(Trainer):
         """Return the base loss of a batch of held-out pairs; log its metrics with ``eval_`` before their names."""
         (chosen, n_w), (rejected, n_l) = self._logps(inputs)
         ref_w, ref_l = (inputs[f"ref_{side}_logps"].to(chosen) for side in SIDES)
-        pairs = PairLogps(chosen, rejected, ref_w, ref_l, n_w, n_l, n_w.double().mean().item())
+        gaps, mean = inputs.get("score_gaps"), n_w.double().mean().item()
+        pairs = PairLogps(chosen, rejected, ref_w, ref_l, n_w, n_l, mean, score_gaps=gaps)
         loss, metrics = bind(self.spo["base"], beta=self.spo["beta"], margin=self.spo["margin"])(pairs)
         for side, logps, change in zip(SIDES, (chosen, rejected), pairs.ratios, strict=True):
             metrics |= {f"logps/{side}": logps.mean().item(), f"logps/{side}_change": change.mean().item()}

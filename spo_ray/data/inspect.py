@@ -49,12 +49,13 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console,
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
     base = ModelSource.of(config.model)
     chat, limit = ChatTokenizer.load(base.tokenizer, config.model, base.model), config.train.max_length
-    reasons, check = Counter[str](), pair_check(config.pairs)
+    reasons, check = Counter[str](), pair_check(config.pairs, config.with_scores)
     tokenised: list[dict[str, Any]] = []
     unused: set[str] = set()
     for number, raw in sourced_rows(section, "train", LOOKED_AT):
         source = section.sources[number]
-        unused |= unread(raw.row, source.columns.values())
+        columns: Any = source.columns
+        unused |= unread(raw.row, columns)
         try:
             row = read_pair(raw, source, section, config.seed)._asdict() | {"id": str(raw.number)}
             reason, _ = check(row)

@@ -34,6 +34,12 @@ DYNAMICS = (
     "that of the rejected one. Where the green term is negative, the step lowers the log-probability of the chosen "
     "answers, unless another term of the loss prevents it. Computed from batch-mean gradients."
 )
+CHES = (
+    "Each point is a training pair. Across: its CHES score under the reference model, before training. Up: what "
+    "training did to the log-probability of its chosen answer. A score that tells which pairs displace has a rank "
+    "correlation near -1; near 0, dropping the pairs with the highest scores (pairs.max_ches_quantile) helps no more "
+    "than dropping any others."
+)
 HEALTH = "Answers sampled at temperature 1, to the prompts of some of the probe pairs."
 NOTED = ("requests", "cost", "restarts")
 """Facts of a stage that the table of stages shows."""
@@ -103,6 +109,7 @@ def _content(
         "curves": [
             ("Each step's own pairs", figures.batch_figure(paths), BATCH),
             ("Gradient terms (Theorem 1)", figures.dynamics_figure(paths), DYNAMICS),
+            ("CHES scores of the training pairs", figures.ches_figure(paths, run.config.pairs.ches), CHES),
             ("Text health of samples during training", figures.health_figure(paths), HEALTH),
         ],
         "suites": scores.other_suites(table, run.root),

@@ -62,7 +62,9 @@ def test_begin_of_text_is_not_doubled(toy_base):
     tokenizer.add_bos_token = True
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     chat = ChatTokenizer(tokenizer)
-    found = tokenise_row(chat, {"id": "0", "prompt": "How many?", "chosen": "5", "rejected": "6"}, SIDES, 100)
+    row = {"id": "0", "prompt": "How many?", "chosen": "5", "rejected": "6", "score_gap": 2.5}
+    found = tokenise_row(chat, row, SIDES, 100)
+    assert found["score_gap"] == 2.5
     assert found["prompt_ids"].count(tokenizer.bos_token_id) == 1
     assert not any(tokenizer.bos_token_id in found[column] for column in SIDES.values())
 

@@ -10,10 +10,12 @@ from html import unescape
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_ray.report.figures import _smoothed, batch_figure, log_probability_figure
+from spo_ray.report.figures import MOST_PAIRS, _smoothed, batch_figure, ches_figure, log_probability_figure
 from spo_ray.report.page import Link, Table, environment
 from spo_ray.report.samples import differing
 from spo_ray.report.scores import COLUMNS
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import write_rows
 
 from ..conftest import ROOT
 
@@ -98,3 +100,22 @@ def test_a_step_without_finite_log_probabilities_is_left_out_of_the_curves(tmp_p
     ]
     changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path})["data"]["values"]]
     assert changes == [0.0, -1.0, 0.0, -2.0, -1.0]  # the rejected answers are measured from step 2 on
+
+
+def test_scores_of_pairs_stand_beside_what_training_did_to_them(tmp_path):
+    n = 2 * MOST_PAIRS
+    for method, sign in (("dpo", -1.0), ("spo", 1.0), ("nll", None)):
+        rows = [{"id": str(i), "delta_logp_chosen": sign or 0.0, "delta_logp_rejected": 0.0} for i in range(n)]
+        if sign:
+            rows = [row | {"delta_logp_chosen": sign * i**3, "ches_per_token": i - 9.0} for i, row in enumerate(rows)]
+        (tmp_path / method).mkdir()
+        write_rows(tmp_path / method / "pairs.parquet", rows, schema.PairChange)
+    drawn = ches_figure({method: tmp_path / method for method in ("dpo", "spo", "nll", "older")}, "ches_per_token")
+    values = drawn["data"]["values"]
+    assert [value for value in values if value["method"] == "dpo: rank correlation -1.00"][:2] == [
+        {"method": "dpo: rank correlation -1.00", "score": -9.0, "value": 0.0},
+        {"method": "dpo: rank correlation -1.00", "score": -7.0, "value": -8.0},
+    ]
+    assert len(values) == 2 * MOST_PAIRS
+    assert drawn["description"].endswith("by CHES score; dpo: rank correlation -1.00; spo: rank correlation +1.00.")
+    assert ches_figure({"nll": tmp_path / "nll"}, "ches") is None
