@@ -92,7 +92,9 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
         return (x - y).mean(axis=axis)
 
     options = _resampling(len(values), seed)
-    test = scipy.stats.permutation_test((values, -values), statistic, permutation_type="samples", vectorized=True, **options)
+    test = scipy.stats.permutation_test(
+        (values, -values), statistic, permutation_type="samples", vectorized=True, **options
+    )
     return float(test.pvalue)
 
 

@@ -114,8 +114,8 @@ class Estimator:
         return max(found)[1] if found else None
 
 
-def plan_text(plan: PlannedRun) -> str:
-    """Return the resolved configuration and a table of the stages, for a terminal.
+def plan_text(plan: PlannedRun, full: bool = False) -> str:
+    """Return a table of the stages, for a terminal; ``full``: after the resolved configuration.
 
     Rows and tokens are upper bounds. Memory is per worker or engine; disk is what stays.
     """
@@ -124,7 +124,7 @@ def plan_text(plan: PlannedRun) -> str:
     table = [HEADS, *(_cells(s, e) for s, e in zip(plan.planned, estimates, strict=True))]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADS))]
     notes = ["what", *(f"{stage.work.note} ({_resources(stage.work)})" for stage in plan.planned)]
-    text = [json.dumps(config.model_dump(mode="json"), indent=2), ""]
+    text = [json.dumps(config.model_dump(mode="json"), indent=2), ""] if full else []
     for row, note in zip(table, notes, strict=True):
         sides = "<<" + ">" * (len(HEADS) - 2)
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]

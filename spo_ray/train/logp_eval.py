@@ -20,7 +20,10 @@ from spo_ray.train.distributed import Distributed
 DRIFT_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
 CHECKED_PAIRS = 32
-MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy", "both_fell")
+MEANS = (
+    *("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy", "both_fell"),
+    "delta_logp_chosen_per_token",
+)
 
 
 class Measure:
@@ -30,13 +33,17 @@ class Measure:
         self.model, self.chat, self.config, self.rank = model, chat, config, rank
 
     def pair_means(self, table: RowTable, numbers: Sequence[int]) -> Metrics:
-        """Return means over pairs: logps (nats), their change since the reference, accuracy, share where both fell."""
+        """Return means over pairs: logps (nats), their change since the reference, accuracy, share where both fell.
+
+        The change of the chosen logps is there per token too, as a mean over pairs.
+        """
         sums = torch.zeros(len(MEANS), dtype=torch.float64, device=self.rank.device)
         for batch, valid in self._pairs(table, numbers):
             chosen, rejected = (self._logps(batch, f"{side}_") for side in ("chosen", "rejected"))
             gain_w, gain_l = chosen - batch["ref_chosen_logps"], rejected - batch["ref_rejected_logps"]
             both = (gain_w < -FALL) & (gain_l < -FALL)
-            columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double(), both.double())
+            per_token = gain_w / (batch["chosen_labels"] >= 0).sum(dim=1)
+            columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double(), both.double(), per_token)
             sums += torch.stack([(column.double() * valid).sum() for column in columns])
         self.rank.all_reduce([sums])
         return dict(zip(MEANS, (sums / len(numbers)).tolist(), strict=True)) | {"n": len(numbers)}

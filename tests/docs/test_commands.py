@@ -50,11 +50,11 @@ LISTED = {
     "spo-ray report runs/": "tests/pipeline/test_job.py writes pages of finished runs",
 }
 ON_A_CLUSTER = ("ray get-auth-token", "ray start", "ray job submit")
-LOOKING = {"plan", "inspect", "score", "doctor", "--help", "--dry-run"}
+LOOKING = {"plan", "inspect", "score", "doctor", "init", "--help", "--dry-run"}
 TOY = [*SMALL, "methods={dpo: {type: dpo}, spo: {type: spo}}"]
 SMALLER = {
     "configs/quickstart.yaml": TOY,
-    "configs/preferences.yaml": ["data.train_pairs=16", "data.test_pairs=8", "eval.max_tokens=32"],
+    "configs/preferences.yaml": ["data.train_pairs=16", "data.test_pairs=8", "eval.max_tokens=32", "engine.cpus=1"],
     "configs/gsm8k/tiny-cpu.yaml": ["sampling.max_tokens=64", "eval.max_tokens=64", "methods={spo: {type: spo}}"],
     "configs/sweeps/toy.yaml": [
         *SMALL,
@@ -123,6 +123,7 @@ def files(tmp_path_factory):
         "annotations.json": folder / "annotations.json",
         "data/gsm8k": folder / "gsm8k",
         "models/mine": folder / "model",
+        "mine.yaml": folder / "mine.yaml",
         "runs/quickstart/sft": ROOT / "assets" / "toy_base",
     }
 
