@@ -1,6 +1,7 @@
 """Command lines of ``spo-ray`` and of the scripts in ``pipelines/``."""
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -50,12 +51,17 @@ CODES = "Exit codes: 0 done, 1 failed, 2 bad input, 130 stopped."
 
 def execute(job: Callable[[Run], Any], config: Config, until: Part = "report", *, verify: bool = False) -> None:
     """Run a job in its folder, under the folder's lock, with its state in ``status.json``."""
-    run = Run(config, verify=verify)
+    run, started = Run(config, verify=verify), time.monotonic()
     if not config.output.is_absolute() and "working_dir_files" in Path.cwd().parts:
         warn("job", "output is relative to the submitted job's own folder: set output=/some/shared/folder")
     with run.locked(), recorded(run):
         write_json(run.root / "config.json", run.config.model_dump(mode="json"))
         job(run)
+    if run.expected:
+        from spo_ray.pipeline.plan import range_text
+
+        took = time.monotonic() - started
+        log("job", f"took {range_text((took, took))}; expected were {range_text(run.expected)}")
     log("job", f"{until} finished; results in {place(run.root)}")
 
 

@@ -46,7 +46,7 @@ def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
     (tmp_path / "test.jsonl").write_text(split)
     local = str(getattr(load(path).data, "path", "")).startswith("data/")  # which its user sets
     config = load(path, [f"output={tmp_path}", *([f"data.path={tmp_path}"] if local else [])])
-    text = plan_text(plan_job(config))
+    text = plan_text(plan_job(config), full=True)
     assert f'"name": "{config.name}"' in text
     for name, method in config.methods.items():
         assert re.search(rf"^method_{name} +build +[\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
