@@ -20,6 +20,7 @@ from spo_ray.pipeline.paths import check_local, check_model_paths
 from spo_ray.runtime.artifact import on_hub
 from spo_ray.runtime.console import log
 from spo_ray.runtime.tracking import check_trackers
+from spo_ray.train.method_state import check_own_loss
 
 
 def preflight(config: Config) -> None:
@@ -51,6 +52,8 @@ def preflight(config: Config) -> None:
     for teacher in config.sft_data.teachers:
         if isinstance(teacher, TeacherModel):
             _check_engine("teacher", teacher.model, teacher.engine)
+    for method, settings in config.methods.items():
+        check_own_loss(method, settings)
     check_evaluation(config)
 
 

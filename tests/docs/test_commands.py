@@ -33,7 +33,7 @@ LISTED = {
     "ray up": "starts machines; the file is checked against the launcher's schema in tests/test_deploy.py",
     "ray down": "as ray up",
     "ray stop": "ends every Ray process of the machine",
-    "docker build": "needs a Docker daemon; the file is linted in tests/test_deploy.py",
+    "docker ": "needs a Docker daemon; the file is linted in tests/test_deploy.py",
     "kubectl ": "needs a Kubernetes cluster; the file is checked in tests/test_deploy.py",
     "make setup": "installs packages; .ci/run does it from scratch",
     "make check": ".ci/run does it",
