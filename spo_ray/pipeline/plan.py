@@ -35,8 +35,8 @@ BYTES_PER_TOKEN = 6
 """Bytes of a generated or scored token (text, ids, counts) in compressed Parquet."""
 EXPORTED, CHECKPOINTED = 4, 12
 """Bytes of a parameter in an exported model and in a checkpoint with AdamW's states."""
-TRAINING, GENERATION = 0.5, 0.1
-"""Shares of the speed of matrix products that training and generation reach; generation waits for memory."""
+READING, GENERATION = 0.5, 0.1
+"""Shares of the speed of matrix products that passes over whole texts reach, and generation, which waits for memory."""
 MEASURED, COMPUTED = (0.8, 1.3), (0.3, 1.5)
 """Ranges around seconds of an earlier run, and around computed ones: lengths are below the bound, or engines slower."""
 START_S = (2.0, 10.0)
@@ -105,7 +105,7 @@ class Estimator:
             return Estimate(None, seconds, seconds is not None)
         count, measured = plan.parameters["total"], seconds is not None
         if seconds is None:
-            speed = products_per_second() * (TRAINING if work.trains else GENERATION)
+            speed = products_per_second() * (GENERATION if work.generates else READING)
             seconds = _operations(self.config, work) / speed * count
         if work.trains:
             checkpoint = self.config.train.checkpoint
@@ -155,7 +155,7 @@ def plan_text(plan: PlannedRun, full: bool = False) -> str:
     estimates = [estimator.of(stage) for stage in plan.planned]
     table = [HEADS, *(_cells(s, e) for s, e in zip(plan.planned, estimates, strict=True))]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADS))]
-    notes = ["what", *(f"{stage.work.note} ({_resources(stage.work)})" for stage in plan.planned)]
+    notes = ["what", *(f"{s.work.note} ({_resources(s.work, estimator.device)})" for s in plan.planned)]
     text = [json.dumps(config.model_dump(mode="json"), indent=2), ""] if full else []
     for row, note in zip(table, notes, strict=True):
         sides = "<<" + ">" * (len(HEADS) - 2)
@@ -191,11 +191,12 @@ def _cells(stage: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
     )
 
 
-def _resources(work: Work) -> str:
+def _resources(work: Work, device: Device) -> str:
     if not work.actors:
         return "tasks of 1 CPU" if work.cpus else "driver"
-    gpus = "a GPU where there is one" if work.gpus is None else _plural(work.gpus, "GPU")
-    return f"{_plural(work.actors, 'worker' if work.trains else 'actor')} of {_plural(work.cpus, 'CPU')}, {gpus}"
+    gpus = (1.0 if device == "cuda" else 0.0) if work.gpus is None else work.gpus
+    text = f"{_plural(work.actors, 'worker' if work.trains else 'actor')} of {_plural(work.cpus, 'CPU')}"
+    return f"{text}, {_plural(gpus, 'GPU')}" if gpus else text
 
 
 def _plural(count: float, what: str) -> str:

@@ -144,7 +144,11 @@ def room_beside(planned: Sequence[PlannedStage], engine: EngineConfig) -> str | 
 
 
 def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str, **bounds: Any) -> Work:
-    """Return the work of a stage that uses engines or an endpoint; ``bounds`` are ``rows``, ``out`` and ``tokens``."""
+    """Return the work of a stage that uses engines or an endpoint; ``bounds`` are ``rows``, ``out`` and ``tokens``.
+
+    Tokens are generated unless ``generates=False`` is among the bounds.
+    """
+    bounds = {"generates": True} | bounds
     if isinstance(engine, EndpointConfig):
         return Work(note=f"{note}, {engine.concurrency} requests at a time to {engine.url}", **bounds)
     held: dict[str, Any] = {"actors": engine.replicas, "cpus": engine.cpus, "gpus": engine.gpus}

@@ -68,6 +68,8 @@ class Work:
     """Rows that are written; None: as many as are read."""
     tokens: int | None = None
     """Tokens that a model generates or reads; None also if there is no model."""
+    generates: bool = False
+    """True if the tokens are generated one after another, which is slower than reading them."""
     trains: str | None = None
     """``sft``, or the name of the method that is trained; None: the stage trains nothing."""
     actors: int = 0

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,7 @@ class JobView:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         told = [form.format(record[key]) for key, form in SHOWN.items() if record.get(key) is not None]
         if self.since and step > self.since[0]:
-            seconds = (time.monotonic() - self.since[1]) / (step - self.since[0])
-            left = timedelta(seconds=round(seconds * (total - step)))
-            told += [f"{seconds:.2g} s/step", *([f"{left} left"] if step < total else [])]
+            told.append(f"{(time.monotonic() - self.since[1]) / (step - self.since[0]):.2g} s/step")
         return ", ".join([f"step {step}/{total}", f"loss {loss}", *told, f"{self.clipped / step:.0%} clipped"])
 
     def _note_step(self, now: float) -> None:

@@ -90,7 +90,7 @@ def run_preference(job: TrainJob, measure: Measure, checkpointer: Checkpointer, 
     result |= alarm.result()
     if held_out is not None:
         result["held_out"] = measure.pair_means(held_out, range(len(held_out)))
-    export_policy(job, measure, text)
+    export_policy(job, measure, text, result=result)
     return result | {"wall_s": wall_s}
 
 

@@ -12,7 +12,7 @@ from spo_ray.errors import UserError
 from spo_ray.pipeline import sweep_job
 from spo_ray.pipeline.cli import show_plan
 from spo_ray.pipeline.job import plan_job, run_job
-from spo_ray.pipeline.plan import TRAINING, Estimator, expected_seconds, plan_text, products_per_second, range_text
+from spo_ray.pipeline.plan import READING, Estimator, expected_seconds, plan_text, products_per_second, range_text
 from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_json, write_rows
@@ -99,7 +99,7 @@ def test_estimates_against_what_they_are_made_of(config, toy_base):
     often = Estimator(small_config(config.output, "train.checkpoint.every=5"))
     assert often.of(stages["sft"]).checkpoints == 3 * 12 * parameters  # two are kept while the third is written
     assert dpo.disk > sft.disk  # phi
-    assert sft.seconds == pytest.approx(6 * parameters * 48 * 2 * 256 / products_per_second() / TRAINING)
+    assert sft.seconds == pytest.approx(6 * parameters * 48 * 2 * 256 / products_per_second() / READING)
     assert spo.seconds == pytest.approx(2.5 * dpo.seconds)
     assert not sft.measured
     for name, model, seconds in (("earlier", config.model.path, 10.0), ("newer", f"{toy_base}/../toy_base", 500.0)):

@@ -85,6 +85,11 @@ def test_a_harmful_training_is_stopped(referenced, tmp_path):
     strip = lambda record: {key: value for key, value in record.items() if key != "alarm/stop"}  # noqa: E731
     assert [strip(r) for r in stopped] == warned[: len(stopped)]
     result = json.loads((tmp_path / "stop" / "result.json").read_text())
+    card, means = (tmp_path / "stop" / "README.md").read_text(), result["train"]
+    assert "- `method`: type dpo, beta 0.1" in card
+    assert f"nats | {means['delta_logp_chosen']:.4g} |\n" in card
+    assert f"## Data\n\n{means['n']} pairs of toy." in card
+    assert str(tmp_path) not in card
     assert result["stopped_at"] == fell
     for entry in result["alarms"]:
         assert entry["value"] == stopped[-1][f"alarm/{entry['alarm']}"]
