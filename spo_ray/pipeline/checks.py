@@ -48,7 +48,7 @@ def preflight(config: Config) -> None:
     if not is_hub_id:
         _check_lengths(config, path)
     engine, why = choose_engine(config.engine)
-    log("engine", f"{engine} ({why})")
+    log("engine", f"answers come from {engine} ({why})")
     for teacher in config.sft_data.teachers:
         if isinstance(teacher, TeacherModel):
             _check_engine("teacher", teacher.model, teacher.engine)

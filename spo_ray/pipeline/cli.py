@@ -61,8 +61,8 @@ def execute(job: Callable[[Run], Any], config: Config, until: Part = "report", *
         from spo_ray.pipeline.plan import range_text
 
         took = time.monotonic() - started
-        log("job", f"took {range_text((took, took))}; expected were {range_text(run.expected)}")
-    log("job", f"{until} finished; results in {place(run.root)}")
+        log("job", f"took {range_text((took, took))}; the plan said {range_text(run.expected)}")
+    log("job", f"finished{'' if until == 'report' else f' with {until}'}; results in {place(run.root)}")
 
 
 def show_plan(plan: PlannedRun, more: str = "", *, full: bool = False) -> None:

@@ -53,7 +53,8 @@ def run_job(run: Run, until: Part = "report") -> Job:
         if plan.problem:
             raise UserError(plan.problem)
         run.planned, run.expected = plan.planned, expected_of(plan)
-        log("plan", f"{range_text(run.expected)} for {sum(s.state != 'reused' for s in plan.planned)} stages")
+        left = sum(stage.state != "reused" for stage in plan.planned)
+        log("plan", f"{left} of {len(plan.planned)} stages to build, which takes {range_text(run.expected)}")
     job = Job(run.config)
     for part in parts(run, job):
         if part == until:

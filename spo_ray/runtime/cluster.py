@@ -59,7 +59,8 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_resources(planned, nodes)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    size = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs"
+    log("ray", f"joined a cluster: {size}" if address else f"started a local cluster: {size}")
 
 
 def start_local(limit: float, **options: Any) -> None:

@@ -56,6 +56,8 @@ from spo_ray.runtime.manifest import (
 
 LOCK = ".lock"
 State = Literal["reused", "resume", "build"]
+TOLD: dict[State, str] = {"reused": "reused", "resume": "resumed", "build": "started"}
+"""Words of the log for what becomes of a stage."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class Run:
         if found.state == "reused":
             if found.folder == scratch:  # the process ended before it was renamed
                 self._put(name)
-            log(name, found.state)
+            log(name, TOLD[found.state])
             return Artifact(self.root / name, digest)
         if found.state == "build":
             if found.why:
@@ -242,7 +244,7 @@ class Run:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         if not queued:
-            log(name, found.state)
+            log(name, TOLD[found.state])
         if stage.resumable:
             write_json(scratch / STARTED, {"digest": digest})
         if name not in self.under_way:  # it is there if an earlier attempt failed

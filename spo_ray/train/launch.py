@@ -29,7 +29,7 @@ from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.parallel import run_parallel
-from spo_ray.runtime.run import OpenStage, Run, Stage, Work, never_built, times
+from spo_ray.runtime.run import TOLD, OpenStage, Run, Stage, Work, never_built, times
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
 from spo_ray.train.entry import RecordFailures, record_failure, train_loop
@@ -151,7 +151,7 @@ def _train(
     try:
         if all(job.finished for job in jobs):  # an earlier driver ended before it closed these stages
             for stage in stages:
-                log(stage.name, "resume")
+                log(stage.name, TOLD["resume"])
             _forget(run, group)
         else:
             fit(run, jobs, [stage.name for stage in stages], group)
@@ -228,7 +228,7 @@ def _log_memory(jobs: list[TrainJob], names: list[str], device: Device) -> None:
     """Log the largest memory estimate of the jobs; the workers compare theirs with their free memory."""
     estimates = {name: estimate_memory(job, device) for job, name in zip(jobs, names, strict=True)}
     largest = max(estimates, key=lambda name: estimates[name].total)
-    log(largest, estimates[largest].table())
+    log(largest, estimates[largest].sentence())
 
 
 def _run_options(run: Run, jobs: list[TrainJob], group: str, environment: dict[str, str]) -> dict[str, Any]:

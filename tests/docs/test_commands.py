@@ -240,7 +240,7 @@ def test_commands_on_a_cluster(files, tmp_path, tmp_path_factory):
                 joined(words, environment, tmp_path)
             elif command.startswith("ray job submit"):
                 job = words[words.index("--") + 1 :]
-                assert "report finished" in submit(environment, small(job, tmp_path))
+                assert "finished; results in" in submit(environment, small(job, tmp_path))
             elif command != "ray start --head":
                 words = [word.replace("ray.address=auto", f"ray.address={environment['GCS']}") for word in words]
                 printed = run_apart([str(BIN / words[0]), *words[1:]], environment)

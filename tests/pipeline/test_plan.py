@@ -68,7 +68,7 @@ def test_a_plan_says_what_a_run_then_does(config, capsys):
         with installed():
             job(Run(changed))
         printed = capsys.readouterr().out
-        assert [name for name in ("first", "second", "third") if f"{name}: build" in printed] == list(expected)
+        assert [name for name in ("first", "second", "third") if f"{name}: started" in printed] == list(expected)
         for name, why in expected.items():
             assert f"{name}: built again: {why}\n" in printed
         job(Run(config))

@@ -61,8 +61,8 @@ def test_a_training_is_told_when_it_starts_and_when_it_ends(in_root, tmp_path, c
         pass
     told = [(record.stage, record.getMessage()) for record in caplog.records]
     assert told == [
-        ("method_a", "build"),
+        ("method_a", "started"),
         ("method_a", "done in 1.5 s"),
-        ("method_b", "resume"),
+        ("method_b", "resumed"),
         ("method_b", "done in 2.5 s"),
     ]
