@@ -139,7 +139,7 @@ def _license(name: str) -> str | None:
     card = Path(name) / _CARD
     try:
         found = ModelCard.load(card).data.license if card.is_file() else None
-    except (ValueError, OSError):  # a card that can't be read
+    except Exception:  # YAML's errors, and those of the hub's checks: a card is written without it
         return None
     return found if isinstance(found, str) else None
 

@@ -19,6 +19,7 @@ import pytest
 
 from spo_ray.config.load import load
 from spo_ray.pipeline import cli, doctor
+from spo_ray.pipeline.init import text_for
 
 from ..cluster import RAY, free_port, head, submit
 from ..conftest import ROOT
@@ -32,6 +33,7 @@ LISTED = {
     "ssh ": "needs a second machine",
     "ray up": "starts machines; the file is checked against the launcher's schema in tests/test_deploy.py",
     "ray down": "as ray up",
+    "ray job stop": "needs a job under way; tests/runtime/test_supervisor.py stops one",
     "ray stop": "ends every Ray process of the machine",
     "docker ": "needs a Docker daemon; the file is linted in tests/test_deploy.py",
     "kubectl ": "needs a Kubernetes cluster; the file is checked in tests/test_deploy.py",
@@ -116,6 +118,8 @@ def files(tmp_path_factory):
         (folder / name).write_text("\n".join(map(json.dumps, table)))
     (folder / "annotations.json").write_text(json.dumps([sides | {"preference": 2.0}, sides | {"preference": 1.5}]))
     shutil.copytree(ROOT / "assets" / "toy_base", folder / "model")
+    mine = text_for(folder / "mine.yaml", str(folder / "preferences.jsonl"), str(folder / "model"), "cpu")
+    (folder / "mine.yaml").write_text(mine)
     return {
         "preferences.jsonl": folder / "preferences.jsonl",
         "sft.jsonl": folder / "sft.jsonl",
@@ -153,6 +157,8 @@ def test_commands_that_look_at_something(in_root, files, monkeypatch, capsys, tm
     words = words_of(command, files)
     if "--config" in words:
         words.append(f"output={tmp_path}")
+    if words[1] == "init":
+        files["mine.yaml"].unlink()  # it writes the same
     assert run_here(words, monkeypatch) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
 
@@ -200,7 +206,7 @@ def small(words, output):
     """A command's words on small data, in one folder: commands share what they have in common."""
     at = words.index("--config") + 2
     documented = [word for word in words[at:] if not REPLACED.match(word)]
-    return [*words[:at], *SMALLER[words[at - 1]], *documented, "preference.epochs=1", f"output={output}", "name=docs"]
+    return [*words[:at], *SMALLER.get(words[at - 1], SMALLER["configs/preferences.yaml"]), *documented, "preference.epochs=1", f"output={output}", "name=docs"]
 
 
 @pytest.fixture(scope="module")
