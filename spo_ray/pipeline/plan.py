@@ -93,9 +93,9 @@ class Estimator:
     def steps(self, work: Work) -> int | None:
         """Return the upper bound of a training's steps; None: unknown."""
         settings = self.config.sft if work.trains == "sft" else self.config.preference
-        return (
-            None if work.rows is None or settings is None else ceil(work.rows / settings.batch_size) * settings.epochs
-        )
+        if work.rows is None or settings is None:
+            return None
+        return ceil(work.rows / settings.batch_size) * settings.epochs
 
     def of(self, stage: PlannedStage) -> Estimate:
         """Return the estimate of a stage."""
@@ -239,8 +239,8 @@ def expected_seconds(left: Sequence[tuple[PlannedStage, Estimate]]) -> tuple[flo
     """Return the seconds, from and to, that stages will take one after another, with the start of their processes."""
     low, high = 0.0, 0.0
     for stage, estimate in left:
-        start = START_S if stage.work.actors else (0.0, 0.0)
-        factors, start = (MEASURED, (0.0, 0.0)) if estimate.measured else (COMPUTED, start)
+        factors = MEASURED if estimate.measured else COMPUTED
+        start = START_S if stage.work.actors and not estimate.measured else (0.0, 0.0)  # measured times have it
         low += (estimate.seconds or 0.0) * factors[0] + start[0]
         high += (estimate.seconds or 0.0) * factors[1] + start[1]
     return low, high

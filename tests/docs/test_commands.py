@@ -206,7 +206,14 @@ def small(words, output):
     """A command's words on small data, in one folder: commands share what they have in common."""
     at = words.index("--config") + 2
     documented = [word for word in words[at:] if not REPLACED.match(word)]
-    return [*words[:at], *SMALLER.get(words[at - 1], SMALLER["configs/preferences.yaml"]), *documented, "preference.epochs=1", f"output={output}", "name=docs"]
+    return [
+        *words[:at],
+        *SMALLER.get(words[at - 1], SMALLER["configs/preferences.yaml"]),
+        *documented,
+        "preference.epochs=1",
+        f"output={output}",
+        "name=docs",
+    ]
 
 
 @pytest.fixture(scope="module")
