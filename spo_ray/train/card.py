@@ -27,7 +27,7 @@ def card_text(job: TrainJob, result: Mapping[str, Any]) -> str:
         "seed": config.seed,
         "train": config.train.model_dump(mode="json", include={"precision", "optimizer", "max_length"}),
         **training.model_dump(mode="json", include={"lr", "theta", "phi", "epochs", "batch_size", "schedule"}),
-        **({"method": method.model_dump(mode="json", exclude_none=True)} if method else {}),
+        **({"method": {"type": method.type} | method.model_dump(mode="json", exclude_none=True)} if method else {}),
     }
     lines = ["## Data", "", f"{count}. The terms of use of the data hold too.", "", "## Settings", ""]
     lines += [f"- `{name}`: {_plain(value)}" for name, value in settings.items()]
@@ -47,6 +47,7 @@ def card_text(job: TrainJob, result: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    return str(value)
+    if not isinstance(value, dict):
+        return str(value)
+    parts = {key: f"({_plain(item)})" if isinstance(item, dict) else item for key, item in value.items()}
+    return ", ".join(f"{key} {text}" for key, text in parts.items())
