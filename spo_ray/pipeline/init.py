@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from cyclopts import Parameter
 
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.pipeline.command import guarded
 from spo_ray.runtime.artifact import nearest, on_hub, write_text
 from spo_ray.runtime.console import show
@@ -37,6 +37,8 @@ RATES = (
 """SFT of all weights, then theta (all weights) and phi (LoRA) on pairs. Larger models take smaller rates: TRL's default
 is 1e-6 for DPO of all weights, the Zephyr recipe's 5e-7 for 7B, and LoRA takes about ten times the rate of all weights
 (Schulman et al., "LoRA Without Regret", 2025). Toy models forget nothing that is worth keeping."""
+LONGEST_HEADER = 10**8
+"""Bytes that safetensors allows for the header of a file."""
 UNKNOWN = 1e9
 """Parameters of a model whose size can't be seen here."""
 TEMPLATE = """\
@@ -140,7 +142,10 @@ def parameters(model: str) -> int | None:
     """Return the number of a model's parameters, by the headers of its files or a name such as 0.5B, or None."""
     files = sorted(Path(model).glob("*.safetensors"))
     if files:
-        return sum(map(_stored, files))
+        try:
+            return sum(map(_stored, files))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # any content
+            raise UserError(f"the weights of {model} can't be read: {first_line(error)}") from error
     named = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)([mb])(?![a-z])", model, re.IGNORECASE)
     return int(float(named[-1][0]) * {"m": 1e6, "b": 1e9}[named[-1][1].lower()]) if named else None
 
@@ -148,7 +153,7 @@ def parameters(model: str) -> int | None:
 def _stored(file: Path) -> int:
     """Return the number of values in a safetensors file; its header is JSON behind its length in 8 bytes."""
     with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header = json.loads(stream.read(min(LONGEST_HEADER, int.from_bytes(stream.read(8), "little"))))
     return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 

@@ -61,6 +61,11 @@ def test_what_it_refuses_and_what_it_asks(tmp_path, monkeypatch, capsys):
     assert "nothing can be asked: set --model (" in capsys.readouterr().err
     assert call("--data", "pair.jsonl", "--model", "org/model") == 2
     assert "--data: there is no file or folder pair.jsonl; did you mean pairs.jsonl?" in capsys.readouterr().err
+    Path("broken").mkdir()
+    for content in (b"", b"\xff" * 8 + b"{", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": {}}'):
+        Path("broken/model.safetensors").write_bytes(content)
+        assert call("--data", "pairs.jsonl", "--model", "broken", "--machine", "cpu") == 2
+        assert "the weights of broken can't be read: " in capsys.readouterr().err
     answers = iter(["pairs.jsonl", "org/model-1b", "tpu", ""])
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
