@@ -20,8 +20,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Every field of the configuration
 
 One YAML file holds a run; `key.sub=value` on the command line overrides any field. What is left out has the default
-below, and an unknown key is an error. `spo-ray plan --config FILE` prints the resolved file. This page is made from the
-schema by `make docs`.
+below, and an unknown key is an error. `spo-ray plan --full --config FILE` prints the resolved
+file. This page is made from the schema by `make docs`.
 """
 SIGNS = {Gt: "above", Ge: "at least", Lt: "below", Le: "at most"}
 PLAIN = {

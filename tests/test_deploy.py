@@ -61,6 +61,7 @@ POD = fields(
 CLUSTER = fields(
     ["headGroupSpec"],
     rayVersion=TEXT,
+    authOptions=fields(["mode"], mode={"const": "token"}, secretName=TEXT),
     enableInTreeAutoscaling=FLAG,
     headGroupSpec=fields(["template", "rayStartParams"], rayStartParams=TEXTS, serviceType=TEXT, template=POD),
     workerGroupSpecs={
@@ -96,7 +97,12 @@ JOB = fields(
 
 
 def read(name):
-    return yaml.safe_load((ROOT / name).read_text())
+    """The last document of a file."""
+    return documents(name)[-1]
+
+
+def documents(name):
+    return list(yaml.safe_load_all((ROOT / name).read_text()))
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
@@ -127,14 +133,30 @@ def test_kuberay_takes_the_job():
     ]
     for container in containers:
         secrets = {v["name"]: v for v in container["env"] if re.search("TOKEN|KEY", v["name"])}
-        assert {"RAY_AUTH_TOKEN", "HF_TOKEN"} <= secrets.keys()
+        assert secrets.keys() == {"HF_TOKEN"}  # the operator sets Ray's own, in the submitter too
         assert all("value" not in variable for variable in secrets.values())  # from secrets alone
-        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
         assert {m["name"] for m in container["volumeMounts"]} == {
             v["name"] for v in spec["headGroupSpec"]["template"]["spec"]["volumes"]
         }
+    assert spec["authOptions"] == {"mode": "token"}
     workers = spec["workerGroupSpecs"][0]
     assert int(containers[1]["resources"]["limits"]["nvidia.com/gpu"]) * workers["replicas"] == 2
+
+
+def test_the_claim_of_the_job_is_made_with_it_and_can_be_mounted_by_all_nodes():
+    claim, job = documents("deploy/rayjob.yaml")
+    groups = job["spec"]["rayClusterSpec"]
+    for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
+        (used,) = [v for v in group["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
+        assert used["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert (claim["kind"], claim["spec"]["accessModes"]) == ("PersistentVolumeClaim", ["ReadWriteMany"])
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_every_node_mounts_the_shared_folder_before_setup(name):
+    _, mount, setup = read(name)["setup_commands"]
+    assert "mount -t nfs" in mount
+    assert "make setup" in setup
 
 
 def test_the_jobs_command_is_one_that_runs_and_fits_its_cluster(in_root):

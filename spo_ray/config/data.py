@@ -2,12 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from math import ceil
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from spo_ray.config.base import ConfigModel, Fraction, RowSource, Seconds
 from spo_ray.config.train import Dtype
+
+MOST_HELD_OUT = 100
+"""Most pairs that are held out where no number is set: enough to see a direction, and quickly measured."""
 
 
 class ToyData(ConfigModel):
@@ -99,8 +103,9 @@ class PreferenceData(FileData, PairSource):
     """Further sources, whose pairs are trained on together with those of ``path``."""
     train_pairs: PositiveInt | None = None
     """Random pairs to train on; None: all that are not held out."""
-    test_pairs: PositiveInt = 100
-    """Pairs held out for evaluation. From the training split nearly so many: all pairs of a prompt stay together."""
+    test_pairs: PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Pairs held out for evaluation, or their share; None: a tenth of the training split, and at most 100. From the
+    training split nearly so many: all pairs of a prompt stay together."""
     held_out: Literal["from_train", "test_split"] = "from_train"
     """Source of the held-out pairs: random prompts of the training split, or rows of the test split."""
     rejected: Literal["worst", "random"] = "worst"
@@ -110,6 +115,15 @@ class PreferenceData(FileData, PairSource):
     def sources(self) -> "Sequence[PairSource]":
         """All sources of pairs."""
         return [self, *self.more]
+
+    def held_out_of(self, pairs: int | None) -> int | None:
+        """Return how many of so many pairs are held out; None: unknown, a share of an unknown number."""
+        if self.test_pairs is None:
+            tenth = None if pairs is None or self.held_out == "test_split" else ceil(pairs / 10)
+            return MOST_HELD_OUT if tenth is None else min(MOST_HELD_OUT, tenth)
+        if self.test_pairs >= 1:
+            return int(self.test_pairs)
+        return None if pairs is None else max(1, round(self.test_pairs * pairs))
 
     @model_validator(mode="after")
     def _weights_agree(self) -> "PreferenceData":

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -45,6 +45,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError("\n".join(f"{where}: sweep.space.{key}: {text}" for where, key, text in lines))
     return config
 
+
+_RATES = ["sft.lr", "preference.theta.lr", "preference.phi.lr"]
+ELSEWHERE = {
+    "lr": _RATES,
+    "learning_rate": _RATES,
+    "gradient_accumulation": ["train.pairs_per_backward"],
+    "gradient_accumulation_steps": ["train.pairs_per_backward"],
+    "per_device_train_batch_size": ["train.pairs_per_backward"],
+    "num_train_epochs": ["sft.epochs", "preference.epochs"],
+    "beta": ["methods.NAME.beta"],
+    "bf16": ["train.precision=bfloat16"],
+    "model_name_or_path": ["model.path"],
+    "output_dir": ["output"],
+    "run_name": ["name"],
+}
+"""Keys that words of other trainers mean; ``pairs_per_backward`` pairs at a time are accumulated to a batch."""
 
 MOST_VALUES, DEEPEST = 100_000, 50
 TOO_MUCH = f"no configuration has more than {MOST_VALUES} values or {DEEPEST} levels"
@@ -109,15 +125,33 @@ def _explain(error: ValidationError, tree: CommentedMap, path: str, overrides: S
         place = "command line" if _given(key, overrides) else f"{path}{f':{line}' if line else ''}"
         text = f"{place}: " + (f"{'.'.join(map(str, key))}: " if key else "")
         if item["type"] == "extra_forbidden":
-            known = _fields(key[:-1], tree)
-            near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-            text += f"unknown key; {hint}"
+            text += f"unknown key; {_meant(key, _fields(key[:-1], tree))}"
         else:
             given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
             text += item["msg"] + given + _nearest_value(item)
         lines.append(text)
     return "\n".join(lines)
+
+
+def _meant(key: Sequence[int | str], known: Sequence[str]) -> str:
+    """Return a hint at the key that is meant by an unknown one, whose section has the keys ``known``."""
+    *section, name = map(str, key)
+    elsewhere = ELSEWHERE.get(name) or [key for key in _scalar_keys(Config) if key.rpartition(".")[2] == name]
+    inside = [other for other in elsewhere if other.startswith(".".join([*section, ""]))]
+    if elsewhere:
+        return f"did you mean {' or '.join(inside or elsewhere)}?"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+
+
+def _scalar_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a section's fields, without those within mappings, lists and choices of sections."""
+    for name, field in section.model_fields.items():
+        inner = _leaf_sections(field.annotation)
+        if len(inner) == 1 and get_origin(field.annotation) not in (dict, list):
+            yield from _scalar_keys(inner[0], f"{prefix}{name}.")
+        elif not inner:
+            yield f"{prefix}{name}"
 
 
 def _nearest_value(item: Any) -> str:

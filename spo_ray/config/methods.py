@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from spo_ray.config.base import ConfigModel
 
@@ -203,10 +203,39 @@ class DpoNll(Scaled, WithSftLoss):
     """Weight of the SFT loss."""
 
 
+class Own(Trained):
+    """A loss of your own: write its place as the type, and its parameters beside it."""
+
+    type: Literal["own"]
+    loss: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """Place of the function, ``package.module:function``. ``type: package.module:function`` sets it too."""
+    parameters: dict[str, str | int | float | bool | None] = {}
+    """Arguments of the function beside the batch. All unknown fields of the method are parameters."""
+
+
+def _own_loss(value: Any) -> Any:
+    """Return a method whose type is the place of a function in the form of :class:`Own`; any other as it is."""
+    if not isinstance(value, dict):
+        return value
+    place = value.get("type")
+    if isinstance(place, str) and ":" in place:
+        value = value | {"type": "own", "loss": place}
+    if value.get("type") != "own":
+        return value
+    more = {name: item for name, item in value.items() if name not in Own.model_fields}
+    kept = {name: item for name, item in value.items() if name in Own.model_fields}
+    return kept | {"parameters": value.get("parameters", {}) | more}
+
+
 Ratios = Dpo | CDpo | RobustDpo | Ipo | Dpop | DpoShift | CalDpo | ApoZero | ApoDown | Nca | ExoPair | Slic | Odpo | Rpo
-Base = Ratios | SimPo | AlphaDpo | Cpo | Orpo
+Base = Ratios | SimPo | AlphaDpo | Cpo | Orpo | Own
 """Losses that SPO can be built around."""
-BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {"type", "lr", "sft_reduction"}
+BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {
+    "type",
+    "lr",
+    "sft_reduction",
+    "parameters",
+}
 
 
 class Inner(ConfigModel):
@@ -239,7 +268,7 @@ class Spo(Trained, WithSftLoss):
     """SPO: Stable Preference Optimization around a base loss."""
 
     type: Literal["spo"]
-    base: Annotated[Base, Field(discriminator="type")] = Dpo(type="dpo")
+    base: Annotated[Base, Field(discriminator="type"), BeforeValidator(_own_loss)] = Dpo(type="dpo")
     """Base loss with its own fields, such as ``{type: simpo, beta: 2.0, margin: 1.0}``."""
     lambda_sft: NonNegativeFloat = 1.0
     """Weight lambda of the SFT loss; with a safe region, its start."""
@@ -292,4 +321,4 @@ def _not_reserved(name: str) -> str:
 
 
 MethodName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$"), AfterValidator(_not_reserved)]
-MethodConfig = Annotated[Nll | Base | DpoNll | Spo, Field(discriminator="type")]
+MethodConfig = Annotated[Nll | Base | DpoNll | Spo, Field(discriminator="type"), BeforeValidator(_own_loss)]

@@ -44,8 +44,8 @@ class SftConfig(GroupConfig):
 class AlarmConfig(ConfigModel):
     """Limits for a method in training, beyond which the displacement alarm goes off; None: no limit."""
 
-    max_fall: PositiveFloat | None = 1.0
-    """Largest fall of the probe pairs' mean log pi(y_w) below its start, in nats."""
+    max_fall: PositiveFloat | None = 0.05
+    """Largest fall of the probe pairs' log pi(y_w) below its start, in nats per token; 0.05 is 5% more perplexity."""
     max_both_fell: Fraction | None = 0.5
     """Largest share of the probe pairs whose two log-probabilities both fell."""
     max_repetition: Fraction | None = 0.5

@@ -40,7 +40,7 @@ def spo_gradients(
     backbone: Sequence[str],
     adapters: Sequence[str],
     base: str | Callable[..., Any] = "dpo",
-    beta: float,
+    beta: float = 0.1,
     lambda_sft: float,
     gamma: float,
     inner_steps: int,
@@ -69,7 +69,7 @@ def spo_gradients(
         base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of
             :class:`spo_ray.core.losses.PairLogps` that returns the mean loss, losses [B] or ``(loss, metrics)``; fix
             further parameters with ``functools.partial``.
-        beta, margin: inverse temperature and margin of a base loss given by name; a callable ignores them.
+        beta, margin: inverse temperature and margin of a base loss given by name; a callable has its own.
         lambda_sft, gamma: weights of the value-function penalty and of R.
         inner_steps, eta: K and the step size of the lower level; K = 0 drops (b).
         sft_reduction: L_SFT as the mean of sequence sums (equation 72), or per completion token of the batch.

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from spo_ray.config.base import RowSource
 from spo_ray.errors import UserError, first_line
-from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, on_hub
+from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, nearest, on_hub
 
 ROWS_PER_BATCH = 1000
 """Rows of a Parquet file that are in memory at the same time."""
@@ -38,7 +38,7 @@ def inputs(data: RowSource, split: str) -> dict[str, Artifact]:
     """Return the files or the dataset of a split, for the identity of a stage."""
     if on_hub(data.path):
         return {"file": external(f"{data.path}@{data.revision}/{data.subset or ''}")}
-    return {f"file{i or ''}": external(file) for i, file in enumerate(_files(data.path, split))}
+    return {f"file{i or ''}": external(file) for i, file in enumerate(data_files(data.path, split))}
 
 
 def raw_rows(data: RowSource, split: str) -> Iterator[Raw]:
@@ -51,7 +51,7 @@ def raw_rows(data: RowSource, split: str) -> Iterator[Raw]:
         yield from _numbered(_hub(data, split))
         return
     start = 0
-    for file in _files(data.path, split):
+    for file in data_files(data.path, split):
         last = -1
         for raw in READERS[_plain(file).suffix](file):
             last = raw.number
@@ -113,8 +113,12 @@ def _numbered(rows: Iterator[dict[str, Any]]) -> Iterator[Raw]:
         yield Raw(number, row, None, str(row)[:200])
 
 
-def _files(path: Path, split: str) -> list[Path]:
-    """Return the file itself, or the files of a split in a folder, also if it is laid out as on the hub."""
+def data_files(path: Path, split: str) -> list[Path]:
+    """Return the file itself, or the files of a split in a folder, also if it is laid out as on the hub.
+
+    Raises:
+        UserError: there is none, or several may hold the same rows.
+    """
     if path.is_file():
         if not path.name.endswith(DATA_FILES):
             raise UserError(f"{path} is no data file: the path takes {', '.join(DATA_FILES)}")
@@ -127,9 +131,10 @@ def _files(path: Path, split: str) -> list[Path]:
             raise UserError(f"{one} and {other} may hold the same rows: name one in data.path, or move the other")
     if files:
         return files
+    name = path if path.name.endswith(DATA_FILES) else f"{path}/{split}.jsonl (or .parquet)"
     raise UserError(
-        f"no data file {path}/{split}.jsonl (or .parquet): set the path to a folder with {split}.jsonl, to a file, or "
-        "to a dataset's name on the hub"
+        f"no data file {name}{nearest(path)}: set the path to a folder with {split}.jsonl, to a file, or to a "
+        "dataset's name on the hub"
     )
 
 

@@ -20,6 +20,7 @@ from spo_ray.data.verifiers import load_verifier, verifier_identity, verifier_of
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, on_hub, require_rows, write_rows
+from spo_ray.runtime.console import log
 from spo_ray.runtime.run import Run, Stage, Work
 
 PAIR, EXAMPLE = "pair", "sft"
@@ -52,6 +53,8 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
         if isinstance(data, FileData):
             source = ", ".join(str(place.path) for place, _ in _places(data, split))
             counts.facts |= {"source": source, "not_drawn": len(rows) - len(drawn)}
+        if held_out := counts.facts.get("held_out"):
+            log(f"data_{split}", f"{len(drawn)} pairs to train on; {held_out} are held out (data.test_pairs)")
         require_rows(len(drawn), f"usable {split} rows in the {data.type} data", counts)
         write_rows(out / "part-0.parquet", drawn, kind)
 
@@ -214,13 +217,14 @@ def _preference(data: PreferenceData, split: Split, seed: int, counts: RowCounts
     random.Random(seed).shuffle(found)
     if not shared:
         return found
-    if len(found) <= data.test_pairs:
+    count = data.held_out_of(len(found)) or 0
+    if len(found) <= count:
         why = f"; {own.why()}" if own.rejected else ""
-        raise UserError(
-            f"{data.path}: {len(found)} pairs, of which data.test_pairs={data.test_pairs} are held out{why}"
-        )
-    held_out = _held_out_prompts(found, data)
-    return [pair for pair in found if (_prompt(pair) in held_out) == (split == "test")]
+        raise UserError(f"{data.path}: {len(found)} pairs, of which data.test_pairs={count} are held out{why}")
+    held_out = _held_out_prompts(found, data, count)
+    kept = [pair for pair in found if (_prompt(pair) in held_out) == (split == "test")]
+    own.facts["held_out"] = len(found) - len(kept)
+    return kept
 
 
 READERS: dict[str, tuple[Callable[..., list[Any]], Any]] = {
@@ -232,15 +236,15 @@ READERS: dict[str, tuple[Callable[..., list[Any]], Any]] = {
 """Reader and row class by ``data.type``."""
 
 
-def _held_out_prompts(pairs: Sequence[schema.Pair], data: PreferenceData) -> set[str]:
-    """Return the first prompts that have ``test_pairs`` pairs together, or as many as whole prompts can have.
+def _held_out_prompts(pairs: Sequence[schema.Pair], data: PreferenceData, count: int) -> set[str]:
+    """Return the first prompts that have ``count`` pairs together, or as many as whole prompts can have.
 
     A prompt on both sides would be known from training.
     """
     sizes = Counter(map(_prompt, pairs))  # in the order of the pairs
     if len(sizes) == 1:
         raise UserError(f"{data.path}: all {len(pairs)} pairs have the same prompt, so that none can be held out")
-    left, held_out = data.test_pairs, set()
+    left, held_out = count, set()
     for prompt, size in sizes.items():
         if size <= left:
             held_out.add(prompt)
@@ -298,13 +302,15 @@ def _held_out_of_train(data: FileData) -> bool:
     return isinstance(data, PreferenceData) and data.held_out == "from_train"
 
 
-def _limit(data: Any, split: Split) -> int | None:
-    """Return the configured number of rows; None: all."""
+def _limit(data: Any, split: Split, there: int | None = None) -> int | None:
+    """Return the configured number of rows, of ``there`` rows; None: all."""
+    if isinstance(data, PreferenceData) and split == "test":
+        return data.held_out_of(there)
     return getattr(data, f"{split}_{'pairs' if isinstance(data, PreferenceData) else 'questions'}")
 
 
 def _draw(data: Any, split: Split, seed: int, rows: list[Any]) -> list[Any]:
-    limit = _limit(data, split)
+    limit = _limit(data, split, len(rows))
     if isinstance(data, PreferenceData):  # in random order; held-out pairs are as many as whole prompts have
         return rows if split == "test" and _held_out_of_train(data) else rows[:limit]
     return rows if limit is None or limit >= len(rows) else random.Random(seed).sample(rows, limit)
@@ -320,4 +326,5 @@ def _bounds(data: Any, split: Split, seed: int) -> tuple[int | None, int | None]
     there = sum(1 for _ in sourced_rows(data, split))
     if _held_out_of_train(data):  # whole prompts are held out: only reading the pairs tells how many they have
         return there, len(_draw(data, split, seed, _preference(data, split, seed, RowCounts())))
+    limit = _limit(data, split, there)
     return there, there if limit is None else min(limit, there)

@@ -1,11 +1,9 @@
 """Verifiers judge if an answer is correct. They are named in the configuration: one of these, or one of your own."""
 
-import hashlib
-import importlib
-import inspect
 from typing import NamedTuple, Protocol
 
 from spo_ray.errors import UserError
+from spo_ray.runtime.own_code import load_own, source_digest
 
 VERIFIERS = {"gsm8k": "spo_ray.data.gsm8k:Gsm8k"}
 """Import paths of the verifiers that have a name."""
@@ -41,9 +39,7 @@ def verifier_identity(name: str) -> str:
     """Return a verifier's name, with a digest of its module if it is your own: changed code can change the grades."""
     if name in VERIFIERS:
         return name
-    module = inspect.getmodule(type(load_verifier(name)))
-    source = inspect.getsource(module) if module else ""
-    return f"{name}@{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    return f"{name}@{source_digest(type(load_verifier(name)))}"
 
 
 def load_verifier(name: str) -> Verifier:
@@ -52,14 +48,14 @@ def load_verifier(name: str) -> Verifier:
     Raises:
         UserError: there is no such name, module or class, or it lacks a method.
     """
-    module, colon, attribute = VERIFIERS.get(name, name).partition(":")
+    path = VERIFIERS.get(name, name)
     known = f"data.verifier={name!r}: known are {', '.join(VERIFIERS)}, or package.module:Class"
-    if not colon:
+    if ":" not in path:
         raise UserError(known)
     try:
-        verifier = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"{known} ({error}); the module must be importable on every node (PYTHONPATH)") from error
+        verifier = load_own(path, known)()
+    except TypeError as error:
+        raise UserError(f"{known} ({error}); it is called without arguments") from error
     missing = [method for method in ("accepts", "grade") if not callable(getattr(verifier, method, None))]
     if missing:
         raise UserError(f"data.verifier={name!r} has no method {missing[0]}()")

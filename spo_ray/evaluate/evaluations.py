@@ -62,7 +62,7 @@ class Evaluations:
         node = room_beside(run.planned, run.config.engine)
         if node is None:
             return
-        log("evaluate", f"{', '.join(checkpoints)} beside the next stages")
+        log("evaluate", f"measures {' and '.join(checkpoints)} while the next stages run")
 
         def work() -> None:
             try:

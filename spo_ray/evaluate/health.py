@@ -91,7 +91,9 @@ def second_pass(context: SuiteContext, checkpoints: Results, measured: Results) 
         inputs = {"health": measured[name], config.reference: reference}
         prompts = config.eval.health_prompts
         tokens = prompts * config.eval.max_tokens
-        work = context.work("log-probabilities of its texts under the reference model", rows=prompts, tokens=tokens)
+        work = context.work(
+            "log-probabilities of its texts under the reference model", rows=prompts, tokens=tokens, generates=False
+        )
         found[name] = [context.run.execute(Stage(f"shift_{name}", build, context.identity, inputs, work))]
     return found
 

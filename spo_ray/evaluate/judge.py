@@ -12,14 +12,12 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import openai
 from pydantic import Field, TypeAdapter, ValidationError
 
 from spo_ray.config.base import first_problem
 from spo_ray.config.evaluate import AnnotatorConfig
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Generations, Skipped, valid_text
-from spo_ray.model.endpoint import HIGHEST_LOGP, LOCKED_OUT, ChatClient, InvalidResponseError, logprob_of
+from spo_ray.model.completion import HIGHEST_LOGP, Generations, Skipped, valid_text
 from spo_ray.runtime.artifact import Artifact, set_aside
 
 FIELDS = ("instruction", "output_1", "output_2")
@@ -125,6 +123,10 @@ def ask_endpoint(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: Ke
 
 
 async def _ask_all(annotator: AnnotatorConfig, requests: Sequence[Turns], keep: Keep) -> dict[int, str]:
+    import openai  # takes a second, and every command imports this file
+
+    from spo_ray.model.endpoint import LOCKED_OUT, ChatClient
+
     config: Any = annotator.engine
     failed: dict[int, str] = {}
     logprobs = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if _weighted(annotator) else {}
@@ -160,6 +162,8 @@ def _reply(response: Any, annotator: AnnotatorConfig) -> Reply:
     Raises:
         InvalidResponseError: the response lacks a field, or one has a wrong type or an impossible value.
     """
+    from spo_ray.model.endpoint import InvalidResponseError, logprob_of
+
     try:
         choice, usage = response.choices[0], response.usage
         content = choice.logprobs.content if choice.logprobs else None

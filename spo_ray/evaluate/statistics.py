@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # which imports its slow parts when they are used
 
 from spo_ray.runtime.map_rows import Row
 
@@ -40,7 +40,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     Raises:
         ValueError: ``n`` is not positive.
     """
-    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(successes, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -56,7 +56,7 @@ def paired_bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float
     if np.ptp(values) <= ROUNDING * np.abs(values).max():
         return None, None
     options = _resampling(len(values), seed)
-    interval = stats.bootstrap((values,), np.mean, method="percentile", **options).confidence_interval
+    interval = scipy.stats.bootstrap((values,), np.mean, method="percentile", **options).confidence_interval
     return float(interval.low), float(interval.high)
 
 
@@ -79,7 +79,7 @@ def mcnemar(wins: int, losses: int) -> float:
 
     ``wins`` and ``losses`` are the numbers of items on which only the first or only the second is right.
     """
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return float(scipy.stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
@@ -92,7 +92,9 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
         return (x - y).mean(axis=axis)
 
     options = _resampling(len(values), seed)
-    test = stats.permutation_test((values, -values), statistic, permutation_type="samples", vectorized=True, **options)
+    test = scipy.stats.permutation_test(
+        (values, -values), statistic, permutation_type="samples", vectorized=True, **options
+    )
     return float(test.pvalue)
 
 

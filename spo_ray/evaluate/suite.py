@@ -9,6 +9,7 @@ from spo_ray.evaluate.actors import EvaluatorHandle, Pass
 from spo_ray.model.completion import Generations, Skipped
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import engine_work
+from spo_ray.runtime.console import progress
 from spo_ray.runtime.map_rows import Row
 from spo_ray.runtime.run import Run, Work
 
@@ -57,11 +58,16 @@ class SuiteContext:
         self, checkpoint: Artifact, rows: Sequence[Row], passes: Sequence[Pass], max_tokens: int, column: str = "prompt"
     ) -> Iterator[tuple[int | None, Row, Generations | Skipped]]:
         """Answer the prompts in a column once for each pass; yield (seed, row, answer)."""
-        asked, batch_size = [(row["id"], row[column]) for row in rows], self.run.config.eval.batch_size
-        found = self.evaluator.answer(checkpoint.path, asked, passes, max_tokens, batch_size)
-        for (seed, _), answers in zip(passes, found, strict=True):
-            for row, answer in zip(rows, answers, strict=True):
-                yield seed, row, answer
+        size, total = self.run.config.eval.batch_size, len(passes) * len(rows)
+        with progress(f"answers of {checkpoint.path.name}") as update:
+            for done, one in enumerate(passes):
+                for start in range(0, len(rows), size):
+                    part = rows[start : start + size]
+                    asked = [(row["id"], row[column]) for row in part]
+                    (answers,) = self.evaluator.answer(checkpoint.path, asked, [one], max_tokens, size)
+                    count = done * len(rows) + start + len(part)
+                    update(count, total, f"{count}/{total} written")
+                    yield from ((one.seed, row, answer) for row, answer in zip(part, answers, strict=True))
 
 
 Results = Mapping[str, Artifact]

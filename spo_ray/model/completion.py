@@ -8,6 +8,8 @@ from spo_ray.errors import UserError
 
 TOO_LONG = "prompt longer than engine.max_model_len"
 """Reason why a question has no answer."""
+HIGHEST_LOGP = 1e-3
+"""Highest log-probability that rounding can give."""
 
 
 class Completion(NamedTuple):

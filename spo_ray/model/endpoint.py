@@ -10,7 +10,7 @@ import openai
 
 from spo_ray.config.data import EndpointConfig, SamplingConfig
 from spo_ray.errors import UserError
-from spo_ray.model.completion import Completion, Generations, Skipped, valid_text
+from spo_ray.model.completion import HIGHEST_LOGP, Completion, Generations, Skipped, valid_text
 
 REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """Errors of one request alone, such as a prompt that is too long."""
@@ -20,9 +20,6 @@ LARGEST_RESPONSE = 64 * 2**20
 """Most bytes of a response's body, decompressed."""
 ENCODINGS = ("", "identity", "gzip", "deflate")
 """Content encodings of responses; others, and several in a row, can expand a few bytes to gigabytes."""
-
-HIGHEST_LOGP = 1e-3
-"""Highest log-probability that rounding can give."""
 
 
 class InvalidResponseError(openai.OpenAIError):

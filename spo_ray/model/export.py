@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def export(
     *,
     method: str = "sft",
     backbone_and_adapter: bool = False,
+    about: str = "",
 ) -> None:
     """Save model, tokenizer, probe and a model card, in float32; the model can't be trained further afterwards.
 
@@ -51,6 +53,7 @@ def export(
         probe: text and log-probability under the model.
         method: the training method, for the card.
         backbone_and_adapter: also save the two parts; only for models with phi.
+        about: sections of the card in Markdown: data, settings, results.
 
     Raises:
         ValueError: ``backbone_and_adapter`` for a model without phi.
@@ -64,17 +67,19 @@ def export(
     base.tie_weights()  # assigning weights may have separated input and output embeddings
     whole.float()
     origin = _origin(base.name_or_path)
+    card = partial(_card, origin, method, about, _license(base.name_or_path))
     if adapters:
         layers = _adapter_layers(whole)
         _merge(layers, THETA)
         if backbone_and_adapter:
-            _save_adapter(whole, path / ADAPTER, origin, method)
+            text = f"A PEFT adapter for the model in `../{BACKBONE}`, and for no other: that is {origin} no more."
+            _save_adapter(whole, path / ADAPTER, card(text, library="peft"))
         base = whole.unload()
         if backbone_and_adapter:
-            _save_model(base, chat, path / BACKBONE, _card(origin, method, f"Without the adapter in `../{ADAPTER}`."))
+            _save_model(base, chat, path / BACKBONE, card(f"Without the adapter in `../{ADAPTER}`."))
         _merge(layers, PHI)
     text = f"`{PROBE}` has a text with the log-probability that training ended with, to compare other programs with."
-    _save_model(base, chat, path, _card(origin, method, text))
+    _save_model(base, chat, path, card(text))
     (path / PROBE).write_text(json.dumps(asdict(probe)))
 
 
@@ -111,20 +116,32 @@ def _save_model(base: Any, chat: ChatTokenizer, path: Path, card: ModelCard) -> 
     card.save(path / _CARD)
 
 
-def _save_adapter(model: Any, path: Path, origin: str, method: str) -> None:
+def _save_adapter(model: Any, path: Path, card: ModelCard) -> None:
     # relative, because an absolute path would be wrong after the folders are moved together
     model.peft_config[PHI].base_model_name_or_path = f"../{BACKBONE}"
     # save_embedding_layers=False: PEFT would ask the hub if embeddings were resized
     model.save_pretrained(path, selected_adapters=[PHI], save_embedding_layers=False)
-    text = f"A PEFT adapter for the model in `../{BACKBONE}`, and for no other: that is {origin} no more."
-    _card(origin, method, text, library="peft").save(path / _CARD)
+    card.save(path / _CARD)
 
 
-def _card(origin: str, method: str, text: str, library: str = "transformers") -> ModelCard:
-    data = ModelCardData(
-        base_model=origin, library_name=library, pipeline_tag="text-generation", tags=["spo_ray", method]
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {origin}, {method}\n\nTrained with spo_ray. {text}\n")
+def _card(
+    origin: str, method: str, about: str, license: str | None, text: str, library: str = "transformers"
+) -> ModelCard:
+    tags, task = ["spo_ray", method], "text-generation"
+    data = ModelCardData(base_model=origin, license=license, library_name=library, pipeline_tag=task, tags=tags)
+    terms = f"`{license}`, the licence of {origin}" if license else f"That of {origin}, which its card names"
+    parts = [f"# {origin}, {method}", f"Trained with spo_ray. {text}", about, f"## Licence\n\n{terms}."]
+    return ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *filter(None, parts)]) + "\n")
+
+
+def _license(name: str) -> str | None:
+    """Return the licence that the card in a model's folder names; None if there is none."""
+    card = Path(name) / _CARD
+    try:
+        found = ModelCard.load(card).data.license if card.is_file() else None
+    except Exception:  # YAML's errors, and those of the hub's checks: a card is written without it
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _origin(name: str) -> str:

@@ -74,6 +74,16 @@ class MemoryEstimate:
         """Bytes on a worker's device."""
         return sum(self.items.values())
 
+    def sentence(self) -> str:
+        """Return the memory of a worker and what it trains as one line for the log."""
+        workers, count = self.config.train.num_workers, self.parameters
+        phi = f" and {count['phi'] / 1e6:.1f}M LoRA" if count["phi"] else ""
+        frozen = f"{count['frozen'] / 1e6:.1f}M are" if count["frozen"] else "none is"
+        return (
+            f"{workers} worker{'s' if workers > 1 else ''} of {_gib(self.total)}. "
+            f"Trains {count['theta'] / 1e6:.1f}M backbone{phi} parameters; {frozen} frozen."
+        )
+
     def table(self) -> str:
         """Return a table for the terminal with a line per item."""
         rows = [*self.items.items(), ("total", self.total)]

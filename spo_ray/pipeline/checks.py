@@ -16,9 +16,11 @@ from spo_ray.model.adapter import ModelSource
 from spo_ray.model.checkpoint_files import check_checkpoint
 from spo_ray.model.completion import choose_engine
 from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.pipeline.paths import check_local, check_model_paths
 from spo_ray.runtime.artifact import on_hub
 from spo_ray.runtime.console import log
 from spo_ray.runtime.tracking import check_trackers
+from spo_ray.train.method_state import check_own_loss
 
 
 def preflight(config: Config) -> None:
@@ -29,27 +31,29 @@ def preflight(config: Config) -> None:
     Raises:
         UserError: something is missing or can't be used.
     """
+    check_model_paths(config)
     check_trackers(config.tracking)
     source = ModelSource.of(config.model)
     name = str(source.model)
     path, is_hub_id = Path(name), on_hub(Path(name))
-    if not is_hub_id and not (path / "config.json").is_file():
+    if not is_hub_id and not (path / "config.json").is_file():  # an adapter's base model
         raise UserError(f"no model in {name} (no config.json there): set model.path to a directory or a hub id")
     try:
         ChatTokenizer.load(source.tokenizer, config.model, name).check_opening()
     except UserError:
         raise
     except Exception as error:  # missing files, but also any mistake in a chat template
-        absent = f"there is no folder {name} here, and on the hub " if is_hub_id else ""
-        raise UserError(f"{absent}the tokenizer of {name} can't be used: {first_line(error)}") from error
+        raise UserError(f"the tokenizer of {name} can't be used: {first_line(error)}") from error
     source.check()
     if not is_hub_id:
         _check_lengths(config, path)
     engine, why = choose_engine(config.engine)
-    log("engine", f"{engine} ({why})")
+    log("engine", f"answers come from {engine} ({why})")
     for teacher in config.sft_data.teachers:
         if isinstance(teacher, TeacherModel):
             _check_engine("teacher", teacher.model, teacher.engine)
+    for method, settings in config.methods.items():
+        check_own_loss(method, settings)
     check_evaluation(config)
 
 
@@ -74,8 +78,7 @@ def _check_engine(what: str, model: str, engine: EngineConfig | EndpointConfig) 
             raise UserError(f"{what} {model} at {engine.url}: there is no key; export {engine.api_key_env}")
         return
     choose_engine(engine)
-    if not on_hub(Path(model)) and not (Path(model) / "config.json").is_file():
-        raise UserError(f"no {what} in {model} (no config.json there): set a directory or a hub id")
+    check_local(what, model, engine.type)
     check_checkpoint(model)
 
 

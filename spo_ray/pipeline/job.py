@@ -20,10 +20,12 @@ from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.model.adapter import ModelSource
 from spo_ray.pipeline import Part
 from spo_ray.pipeline.checks import preflight
+from spo_ray.pipeline.plan import expected_of, range_text
 from spo_ray.report.run_page import write_report
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.cluster import connect
+from spo_ray.runtime.console import log
 from spo_ray.runtime.run import PlannedRun, Run, Stage, Work
 from spo_ray.train.launch import train_methods, train_sft
 from spo_ray.train.reference import reference_logps
@@ -50,7 +52,9 @@ def run_job(run: Run, until: Part = "report") -> Job:
         plan = plan_job(run.config, until, verify=run.verify)
         if plan.problem:
             raise UserError(plan.problem)
-        run.planned = plan.planned
+        run.planned, run.expected = plan.planned, expected_of(plan)
+        left = sum(stage.state != "reused" for stage in plan.planned)
+        log("plan", f"{left} of {len(plan.planned)} stages to build, which takes {range_text(run.expected)}")
     job = Job(run.config)
     for part in parts(run, job):
         if part == until:

@@ -1,8 +1,9 @@
 """``spo-ray plan``: the stages of a job with their states, and estimates of memory, disk and time.
 
-The time of a stage is that of the same stage in an earlier run in the same output folder, scaled by its rows. Without
-such a run it is computed for the upper bound of rows: 2 operations per parameter and generated or scored token, 6 per
-token that is trained on, more for SPO (see docs/performance.md), at the speed of this machine's matrix products.
+The time of a stage is that of the same stage in an earlier run in the same output folder, scaled by its rows, if model,
+data, precision, lengths, processes and hardware were the same. Without such a run it is computed for the upper bound of
+rows: 2 operations per parameter and generated or scored token, 6 per token that is trained on, more for SPO (see
+docs/performance.md), at a share of the speed of this machine's matrix products.
 """
 
 import json
@@ -11,9 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig
 
@@ -21,6 +24,7 @@ from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.model.adapter import ModelSource
+from spo_ray.model.completion import choose_engine
 from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
 from spo_ray.runtime.manifest import MANIFEST, UnreadableError, read_manifest
 from spo_ray.runtime.run import PlannedRun, PlannedStage, Work
@@ -31,6 +35,14 @@ BYTES_PER_TOKEN = 6
 """Bytes of a generated or scored token (text, ids, counts) in compressed Parquet."""
 EXPORTED, CHECKPOINTED = 4, 12
 """Bytes of a parameter in an exported model and in a checkpoint with AdamW's states."""
+READING, GENERATION = 0.5, 0.1
+"""Shares of the speed of matrix products that passes over whole texts reach, and generation, which waits for memory."""
+MEASURED, COMPUTED = (0.8, 1.3), (0.3, 1.5)
+"""Ranges around seconds of an earlier run, and around computed ones: lengths are below the bound, or engines slower."""
+START_S = (2.0, 10.0)
+"""Seconds of a stage for the start of its processes, which several stages share."""
+VLLM_BYTES = 2 * 2**30
+"""Memory of vLLM's process on a CPU beside weights and cache; 1.9 GiB were measured with a model of 135M."""
 UNITS = {
     "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
     "bytes": ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB")),
@@ -70,6 +82,21 @@ class Estimator:
         except (OSError, ValueError, UserError):
             return None
 
+    @cached_property
+    def engine(self) -> str:
+        """The kind of engine; an empty text if the configured one is not installed."""
+        try:
+            return choose_engine(self.config.engine)[0]
+        except UserError:
+            return ""
+
+    def steps(self, work: Work) -> int | None:
+        """Return the upper bound of a training's steps; None: unknown."""
+        settings = self.config.sft if work.trains == "sft" else self.config.preference
+        if work.rows is None or settings is None:
+            return None
+        return ceil(work.rows / settings.batch_size) * settings.epochs
+
     def of(self, stage: PlannedStage) -> Estimate:
         """Return the estimate of a stage."""
         work = stage.work
@@ -78,14 +105,19 @@ class Estimator:
             return Estimate(None, seconds, seconds is not None)
         count, measured = plan.parameters["total"], seconds is not None
         if seconds is None:
-            seconds = _operations(self.config, work) / products_per_second() * count
+            speed = products_per_second() * (GENERATION if work.generates else READING)
+            seconds = _operations(self.config, work) / speed * count
         if work.trains:
             checkpoint = self.config.train.checkpoint
             trained = plan.parameters["theta"] + plan.parameters["phi"]
-            kept = (checkpoint.keep + 1) * CHECKPOINTED * trained if checkpoint.every else 0
+            comes = checkpoint.every and (self.steps(work) or checkpoint.every) >= checkpoint.every
+            kept = (checkpoint.keep + 1) * CHECKPOINTED * trained if comes else 0
             return Estimate(plan.total, seconds, measured, EXPORTED * count, kept)
         size = EXPORTED if self.config.engine.dtype == "float32" else 2
-        memory = size * count + (int(self.config.engine.memory_gib * 2**30) if self.device == "cpu" else 0)
+        memory = size * count
+        if self.device == "cpu":
+            cache = int(self.config.engine.memory_gib * 2**30)
+            memory += cache + (VLLM_BYTES if self.engine == "vllm" else 0)
         return Estimate(memory, seconds, measured, BYTES_PER_TOKEN * tokens)
 
     def memory_of(self, stage: str) -> MemoryEstimate | None:
@@ -99,12 +131,12 @@ class Estimator:
             return None
 
     def earlier_seconds(self, stage: PlannedStage) -> float | None:
-        """Return the seconds of a stage by the newest run in the output folder, scaled by rows, or None."""
+        """Return the seconds of a stage by the newest run under the same conditions, scaled by rows, or None."""
         found: list[tuple[float, float]] = []
         for file in self.config.output.absolute().glob(f"*/{stage.name}/{MANIFEST}"):
             try:
                 manifest = read_manifest(file.parent)
-                if manifest is None:
+                if manifest is None or manifest.get("conditions") != stage.conditions:
                     continue
                 read = manifest["rows"]["read"]
                 scale = stage.work.rows / read if stage.work.rows and read else 1.0
@@ -114,8 +146,8 @@ class Estimator:
         return max(found)[1] if found else None
 
 
-def plan_text(plan: PlannedRun) -> str:
-    """Return the resolved configuration and a table of the stages, for a terminal.
+def plan_text(plan: PlannedRun, full: bool = False) -> str:
+    """Return a table of the stages, for a terminal; ``full``: after the resolved configuration.
 
     Rows and tokens are upper bounds. Memory is per worker or engine; disk is what stays.
     """
@@ -123,8 +155,8 @@ def plan_text(plan: PlannedRun) -> str:
     estimates = [estimator.of(stage) for stage in plan.planned]
     table = [HEADS, *(_cells(s, e) for s, e in zip(plan.planned, estimates, strict=True))]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADS))]
-    notes = ["what", *(f"{stage.work.note} ({_resources(stage.work)})" for stage in plan.planned)]
-    text = [json.dumps(config.model_dump(mode="json"), indent=2), ""]
+    notes = ["what", *(f"{s.work.note} ({_resources(s.work, estimator.device)})" for s in plan.planned)]
+    text = [json.dumps(config.model_dump(mode="json"), indent=2), ""] if full else []
     for row, note in zip(table, notes, strict=True):
         sides = "<<" + ">" * (len(HEADS) - 2)
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)]
@@ -159,11 +191,12 @@ def _cells(stage: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
     )
 
 
-def _resources(work: Work) -> str:
+def _resources(work: Work, device: Device) -> str:
     if not work.actors:
         return "tasks of 1 CPU" if work.cpus else "driver"
-    gpus = "a GPU where there is one" if work.gpus is None else _plural(work.gpus, "GPU")
-    return f"{_plural(work.actors, 'worker' if work.trains else 'actor')} of {_plural(work.cpus, 'CPU')}, {gpus}"
+    gpus = (1.0 if device == "cuda" else 0.0) if work.gpus is None else work.gpus
+    text = f"{_plural(work.actors, 'worker' if work.trains else 'actor')} of {_plural(work.cpus, 'CPU')}"
+    return f"{text}, {_plural(gpus, 'GPU')}" if gpus else text
 
 
 def _plural(count: float, what: str) -> str:
@@ -183,12 +216,14 @@ def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence
     left = [(s, e) for s, e in zip(planned, estimates, strict=True) if s.state != "reused"]
     tokens, disk = sum(s.work.tokens or 0 for s, _ in left), sum(e.disk for _, e in left)
     most = max((e.checkpoints for _, e in left), default=0)
-    known = sum(e.seconds for _, e in left if e.seconds is not None)
-    about = "" if all(e.measured for _, e in left) else "about "
     yield (
         f"Left to do: {len(left)} of {len(planned)} stages, at most {_shown(tokens, 'count') or 0} tokens, "
-        f"{about}{_shown(known, 'seconds') or '0 s'}"
+        f"{range_text(expected_seconds(left))}"
     )
+    if needs := [(e.memory * s.work.actors, s.name) for s, e in left if e.memory and s.work.actors]:
+        most_memory, name = max(needs)
+        there = _shown(psutil.virtual_memory().total, "bytes")
+        yield f"Memory: up to {_shown(most_memory, 'bytes')} at a time, in {name}; this machine has {there}"
     room = free_bytes(config.output)
     yield (
         f"Disk: {_shown(disk, 'bytes') or '0 KiB'}, and up to {_shown(most, 'bytes') or '0 KiB'} of checkpoints while "
@@ -196,8 +231,31 @@ def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence
     )
     if disk + most > room:
         yield f"Too little space in {config.output.absolute()}: set output=, or lower train.checkpoint.keep"
-    yield "Times without ~ are those of an earlier run. Times with ~ are computed for the upper bound of rows, without "
-    yield "the start of engines and workers, which takes 15 to 30 seconds for each stage that has some."
+    yield "Times without ~ are those of an earlier run with the same model, data, lengths, precision and hardware; "
+    yield "those with ~ are computed. The sum has the start of engines and workers too, 2 to 10 seconds a stage."
+
+
+def expected_seconds(left: Sequence[tuple[PlannedStage, Estimate]]) -> tuple[float, float]:
+    """Return the seconds, from and to, that stages will take one after another, with the start of their processes."""
+    low, high = 0.0, 0.0
+    for stage, estimate in left:
+        factors = MEASURED if estimate.measured else COMPUTED
+        start = START_S if stage.work.actors and not estimate.measured else (0.0, 0.0)  # measured times have it
+        low += (estimate.seconds or 0.0) * factors[0] + start[0]
+        high += (estimate.seconds or 0.0) * factors[1] + start[1]
+    return low, high
+
+
+def expected_of(plan: PlannedRun) -> tuple[float, float]:
+    """Return the seconds, from and to, that what is left of a plan will take."""
+    estimator = Estimator(plan.config)
+    return expected_seconds([(s, estimator.of(s)) for s in plan.planned if s.state != "reused"])
+
+
+def range_text(seconds: tuple[float, float]) -> str:
+    """Return a range of seconds in words."""
+    low, high = (_shown(value, "seconds") or "0 s" for value in seconds)
+    return low if low == high else f"{low} to {high}"
 
 
 def _shown(value: float | None, kind: str) -> str:

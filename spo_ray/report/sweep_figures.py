@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import altair as alt
-from scipy import stats
+import scipy
 
 from spo_ray.config.sweep import LogUniform, SweepConfig, names_of
 from spo_ray.evaluate.statistics import mean_std
@@ -185,7 +185,7 @@ def _estimate(group: list[Row], objective: str) -> Estimate:
     if std is None:
         low, high = scores[0].get("low", mean), scores[0].get("high", mean)
     else:
-        half = stats.t.ppf(0.975, len(scores) - 1) * std / math.sqrt(len(scores))
+        half = scipy.stats.t.ppf(0.975, len(scores) - 1) * std / math.sqrt(len(scores))
         low, high = mean - half, mean + half
     finished = all(row["status"] == "finished" for row in group)
     return Estimate(group[0]["values"], mean, low, high, len(scores), finished)

@@ -1,5 +1,6 @@
 """Files of a run: stage folders, manifests, row counts, and atomic writes."""
 
+import difflib
 import hashlib
 import itertools
 import json
@@ -160,6 +161,13 @@ def on_hub(path: Path) -> bool:
     if path.name.endswith(DATA_FILES) or path.is_absolute():
         return False
     return len(path.parts) == 2 and not path.exists() and not path.parent.is_dir()
+
+
+def nearest(path: Path) -> str:
+    """Return a question for the file or folder of a similar name that is there instead, or an empty text."""
+    names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"; did you mean {path.parent / near[0]}?" if near and near[0] != path.name else ""
 
 
 def external(path: str | Path) -> Artifact:

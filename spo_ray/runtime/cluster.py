@@ -59,7 +59,8 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_resources(planned, nodes)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    log("ray", f"{'joined' if address else 'started'} a cluster: {len(nodes)} nodes, {cpus:g} CPUs, {gpus:g} GPUs")
+    size = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}, {cpus:g} CPUs, {gpus:g} GPUs"
+    log("ray", f"joined a cluster: {size}" if address else f"started a local cluster: {size}")
 
 
 def start_local(limit: float, **options: Any) -> None:
@@ -144,7 +145,11 @@ def room_beside(planned: Sequence[PlannedStage], engine: EngineConfig) -> str | 
 
 
 def engine_work(engine: EngineConfig | EndpointConfig, settings: str, note: str, **bounds: Any) -> Work:
-    """Return the work of a stage that uses engines or an endpoint; ``bounds`` are ``rows``, ``out`` and ``tokens``."""
+    """Return the work of a stage that uses engines or an endpoint; ``bounds`` are ``rows``, ``out`` and ``tokens``.
+
+    Tokens are generated unless ``generates=False`` is among the bounds.
+    """
+    bounds = {"generates": True} | bounds
     if isinstance(engine, EndpointConfig):
         return Work(note=f"{note}, {engine.concurrency} requests at a time to {engine.url}", **bounds)
     held: dict[str, Any] = {"actors": engine.replicas, "cpus": engine.cpus, "gpus": engine.gpus}

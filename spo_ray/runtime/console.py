@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from spo_ray.config.base import is_secret
 
 LOGGER = logging.getLogger("spo_ray")
-EVERY_S = 2.0
+EVERY_S = 60.0
 """Seconds between two progress lines of a stage, where there are no bars."""
 NOISY = (
     "torchao",
@@ -203,14 +203,19 @@ def installed(quiet: bool = False, as_json: bool = False) -> Generator[None]:
 
 @contextmanager
 def progress(stage: str) -> Generator[Update]:
-    """Show how far a stage is: a bar on a terminal, elsewhere a log line every few seconds."""
-    last = time.monotonic()
+    """Show how far a stage is and how much time is left: a bar on a terminal, elsewhere a log line a minute."""
+    first, began = 0, time.monotonic()
+    last = began
 
     def line(done: int, total: int, text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > EVERY_S and done < total:
-            log(stage, text)
-            last = time.monotonic()
+        nonlocal first, began, last
+        now = time.monotonic()
+        if not first:  # earlier ones are not counted: engines start, and a resumed stage has some already
+            first, began = done, now
+        if now - last > EVERY_S and done < total:
+            left = (now - began) / (done - first) * (total - done) if done > first else None
+            log(stage, text if left is None else f"{text}, about {timedelta(seconds=round(left))} left")
+            last = now
 
     if _bars.terminal is None:
         yield line

@@ -96,7 +96,7 @@ def map_shards(
         else:
             shards.append(shard)
     if every and len(shards) < len(every):
-        log(name, f"{len(every) - len(shards)} of {len(every)} shards are there already")
+        log(name, f"{len(every) - len(shards)} of {len(every)} parts are there from the last attempt")
     if shards:
         task = {"name": name, "mapper": mapper, "arguments": arguments, "out": out, "kind": kind, "beats": watched()}
         task["limit"] = pool.timeout_s if pool else None

@@ -41,6 +41,7 @@ from spo_ray.runtime.artifact import (
     write_json,
     write_rows,
 )
+from spo_ray.runtime.conditions import conditions
 from spo_ray.runtime.console import log
 from spo_ray.runtime.first_start import dated, keep_date
 from spo_ray.runtime.manifest import (
@@ -55,6 +56,8 @@ from spo_ray.runtime.manifest import (
 
 LOCK = ".lock"
 State = Literal["reused", "resume", "build"]
+TOLD: dict[State, str] = {"reused": "reused", "resume": "resumed", "build": "started"}
+"""Words of the log for what becomes of a stage."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Work:
     """Rows that are written; None: as many as are read."""
     tokens: int | None = None
     """Tokens that a model generates or reads; None also if there is no model."""
+    generates: bool = False
+    """True if the tokens are generated one after another, which is slower than reading them."""
     trains: str | None = None
     """``sft``, or the name of the method that is trained; None: the stage trains nothing."""
     actors: int = 0
@@ -128,6 +133,8 @@ class PlannedStage(NamedTuple):
     why: str
     """Why a finished stage is built again; empty otherwise."""
     work: Work
+    conditions: dict[str, Any] = {}
+    """What its time depends on, see :func:`spo_ray.runtime.conditions.conditions`."""
 
 
 @dataclass
@@ -139,6 +146,7 @@ class OpenStage:
     identity: dict[str, Any]
     scratch: Path
     """Folder of the stage while it is built."""
+    conditions: dict[str, Any] = field(default_factory=dict)
     counts: RowCounts = field(default_factory=RowCounts)
     started: float = field(default_factory=time.time)
     """Unix time in seconds."""
@@ -158,6 +166,8 @@ class Run:
         """Names of the opened stages by digest."""
         self.planned: list[PlannedStage] = []
         """Plan of the whole job; empty before it is planned."""
+        self.expected: tuple[float, float] | None = None
+        """Seconds that the job is expected to take, from and to; None before it is planned."""
         self.under_way: list[str] = []
         """Names of the stages that are being built."""
         self.changed: Callable[[], None] = _nothing
@@ -223,7 +233,7 @@ class Run:
         if found.state == "reused":
             if found.folder == scratch:  # the process ended before it was renamed
                 self._put(name)
-            log(name, found.state)
+            log(name, TOLD[found.state])
             return Artifact(self.root / name, digest)
         if found.state == "build":
             if found.why:
@@ -234,13 +244,13 @@ class Run:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
         if not queued:
-            log(name, found.state)
+            log(name, TOLD[found.state])
         if stage.resumable:
             write_json(scratch / STARTED, {"digest": digest})
         if name not in self.under_way:  # it is there if an earlier attempt failed
             self.under_way.append(name)
         self.changed()
-        return OpenStage(name, digest, identity, scratch)
+        return OpenStage(name, digest, identity, scratch, self.conditions(stage.work))
 
     def identify(self, stage: Stage) -> tuple[dict[str, Any], str]:
         """Return the identity of a stage (everything that it depends on) and its digest."""
@@ -254,6 +264,10 @@ class Run:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self.names[digest] = stage.name
         return identity, digest
+
+    def conditions(self, work: Work) -> dict[str, Any]:
+        """Return what the time of a stage depends on, beside its rows."""
+        return conditions(self.config, work.trains, work.actors, work.cpus)
 
     def find(self, name: str, identity: Mapping[str, Any], digest: str) -> Found:
         """Return whether a stage is there, can be resumed or is built, and the reason if it was finished before."""
@@ -295,6 +309,7 @@ class Run:
             "rows": {"read": counts.read, "kept": counts.kept, "dropped": counts.dropped()},
             "files": recorded_files(stage.scratch),
             "facts": counts.facts,
+            "conditions": stage.conditions,
             "versions": versions(),
             "wall_s": round(time.time() - stage.started if wall_s is None else wall_s, 2),
         }
@@ -340,7 +355,7 @@ class PlannedRun(Run):
         identity, digest = self.identify(stage)
         found = self.find(stage.name, identity, digest)
         name = (self.root / stage.name).relative_to(self.top).as_posix()
-        self.planned.append(PlannedStage(name, found.state, found.why, stage.work))
+        self.planned.append(PlannedStage(name, found.state, found.why, stage.work, self.conditions(stage.work)))
         if found.folder:
             return Artifact(found.folder, digest)
         work = stage.work

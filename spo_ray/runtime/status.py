@@ -42,7 +42,8 @@ def recorded(run: Run) -> Generator[None]:
 
     ``state`` is ``running``, ``finished``, ``failed``, ``refused`` (bad input) or ``stopped`` (Ctrl-C, SIGTERM,
     SIGHUP). A run in state ``running`` was killed if :func:`is_alive` is False. ``exit_code`` is that of the process,
-    which ``ray job submit`` does not pass on. The run's lock must be held.
+    which ``ray job submit`` does not pass on: it ends with 1, or with 0 after ``ray job stop``. The run's lock must be
+    held.
     """
     file = run.root / STATUS
     _log_stale(read_status(file))

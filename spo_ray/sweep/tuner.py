@@ -27,6 +27,7 @@ from spo_ray.runtime.run import Run, Stage, Work, never_built, times
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import distributions, listed_points, run_for, shared_values, start_key, sweep_of, trial_count
 from spo_ray.sweep.trial import PROGRESS, Context, percent, trial
+from spo_ray.train.method_state import method_identity
 from spo_ray.train.spec import Prepared
 
 TUNE = "tune"
@@ -72,7 +73,7 @@ def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run],
     settings = {
         "sweep": sweep.model_dump(mode="json", exclude=NOT_RESULTS),
         "run": config.model_dump(mode="json", exclude={"name", "output", "ray", "sweep", "methods", "tracking"}),
-        "method": config.methods[sweep.method].model_dump(mode="json"),
+        "method": method_identity(config.methods[sweep.method]),
     }
     work = _work(config, known) if run.mode == "plan" else Work()
     stage = run.open(Stage("trials", never_built, settings, inputs, work, resumable=True))

@@ -36,8 +36,8 @@ class Rule:
 RULES = {
     "chosen": Rule(
         "max_fall",
-        "probe/delta_logp_chosen",
-        "preferred answers lost {value:.2f} nats (limit {limit:g})",
+        "probe/delta_logp_chosen_per_token",
+        "preferred answers lost {value:.2f} nats per token (limit {limit:g})",
         "use spo or dpo_nll, or lower the learning rate",
         lambda value, start: -value,
     ),

@@ -29,12 +29,13 @@ from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.parallel import run_parallel
-from spo_ray.runtime.run import OpenStage, Run, Stage, Work, never_built, times
+from spo_ray.runtime.run import TOLD, OpenStage, Run, Stage, Work, never_built, times
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
 from spo_ray.train.entry import RecordFailures, record_failure, train_loop
 from spo_ray.train.log_follower import Follower
 from spo_ray.train.memory_check import estimate_memory
+from spo_ray.train.method_state import method_identity
 from spo_ray.train.rendezvous import BoundTorchConfig
 from spo_ray.train.spec import CONTROLLER, RESULT, Start, TrainJob, failures_of
 
@@ -77,7 +78,7 @@ def train_methods(
                 f"method_{name}{suffix}",
                 never_built,
                 {
-                    "method": config.methods[name].model_dump(),
+                    "method": method_identity(config.methods[name]),
                     "preference": config.preference.model_dump(),
                     "train": _identity(run),
                     "model": config.model.model_dump(exclude={"path", "adapter", "attention", "max_template_mismatch"}),
@@ -106,7 +107,7 @@ def train_methods(
 
 def _work(config: Config, rows: Artifact, trains: str, batch: int, epochs: int) -> Work:
     bound, sft = rows.max_rows, trains == "sft"
-    what = "supervised fine-tuning" if sft else config.methods[trains].type
+    what = "supervised fine-tuning" if sft else getattr(config.methods[trains], "loss", config.methods[trains].type)
     steps = "" if bound is None else f", at most {ceil(bound / batch) * epochs:,} steps"
     tokens = times(bound, config.train.max_length * epochs * (1 if sft else 2))
     groups = 1 if sft else min(config.train.parallel_methods, len(config.methods))
@@ -150,7 +151,7 @@ def _train(
     try:
         if all(job.finished for job in jobs):  # an earlier driver ended before it closed these stages
             for stage in stages:
-                log(stage.name, "resume")
+                log(stage.name, TOLD["resume"])
             _forget(run, group)
         else:
             fit(run, jobs, [stage.name for stage in stages], group)
@@ -227,7 +228,7 @@ def _log_memory(jobs: list[TrainJob], names: list[str], device: Device) -> None:
     """Log the largest memory estimate of the jobs; the workers compare theirs with their free memory."""
     estimates = {name: estimate_memory(job, device) for job, name in zip(jobs, names, strict=True)}
     largest = max(estimates, key=lambda name: estimates[name].total)
-    log(largest, estimates[largest].table())
+    log(largest, estimates[largest].sentence())
 
 
 def _run_options(run: Run, jobs: list[TrainJob], group: str, environment: dict[str, str]) -> dict[str, Any]:

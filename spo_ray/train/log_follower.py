@@ -5,13 +5,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.runtime.console import Update, log, progress, warn
 from spo_ray.runtime.heartbeat import STILL_S
+from spo_ray.runtime.run import TOLD, State
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import STOP, describe
 from spo_ray.train.method_state import lower_level_notices
@@ -56,7 +56,7 @@ class JobView:
         self.job, self.name, self.trackers = job, name, trackers
         self.steps, self.failures = Tail(Path(job.out) / STEP_LOG), Tail(Path(job.out) / FAILURES)
         self.failures.new()  # failures of an earlier start were reported then
-        self.state = "resume" if self.steps.path.exists() else "build"
+        self.state: State = "resume" if self.steps.path.exists() else "build"
         self.tracker: TrackerGroup | None = None
         self.last, self.clipped = -1, 0
         self.since: tuple[int, float] | None = None
@@ -83,10 +83,10 @@ class JobView:
                 self.tracker = self.trackers.open(self.name, self.job.key, step)
             self.tracker.log(step, {key: value for key, value in record.items() if value is not None})
             for text, advice in describe(record, self.job.config.preference.alarm):
-                warn(self.name, f"ALARM at step {step}: {text}")
-                warn(self.name, f"{advice}; see {PAGE}")
+                warn(self.name, f"ALARM at step {step}: {text}.")
+                warn(self.name, f"{advice[:1].upper()}{advice[1:]}. See {PAGE}.")
             if record.get(STOP):
-                warn(self.name, f"training ends at step {step} (on_alarm: stop)")
+                warn(self.name, f"Training ends at step {step}, because on_alarm is stop.")
             for kind, text in lower_level_notices(record).items():
                 self.noticed[kind] += 1
                 if self.noticed[kind] == min(NOTICED, record["total_steps"]):
@@ -109,9 +109,7 @@ class JobView:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         told = [form.format(record[key]) for key, form in SHOWN.items() if record.get(key) is not None]
         if self.since and step > self.since[0]:
-            seconds = (time.monotonic() - self.since[1]) / (step - self.since[0])
-            left = timedelta(seconds=round(seconds * (total - step)))
-            told += [f"{seconds:.2g} s/step", *([f"{left} left"] if step < total else [])]
+            told.append(f"{(time.monotonic() - self.since[1]) / (step - self.since[0]):.2g} s/step")
         return ", ".join([f"step {step}/{total}", f"loss {loss}", *told, f"{self.clipped / step:.0%} clipped"])
 
     def _note_step(self, now: float) -> None:
@@ -140,7 +138,7 @@ class Follower:
         for view in self.views:
             if self.finished.is_set() and not view.job.finished:  # an earlier one failed, so this one never started
                 break
-            log(view.name, view.state)
+            log(view.name, TOLD[view.state])
             with progress(view.name) as update:
                 while not (view.job.finished or self.finished.wait(POLL_S)):
                     view.look(update)

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Spo, Trained, base_loss
-from spo_ray.core.losses import LOSSES, Loss
+import torch
+
+from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Own, Spo, Trained, base_loss
+from spo_ray.core.losses import LOSSES, Loss, PairLogps
 from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.safe_region import DualVariable
+from spo_ray.errors import UserError
+from spo_ray.runtime.own_code import load_own, source_digest
 from spo_ray.train.loop import Callback
 
 GAPS = {"reference": lambda metrics: -metrics["logps/chosen_change"], "inner": lambda m: m.get("spo/inner_gap", 0.0)}
@@ -84,8 +88,41 @@ SAME = {"lambda_sft", "gamma", "sft_reduction", "norm_scope", "norm_of", "hinge"
 
 def _loss(base: Base | Nll | DpoNll, statistics: RunningStatistics | None) -> Loss:
     """Return the base loss with its configuration's own fields as parameters."""
+    if isinstance(base, Own):
+        return partial(load_own(base.loss, f"the loss {base.loss}"), **base.parameters)
     parameters = base.model_dump(exclude={"type", *Trained.model_fields})
     return partial(LOSSES[base.type], **parameters | ({"statistics": statistics} if statistics else {}))
+
+
+def method_identity(config: MethodConfig) -> dict[str, Any]:
+    """Return a method's settings, with a digest of the code of a loss of your own."""
+    base = base_loss(config)
+    code = source_digest(load_own(base.loss, f"the loss {base.loss}")) if isinstance(base, Own) else None
+    return config.model_dump(mode="json") | ({"code": code} if code else {})
+
+
+def check_own_loss(name: str, config: MethodConfig) -> None:
+    """Call a loss of your own on two pairs.
+
+    Raises:
+        UserError: it can't be imported, does not take its parameters, or returns no loss.
+    """
+    base = base_loss(config)
+    if not isinstance(base, Own):
+        return
+    chosen, rejected = (torch.tensor([-3.0, -4.0], requires_grad=True) for _ in range(2))
+    lengths = torch.tensor([3, 4])
+    pairs = PairLogps(chosen, rejected, chosen.detach(), rejected.detach(), lengths, lengths, 3.5)
+    loss = _loss(base, None)
+    try:
+        found = loss(pairs)
+        value = found[0] if isinstance(found, tuple) else found
+        value.mean().backward()
+    except Exception as error:  # whatever the function raises
+        raise UserError(
+            f"methods.{name}: {base.loss} can't be called with two pairs and {base.parameters}: {error!r}; it takes a "
+            "PairLogps and parameters by keyword, and returns the mean loss, losses [B] or (loss, metrics)"
+        ) from error
 
 
 def _spo(config: Spo) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from spo_ray.model.collate import TokenRow
 from spo_ray.model.export import Probe, export
 from spo_ray.model.fsdp import load_shards, whole_state
 from spo_ray.model.load import build_policy, parameter_groups
+from spo_ray.train.card import card_text
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.logp_eval import Measure
 from spo_ray.train.spec import TrainJob
@@ -57,8 +58,12 @@ def trainable(model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, Tens
     return theta, phi
 
 
-def export_policy(job: TrainJob, measure: Measure, text: TokenRow, folder: Path | None = None) -> None:
+def export_policy(
+    job: TrainJob, measure: Measure, text: TokenRow, folder: Path | None = None, result: Mapping[str, Any] | None = None
+) -> None:
     """Export the model, with the logp of one text as its probe. Collective: call on all ranks.
+
+    ``result`` has the measurements that the model's card shows.
 
     Without ``folder`` it goes to the job's folder and the model can't be trained further; with one a copy is exported.
     """
@@ -74,4 +79,5 @@ def export_policy(job: TrainJob, measure: Measure, text: TokenRow, folder: Path 
     if rank.index == 0:
         both = config.model.export_adapter and job.method is not None and not folder
         probe, name = Probe(list(text[0]), list(text[1]), logp), job.method or "sft"
-        export(whole, measure.chat, folder or Path(job.out), probe, method=name, backbone_and_adapter=both)
+        about = card_text(job, result or {})
+        export(whole, measure.chat, folder or Path(job.out), probe, method=name, backbone_and_adapter=both, about=about)

@@ -11,6 +11,7 @@ from spo_ray.config.base import RowSource
 from spo_ray.config.data import Gsm8kData, PreferenceData
 from spo_ray.data.sources import load_data, load_examples
 from spo_ray.errors import UserError
+from spo_ray.runtime.console import installed
 from spo_ray.runtime.run import Run
 
 from ..helpers import small_config
@@ -232,3 +233,28 @@ def test_sft_rows_that_share_words_with_a_test_prompt_are_quarantined(in_root, t
     assert not {str(row["prompt"]) for row in found.rows()} & {str(row["prompt"]) for row in test.rows()}
     reasons = {"'messages' does not end in an assistant's message": 1, "shares 6 words in a row with a test prompt": 2}
     assert found.manifest["rows"] == {"read": 10, "kept": 7, "dropped": reasons}
+
+
+@pytest.mark.parametrize(
+    ("test_pairs", "there", "expected"),
+    [
+        (None, 150, 15),
+        (None, 5, 1),
+        (None, 61_000, 100),
+        (None, None, 100),
+        (0.2, 150, 30),
+        (0.2, None, None),
+        (40, 150, 40),
+    ],
+)
+def test_without_a_number_a_tenth_is_held_out(test_pairs, there, expected):
+    assert PreferenceData(path="pairs.jsonl", test_pairs=test_pairs).held_out_of(there) == expected
+
+
+def test_what_is_held_out_is_told(in_root, tmp_path, capsys):
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(30)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(small_config(tmp_path).model_copy(update={"data": PreferenceData(path=tmp_path)}))
+    with installed():
+        assert [load_data(run, split).count for split in ("test", "train")] == [3, 27]
+    assert "data_train: 27 pairs to train on; 3 are held out (data.test_pairs)\n" in capsys.readouterr().out

@@ -19,6 +19,7 @@ import pytest
 
 from spo_ray.config.load import load
 from spo_ray.pipeline import cli, doctor
+from spo_ray.pipeline.init import text_for
 
 from ..cluster import RAY, free_port, head, submit
 from ..conftest import ROOT
@@ -32,8 +33,9 @@ LISTED = {
     "ssh ": "needs a second machine",
     "ray up": "starts machines; the file is checked against the launcher's schema in tests/test_deploy.py",
     "ray down": "as ray up",
+    "ray job stop": "needs a job under way; tests/runtime/test_supervisor.py stops one",
     "ray stop": "ends every Ray process of the machine",
-    "docker build": "needs a Docker daemon; the file is linted in tests/test_deploy.py",
+    "docker ": "needs a Docker daemon; the file is linted in tests/test_deploy.py",
     "kubectl ": "needs a Kubernetes cluster; the file is checked in tests/test_deploy.py",
     "pip install": "installs packages; tests/test_examples.py runs the examples from the wheel alone",
     "python -m hatchling": "as pip install",
@@ -59,11 +61,11 @@ LISTED = {
     "spo-ray report runs/": "tests/pipeline/test_job.py writes pages of finished runs",
 }
 ON_A_CLUSTER = ("ray get-auth-token", "ray start", "ray job submit")
-LOOKING = {"plan", "inspect", "score", "doctor", "--help", "--dry-run"}
+LOOKING = {"plan", "inspect", "score", "doctor", "init", "--help", "--dry-run"}
 TOY = [*SMALL, "methods={dpo: {type: dpo}, spo: {type: spo}}"]
 SMALLER = {
     "configs/quickstart.yaml": TOY,
-    "configs/preferences.yaml": ["data.train_pairs=16", "data.test_pairs=8", "eval.max_tokens=32"],
+    "configs/preferences.yaml": ["data.train_pairs=16", "data.test_pairs=8", "eval.max_tokens=32", "engine.cpus=1"],
     "configs/gsm8k/tiny-cpu.yaml": ["sampling.max_tokens=64", "eval.max_tokens=64", "methods={spo: {type: spo}}"],
     "configs/sweeps/toy.yaml": [
         *SMALL,
@@ -125,6 +127,8 @@ def files(tmp_path_factory):
         (folder / name).write_text("\n".join(map(json.dumps, table)))
     (folder / "annotations.json").write_text(json.dumps([sides | {"preference": 2.0}, sides | {"preference": 1.5}]))
     shutil.copytree(ROOT / "assets" / "toy_base", folder / "model")
+    mine = text_for(folder / "mine.yaml", str(folder / "preferences.jsonl"), str(folder / "model"), "cpu")
+    (folder / "mine.yaml").write_text(mine)
     return {
         "preferences.jsonl": folder / "preferences.jsonl",
         "sft.jsonl": folder / "sft.jsonl",
@@ -132,6 +136,7 @@ def files(tmp_path_factory):
         "annotations.json": folder / "annotations.json",
         "data/gsm8k": folder / "gsm8k",
         "models/mine": folder / "model",
+        "mine.yaml": folder / "mine.yaml",
         "runs/quickstart/sft": ROOT / "assets" / "toy_base",
     }
 
@@ -161,6 +166,8 @@ def test_commands_that_look_at_something(in_root, files, monkeypatch, capsys, tm
     words = words_of(command, files)
     if "--config" in words:
         words.append(f"output={tmp_path}")
+    if words[1] == "init":
+        files["mine.yaml"].unlink()  # it writes the same
     assert run_here(words, monkeypatch) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
 
@@ -208,7 +215,14 @@ def small(words, output):
     """A command's words on small data, in one folder: commands share what they have in common."""
     at = words.index("--config") + 2
     documented = [word for word in words[at:] if not REPLACED.match(word)]
-    return [*words[:at], *SMALLER[words[at - 1]], *documented, "preference.epochs=1", f"output={output}", "name=docs"]
+    return [
+        *words[:at],
+        *SMALLER.get(words[at - 1], SMALLER["configs/preferences.yaml"]),
+        *documented,
+        "preference.epochs=1",
+        f"output={output}",
+        "name=docs",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +262,7 @@ def test_commands_on_a_cluster(files, tmp_path, tmp_path_factory):
                 joined(words, environment, tmp_path)
             elif command.startswith("ray job submit"):
                 job = words[words.index("--") + 1 :]
-                assert "report finished" in submit(environment, small(job, tmp_path))
+                assert "finished; results in" in submit(environment, small(job, tmp_path))
             elif command != "ray start --head":
                 words = [word.replace("ray.address=auto", f"ray.address={environment['GCS']}") for word in words]
                 printed = run_apart([str(BIN / words[0]), *words[1:]], environment)

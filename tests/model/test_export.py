@@ -118,6 +118,19 @@ def test_cards_name_the_base_model_through_all_stages(toy_base, chat, row, tmp_p
     assert ModelCard.load(tmp_path / "hub" / "README.md").data.base_model == "org/some-model"
 
 
+def test_a_card_has_the_licence_of_the_base_model_and_what_it_is_told(toy_base, chat, row, tmp_path):
+    for name, license in (("licensed", "license: apache-2.0"), ("silent", "tags: [a]"), ("broken", "license: [")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\n{license}\n---\n")
+        model = build_policy(toy_base, ModelConfig(path="x"), 0, with_phi=True)
+        model.get_base_model().name_or_path = str(tmp_path / name)
+        export(model, chat, tmp_path / "out" / name, Probe(*row, 0.0), about="## Data\n\n48 pairs.")
+    cards = {name: ModelCard.load(tmp_path / "out" / name / "README.md") for name in ("licensed", "silent", "broken")}
+    assert [card.data.license for card in cards.values()] == ["apache-2.0", None, None]
+    assert "## Data\n\n48 pairs.\n\n## Licence\n\n`apache-2.0`, the licence of licensed." in cards["licensed"].text
+    assert "## Licence\n\nThat of silent, which its card names." in cards["silent"].text
+
+
 def test_generation_ends_where_answers_do(toy_base, chat, row, tmp_path):
     """A base model's settings know the end of text alone."""
     for before, after in ((7, [7, chat.end_id]), ([7, 8], [7, 8, chat.end_id]), (None, [chat.end_id])):

@@ -610,6 +610,9 @@ def test_tables_add_up():
     assert sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05 * len(sizes))
     assert len({len(line) for line in lines}) == 1
     check_memory(estimate, estimate.total, "method_spo")
+    phi = estimate.parameters["phi"] / 1e6
+    trains = f"Trains 494.0M backbone and {phi:.1f}M LoRA parameters; none is frozen."
+    assert estimate.sentence() == f"1 worker of {lines[-1].split()[-2]} GiB. {trains}"
 
 
 def test_the_stage_says_whether_there_is_a_method():

@@ -180,10 +180,14 @@ def test_inspect_without_usable_data(in_root, tmp_path, capsys):
 
 def test_every_command_has_help_and_completion(capsys):
     names = [name for name in cli.app if not name.startswith("-")]
-    assert {"run", "plan", "doctor", "evaluate", "sweep", "score", "inspect", "report", "import-gguf"} <= set(names)
+    assert {"run", "plan", "init", "doctor", "evaluate", "sweep", "score", "inspect", "report", "import-gguf"} <= set(
+        names
+    )
     for name in names:
         assert call(name, "--help") == 0
-        assert len(capsys.readouterr().out.splitlines()) > 5
+        shown = capsys.readouterr().out
+        assert len(shown.splitlines()) > 5
+        assert re.findall(r"spo-ray ([\w-]+)", shown.partition("Example:")[2]) == [name]  # its own example
     script = cli.app.generate_completion(prog_name="spo-ray", shell="bash")
     assert all(name in script for name in names)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from spo_ray.config.load import load
-from spo_ray.pipeline import cli, doctor
+from spo_ray.pipeline import doctor, tools
 from spo_ray.pipeline.job import plan_job
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -30,7 +30,7 @@ def install(folder, name, version):
 
 
 def test_this_machine_is_well(in_root, capsys):
-    assert cli.doctor(config=in_root / QUICKSTART, json=True) == 0
+    assert tools.doctor(config=in_root / QUICKSTART, json=True) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"]
     levels = {check["name"]: check["level"] for check in answer["checks"]}
@@ -38,7 +38,7 @@ def test_this_machine_is_well(in_root, capsys):
 
 
 def test_a_typo_in_the_configuration_is_one_more_failed_check(in_root, capsys):
-    assert cli.doctor("trian.num_workers=2", config=in_root / QUICKSTART) == 1
+    assert tools.doctor("trian.num_workers=2", config=in_root / QUICKSTART) == 1
     printed = capsys.readouterr().out
     assert "did you mean 'train'?" in printed
     assert "FAILED   config" in printed

@@ -185,12 +185,12 @@ def test_progress_is_reported_while_sampling_and_training(finished):
 def test_the_same_command_reuses_everything_and_a_change_redoes_its_part_only(finished):
     _, arguments, _ = finished
     again = run([*FULL, *arguments]).stdout
-    assert not re.search(r": build$", again, re.M)
+    assert not re.search(r": started$", again, re.M)
     plan = run([*FULL, *arguments, "--dry-run", "methods.spo.lambda_sft=2"]).stdout
     assert re.findall(r"^(\w+) +build ", plan, re.M) == REDONE
     assert re.search(r"^  method_spo +method\.lambda_sft 1\.0 -> 2\.0$", plan, re.M)
     changed = run([*TRAIN, *arguments, "methods.spo.lambda_sft=2"]).stdout
-    assert re.findall(r"(\w+): build$", changed, re.M) == ["method_spo"]
+    assert re.findall(r"(\w+): started$", changed, re.M) == ["method_spo"]
 
 
 def test_the_exported_model_loads_anywhere(finished):
@@ -223,7 +223,7 @@ def interrupted(arguments, line, number=signal.SIGINT):
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path):
     arguments = [f"output={tmp_path}", *SMALL, "data.train_questions=40"]
-    code, errors = interrupted(arguments, "base_samples: build", signal.SIGTERM)  # what schedulers send
+    code, errors = interrupted(arguments, "base_samples: started", signal.SIGTERM)  # what schedulers send
     assert code == 130, errors[-2000:]
     assert errors == "stopped; finished stages are kept: the same command resumes the run\n"  # and nothing of Ray's
     status = json.loads((tmp_path / "quickstart" / "status.json").read_text())
@@ -238,7 +238,7 @@ def finished_stages(output):
 def test_an_interrupt_while_methods_train(finished):
     root, arguments, _ = finished
     before = finished_stages(root.parent)
-    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: build")
+    code, errors = interrupted([*arguments, "methods={more: {type: dpo, beta: 0.1}}"], "method_more: started")
     assert code == 130, errors[-2000:]
     assert finished_stages(root.parent) == before
 

@@ -12,7 +12,7 @@ from spo_ray.errors import UserError
 from spo_ray.pipeline import sweep_job
 from spo_ray.pipeline.cli import show_plan
 from spo_ray.pipeline.job import plan_job, run_job
-from spo_ray.pipeline.plan import Estimator, plan_text, products_per_second
+from spo_ray.pipeline.plan import READING, Estimator, expected_seconds, plan_text, products_per_second, range_text
 from spo_ray.pipeline.sweep_job import plan_sweep, run_sweep
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external, write_json, write_rows
@@ -68,7 +68,7 @@ def test_a_plan_says_what_a_run_then_does(config, capsys):
         with installed():
             job(Run(changed))
         printed = capsys.readouterr().out
-        assert [name for name in ("first", "second", "third") if f"{name}: build" in printed] == list(expected)
+        assert [name for name in ("first", "second", "third") if f"{name}: started" in printed] == list(expected)
         for name, why in expected.items():
             assert f"{name}: built again: {why}\n" in printed
         job(Run(config))
@@ -95,15 +95,19 @@ def test_estimates_against_what_they_are_made_of(config, toy_base):
     assert stages["base_samples"].work.tokens == 48 * 4 * 64
     assert stages["method_dpo"].work.tokens == 2 * 48 * 256
     assert sft.disk == 4 * parameters
-    assert sft.checkpoints == 3 * 12 * parameters  # two checkpoints are kept while the third is written
+    assert sft.checkpoints == 0  # its 12 steps end before the first one, at step 100
+    often = Estimator(small_config(config.output, "train.checkpoint.every=5"))
+    assert often.of(stages["sft"]).checkpoints == 3 * 12 * parameters  # two are kept while the third is written
     assert dpo.disk > sft.disk  # phi
-    assert sft.seconds == pytest.approx(6 * parameters * 48 * 2 * 256 / products_per_second())
+    assert sft.seconds == pytest.approx(6 * parameters * 48 * 2 * 256 / products_per_second() / READING)
     assert spo.seconds == pytest.approx(2.5 * dpo.seconds)
     assert not sft.measured
-    earlier = Run(config.model_copy(update={"name": "earlier"}))
-    stage = earlier.open(Stage("sft", never_built))
-    stage.counts.read = 48
-    earlier.close(stage, wall_s=10.0)
+    for name, model, seconds in (("earlier", config.model.path, 10.0), ("newer", f"{toy_base}/../toy_base", 500.0)):
+        changed = config.model_copy(update={"name": name, "model": config.model.model_copy(update={"path": model})})
+        earlier = Run(changed)
+        stage = earlier.open(Stage("sft", never_built, work=stages["sft"].work))
+        stage.counts.read = 48
+        earlier.close(stage, wall_s=seconds)  # the newer one is of another model
     for name, text in (("cut", '{"stage": "sft", "ro'), ("foreign", '{"rows": {"read": "x"}}'), ("deep", "[" * 9999)):
         folder = config.output / name / "sft"
         folder.mkdir(parents=True)
@@ -111,6 +115,10 @@ def test_estimates_against_what_they_are_made_of(config, toy_base):
     (config.output / "folder" / "sft" / "manifest.json").mkdir(parents=True)
     assert own.of(stages["sft"]).seconds == 20.0
     assert own.of(stages["sft"]).measured
+    left = [(stages["sft"], own.of(stages["sft"])), (stages["method_dpo"], dpo)]
+    expected = (20 * 0.8 + dpo.seconds * 0.3 + 2, 20 * 1.3 + dpo.seconds * 1.5 + 10)
+    assert expected_seconds(left) == pytest.approx(expected)
+    assert range_text((90.0, 7200.0)) == "1.5 min to 2.0 h"
 
 
 def test_a_plan_ends_with_the_part_that_the_run_stops_after(config):

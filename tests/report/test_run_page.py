@@ -31,7 +31,7 @@ def test_alarms_are_told(run):
     write_json(path / "result.json", json.loads((path / "result.json").read_text()) | {"alarms": alarms})
     found = _alarms(run, {"dpo": path, "spo": run.root / "method_spo"})
     assert [row[:3] for row in _alarm_table(found).rows] == [
-        ["dpo", "20, 60", "preferred answers lost 1.50 nats (limit 1)"],
+        ["dpo", "20, 60", "preferred answers lost 1.50 nats per token (limit 0.05)"],
         ["dpo", "40", "both log-probabilities fell in 75% of pairs (limit 50%)"],
     ]
 

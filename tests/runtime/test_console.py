@@ -38,7 +38,7 @@ def test_plain_lines_without_a_terminal():
     assert [line[11:] for line in lines] == [
         "sft: step 0/3",
         "sft: step 1/3",
-        "sft: step 2/3",
+        "sft: step 2/3, about 0:00:00 left",
         "other: a [line] beside it :key:",
         "sft: done",
     ]

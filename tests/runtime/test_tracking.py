@@ -147,9 +147,9 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
     view.close()
     assert told == [1, 2, 3, 4, 5]
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    start = messages.index("ALARM at step 3: preferred answers lost 1.50 nats (limit 1)")
+    start = messages.index("ALARM at step 3: preferred answers lost 1.50 nats per token (limit 0.05).")
     assert messages[start + 1 :] == [
-        "use spo or dpo_nll, or lower the learning rate; see docs/failures.md",
-        "training ends at step 3 (on_alarm: stop)",
+        "Use spo or dpo_nll, or lower the learning rate. See docs/failures.md.",
+        "Training ends at step 3, because on_alarm is stop.",
     ]
     assert all(len(f"[12:00:00] method_dpo: {message}") <= 100 for message in messages)

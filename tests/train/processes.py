@@ -73,11 +73,11 @@ def _process(index, size, start, rows, out, overrides, method, model, checkpoint
     config = load("configs/quickstart.yaml", overrides)
     export = worker.export_policy
 
-    def export_whole(job, measure, text):
+    def export_whole(job, measure, text, **more):
         state = whole_state(measure.model)
         if index == 0:
             torch.save(state, Path(out) / "whole.pt")
-        export(job, measure, text)
+        export(job, measure, text, **more)
 
     worker.export_policy = export_whole
     job = TrainJob(config=config, model=model, rows=Artifact(Path(rows), "rows"), out=out, key="job", method=method)

@@ -21,7 +21,7 @@ HARMFUL = [*FAST, "preference.theta.lr=3e-3", "preference.phi.lr=3e-3", "methods
 
 
 def probe(step, fell=0.0, both=0.0, **more):
-    return {"step": step, "probe/delta_logp_chosen": -fell, "probe/both_fell": both, **more}
+    return {"step": step, "probe/delta_logp_chosen_per_token": -fell, "probe/both_fell": both, **more}
 
 
 def test_it_sounds_once_for_every_time_that_a_limit_is_passed():
@@ -67,7 +67,10 @@ def test_what_it_says_has_numbers_and_advice():
     record = probe(7, fell=1.25, both=0.75)
     record |= Alarm(config).check(record)
     first, second = describe(record, config)
-    assert first == ("preferred answers lost 1.25 nats (limit 1)", "use spo or dpo_nll, or lower the learning rate")
+    assert first == (
+        "preferred answers lost 1.25 nats per token (limit 0.05)",
+        "use spo or dpo_nll, or lower the learning rate",
+    )
     assert second.text == "both log-probabilities fell in 75% of pairs (limit 50%)"
 
 
@@ -82,11 +85,16 @@ def test_a_harmful_training_is_stopped(referenced, tmp_path):
     strip = lambda record: {key: value for key, value in record.items() if key != "alarm/stop"}  # noqa: E731
     assert [strip(r) for r in stopped] == warned[: len(stopped)]
     result = json.loads((tmp_path / "stop" / "result.json").read_text())
+    card, means = (tmp_path / "stop" / "README.md").read_text(), result["train"]
+    assert "- `method`: type dpo, beta 0.1" in card
+    assert f"nats | {means['delta_logp_chosen']:.4g} |\n" in card
+    assert f"## Data\n\n{means['n']} pairs of toy." in card
+    assert str(tmp_path) not in card
     assert result["stopped_at"] == fell
     for entry in result["alarms"]:
         assert entry["value"] == stopped[-1][f"alarm/{entry['alarm']}"]
     if "alarm/chosen" in stopped[-1]:
-        assert stopped[-1]["alarm/chosen"] == -stopped[-1]["probe/delta_logp_chosen"] > 1.0
+        assert stopped[-1]["alarm/chosen"] == -stopped[-1]["probe/delta_logp_chosen_per_token"] > 0.05
     # a pair counts where both fell: none can be left out if the means rise
     assert max(r["logps/both_fell"] for r in warned[1:]) > 0.5
     assert warned[1]["logps/both_fell"] == 0.0

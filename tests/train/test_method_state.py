@@ -1,15 +1,19 @@
 import json
+from hashlib import sha256
 from typing import get_args
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from spo_ray.config.load import load
 from spo_ray.config.methods import Base, MethodConfig
 from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.spo import spo_gradients
-from spo_ray.train.method_state import Method, lower_level_notices
+from spo_ray.errors import UserError
+from spo_ray.train.method_state import Method, check_own_loss, lower_level_notices, method_identity
 
+from ..conftest import ROOT
 from ..core.tiny import relative_error, swapped, tiny_batch, tiny_model
 
 PLAIN = {
@@ -34,6 +38,7 @@ PLAIN = {
     "orpo": {"beta": 0.9, "mu": 0.3, "sft_reduction": "sum"},
     "dpo_nll": {"beta": 0.9, "mu": 0.3, "sft_reduction": "token_mean"},
 }
+OWN = {"own": {"loss": f"{__name__}:hinged", "parameters": {"scale": 0.9}}}
 SPO = {
     "lambda_sft": 2.0,
     "gamma": 0.1,
@@ -46,8 +51,12 @@ SPO = {
 INNER = [{"eta": 0.2}, {"every": 3}, {"method": "difference"}]
 
 
+def method_config(**fields):
+    return TypeAdapter(MethodConfig).validate_python(fields)
+
+
 def method(**fields):
-    return Method(TypeAdapter(MethodConfig).validate_python(fields))
+    return Method(method_config(**fields))
 
 
 def gradient(made, dtype=torch.float64):
@@ -70,10 +79,11 @@ def test_every_field_of_a_method_changes_its_gradient(name, field):
 
 @pytest.mark.parametrize("name", [loss.model_fields["type"].annotation.__args__[0] for loss in get_args(Base)])
 def test_spo_wraps_every_base_with_its_fields(name):
-    alone, _ = gradient(method(type=name, **PLAIN[name]))
-    wrapped, _ = gradient(method(type="spo", base={"type": name} | PLAIN[name], lambda_sft=0.0))
+    fields = (PLAIN | OWN)[name]
+    alone, _ = gradient(method(type=name, **fields))
+    wrapped, _ = gradient(method(type="spo", base={"type": name} | fields, lambda_sft=0.0))
     assert relative_error(wrapped, alone) < 1e-9
-    stabilised, _ = gradient(method(type="spo", base={"type": name} | PLAIN[name]))
+    stabilised, _ = gradient(method(type="spo", base={"type": name} | fields))
     assert relative_error(stabilised, alone) > 1e-4
 
 
@@ -155,3 +165,40 @@ def test_a_method_continues_from_its_state():
     assert other.arguments["lambda_sft"] == one.arguments["lambda_sft"] != 1.0
     assert relative_error(gradient(other)[0], gradient(one)[0]) == 0
     assert method(type="dpo").state_dict() == {}
+
+
+def hinged(batch, *, scale):
+    """SLiC's hinge, as somebody's own loss; it has no beta and no metrics."""
+    ratio_w, ratio_l = batch.ratios
+    return torch.relu(1 - scale * (ratio_w - ratio_l))
+
+
+def test_a_loss_of_ones_own_is_named_by_its_place(in_root):
+    config = load("configs/quickstart.yaml", [f"methods={{mine: {{type: '{__name__}:hinged', scale: 0.9, lr: 1e-6}}}}"])
+    mine = config.methods["mine"]
+    assert (mine.loss, mine.parameters, mine.lr) == (f"{__name__}:hinged", {"scale": 0.9}, 1e-6)
+    assert type(config).model_validate(config.model_dump(mode="json")) == config
+    own, _ = gradient(Method(mine))
+    assert relative_error(own, gradient(method(type="slic", beta=0.9))[0]) < 1e-12
+    check_own_loss("mine", mine)
+    assert "code" not in method_identity(method_config(type="dpo"))
+    assert (
+        method_identity(mine)["code"]
+        == sha256((ROOT / "tests/train/test_method_state.py").read_bytes()).hexdigest()[:16]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"type": "absent.module:loss"}, "the loss absent.module:loss (No module named 'absent'); the module must be"),
+        ({"type": f"{__name__}:absent"}, "has no attribute 'absent'"),
+        ({"type": f"{__name__}:hinged"}, "methods.mine: tests.train.test_method_state:hinged can't be called with two"),
+        ({"type": f"{__name__}:hinged", "scal": 1}, "unexpected keyword argument 'scal'"),
+        ({"type": "spo", "base": {"type": f"{__name__}:gradient"}}, "it takes a PairLogps and parameters by keyword"),
+    ],
+)
+def test_a_loss_that_cannot_be_called_is_refused_before_training(fields, message):
+    with pytest.raises(UserError) as caught:
+        check_own_loss("mine", method_config(**fields))
+    assert message in str(caught.value)

@@ -98,7 +98,7 @@ def test_resume_after_the_kill_of_a_rank_and_of_the_driver(uninterrupted, refere
     assert json.loads((run / "method_dpo" / "manifest.json").read_text())["facts"]["restarts"] == 1
     assert not list((run / ".unfinished").glob("train_*"))
     output = (tmp_path / "output.txt").read_text()
-    assert output.count("sft: build") == 1
+    assert output.count("sft: started") == 1
     assert "sft: reused" in output
     assert "method_spo: resume" in output
 
