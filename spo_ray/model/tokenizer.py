@@ -268,6 +268,36 @@ class ChatTokenizer:
         return next((token for token in self._encode(text.rpartition(_PROBE)[2]) if token in special), None)
 
 
+def tokenise_row(chat: ChatTokenizer, row: Mapping[str, Any], sides: Mapping[str, str], limit: int) -> dict[str, Any]:
+    """Return a prompt and its completions as token ids; ``sides`` maps columns of text to columns of token ids.
+
+    A prompt with one completion has at most ``limit`` tokens. Longer rows are dropped, not cut: a cut completion has no
+    end-of-turn token, and a model trained on it learns not to stop.
+
+    Raises:
+        RowRejectedError: a completion is empty, too long or like the other one, a text contains special tokens, or the
+            chat template refuses the conversation.
+    """
+    prompt = chat.prompt_ids(row["prompt"])
+    found: dict[str, Any] = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
+    turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
+    if any(chat.has_markup(text + " ") for text in turns):
+        raise RowRejectedError("special tokens within the prompt")
+    for side, column in sides.items():
+        extra = row.get(f"{side}_extra")
+        found[column] = chat.answer_ids(row["prompt"], row[side], extra)
+        if not found[column]:
+            raise RowRejectedError("empty completion")
+        if len(prompt) + len(found[column]) > limit:
+            raise RowRejectedError(f"longer than max_length={limit} tokens")
+        if chat.has_markup(row[side]):
+            raise RowRejectedError("special tokens within a completion")
+        found["template_differs"] |= not extra and chat.is_changed_by_template(row["prompt"], row[side])
+    if "chosen_ids" in found and found["chosen_ids"] == found["rejected_ids"]:
+        raise RowRejectedError("chosen and rejected are the same")
+    return found | {"score_gap": row.get("score_gap")}
+
+
 def embedding_rows(path: str | Path) -> int | None:
     """Return the number of token ids that a checkpoint's model knows; None if no configuration says so."""
     try:

@@ -46,12 +46,12 @@ CONFIG = {
 """Colours of the page, also in dark mode."""
 
 
-def log_probability_figure(trainings: Paths, reference: str, alarms: Iterable[Record] = ()) -> Spec | None:
-    """Plot how the mean log pi of the probe pairs' and of the reference's own responses changed, a panel per method.
+def log_probability_figure(trainings: Paths, alarms: Iterable[Record] = ()) -> Spec | None:
+    """Plot how the mean log pi of the probe pairs' and of the first model's own responses changed, a panel per method.
 
     ``alarms`` are marked on the curve of the chosen responses: method, step and text of each.
     """
-    own = f"{reference}'s own (y*)"
+    own = "own answers before"
     records = _changes(_series(trainings, PROBE | {own: "probe/logps/top"}))
     shown = {record["series"] for record in records}
     colors = {name: color for name, color in (SIDES | {own: OWN}).items() if name in shown}

@@ -95,6 +95,7 @@ def _content(
     return {
         "config": run.config,
         "versions": summary["versions"],
+        "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in methods},
         "headline": scores.linked_sentences(run_headline(run, summary), run.root, paths),
         "results": scores.results_table(cells),
         "alarms": _alarm_table(alarms),
@@ -103,7 +104,7 @@ def _content(
         "figures": {
             "accuracy": figures.accuracy_figure(table, reference) if evaluation.answers else None,
             "displacement": figures.displacement_figure(table),
-            "logps": figures.log_probability_figure(paths, reference, alarms),
+            "logps": figures.log_probability_figure(paths, alarms),
         },
         "curves": [
             ("Each step's own pairs", figures.batch_figure(paths), BATCH),

@@ -78,6 +78,10 @@ class SftExample(TypedDict):
     chosen_extra: NotRequired[str | None]  # as Pair.chosen_extra
 
 
+SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+"""Columns of a pair's completions, and the columns of their token ids."""
+
+
 class TokenisedPair(TypedDict):
     """A preference pair as token ids; both completions end with the end-of-turn token."""
 

@@ -52,6 +52,7 @@ def test_marking_differences_changes_no_text(value, other):
 
 def test_words_that_differ_are_marked():
     assert differing("2 + 3 = 6.", "2 + 3 = 5.") == [("2 + 3 = ", False), ("6", True), (".", False)]
+    assert differing("2 + 3 = .", "2 + 3 = 5.") == [("2 + 3 = ", False), ("", True), (".", False)]
 
 
 def test_signs_have_colours_where_asked():
@@ -66,7 +67,7 @@ def test_intervals_stand_in_a_line_of_their_own():
 
 
 def test_explained_columns_are_columns_of_the_results():
-    context = {"config": {"sft": None}, "reference": ""}
+    context = {"config": {"sft": None, "rounds": 1, "eval": {"temperature": 1}}, "reference": ""}
     explained = environment().get_template("explanations.j2").make_module(context).columns
     rejected = {name for name in COLUMNS if name.endswith("rejected")}  # explained with those of the chosen answers
     assert explained.keys() == COLUMNS.keys() - rejected
@@ -97,7 +98,7 @@ def test_a_step_without_finite_log_probabilities_is_left_out_of_the_curves(tmp_p
     assert [(r["step"], r["series"]) for r in drawn] == [
         (s, side) for s in (0, 2, 3) for side in ("chosen", "rejected")
     ]
-    changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path}, "sft")["data"]["values"]]
+    changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path})["data"]["values"]]
     assert changes == [0.0, -1.0, 0.0, -2.0, -1.0]  # the rejected answers are measured from step 2 on
 
 
