@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Own, Spo, Trained
+from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Own, Spo, Trained, base_loss
 from spo_ray.core.losses import LOSSES, Loss, PairLogps
 from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.safe_region import DualVariable
@@ -22,7 +22,7 @@ class Method(Callback):
 
     def __init__(self, config: MethodConfig) -> None:
         self.lr = config.lr
-        base = config.base if isinstance(config, Spo) else config
+        base = base_loss(config)
         self.statistics = RunningStatistics() if isinstance(base, AlphaDpo) else None
         self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics), "beta": getattr(base, "beta", 1.0)}
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN
@@ -96,7 +96,7 @@ def _loss(base: Base | Nll | DpoNll, statistics: RunningStatistics | None) -> Lo
 
 def method_identity(config: MethodConfig) -> dict[str, Any]:
     """Return a method's settings, with a digest of the code of a loss of your own."""
-    base = config.base if isinstance(config, Spo) else config
+    base = base_loss(config)
     code = source_digest(load_own(base.loss, f"the loss {base.loss}")) if isinstance(base, Own) else None
     return config.model_dump(mode="json") | ({"code": code} if code else {})
 
@@ -107,7 +107,7 @@ def check_own_loss(name: str, config: MethodConfig) -> None:
     Raises:
         UserError: it can't be imported, does not take its parameters, or returns no loss.
     """
-    base = config.base if isinstance(config, Spo) else config
+    base = base_loss(config)
     if not isinstance(base, Own):
         return
     chosen, rejected = (torch.tensor([-3.0, -4.0], requires_grad=True) for _ in range(2))
