@@ -22,8 +22,6 @@ def chat(
 ) -> int:
     """Talk to checkpoints of a run; several answer side by side. An empty line ends it, /new starts anew.
 
-    Example: spo-ray chat runs/quickstart dpo spo -m "Ada owns 3 pens and finds 4 more. How many pens does Ada own now?"
-
     Parameters
     ----------
     run

@@ -43,6 +43,7 @@ EXAMPLES = {
     "inspect": "inspect --data preferences.jsonl --rows 5",
     "import-gguf": "import-gguf SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2-135m",
     "report": "report runs/quickstart runs/lambda-5 --out comparison.html",
+    "chat": 'chat runs/quickstart dpo spo -m "Ada owns 3 pens and finds 4 more. How many pens does Ada own now?"',
     "score": "score gsm8k answers.jsonl",
 }
 """A command line for the help text of each command."""
@@ -87,7 +88,7 @@ app = App(
     name="spo-ray", help="Stable Preference Optimization on Ray.", help_epilogue=epilogue(""), version=__version__
 )
 app.register_install_completion_command()
-app.command("spo_ray.pipeline.chat:chat")
+app.command("spo_ray.pipeline.chat:chat", name="chat", help_epilogue=epilogue("chat"))
 
 
 @app.command(help_epilogue=epilogue("run"))
