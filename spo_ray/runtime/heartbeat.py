@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from spo_ray.runtime.artifact import make_way
 from spo_ray.runtime.console import warn
 
 BEAT_S = 5.0
@@ -136,7 +137,7 @@ class Watch:
         self.still: dict[Path | psutil.Process, str] = {}
 
     def __enter__(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a driver that was killed
+        make_way(self.folder)  # of a driver that was killed
         self.folder.mkdir(mode=0o700)
         report_to(self.folder)
         threading.Thread(target=self._watch, daemon=True).start()
