@@ -389,6 +389,8 @@ JOBS = ("run", "sweep", "evaluate")  # they use Ray
 def main(*command: str) -> None:
     """Run a command line and exit with its code; ``command`` stands before the words that were typed."""
     words = [*command, *sys.argv[1:]]
+    if sys.flags.optimize > 1:
+        sys.exit("error: Ray can't be imported without docstrings: unset PYTHONOPTIMIZE, or leave -OO out")
     sys.exit(supervised(app, words) if words[:1] and words[0] in JOBS else app(words) or 0)
 
 
