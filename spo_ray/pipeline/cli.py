@@ -20,13 +20,13 @@ from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import LOGGER, installed, log, place, quieten, set_verbosity, show, warn
+from spo_ray.runtime.console import LOGGER, installed, log, place, prepare_process, set_verbosity, show, warn
 from spo_ray.runtime.failure import AGAIN, card_of
 from spo_ray.runtime.run import PlannedRun, Run
 from spo_ray.runtime.status import recorded, settle
 from spo_ray.runtime.supervisor import supervise
 
-quieten()  # before the importing program loads the libraries
+prepare_process()  # before the importing program loads the libraries
 
 Overrides = Annotated[str, Parameter(help="Dotted keys of the configuration, such as methods.spo.lambda_sft=5.")]
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"], help="A file from configs/ or one of your own.")]
@@ -389,8 +389,6 @@ JOBS = ("run", "sweep", "evaluate")  # they use Ray
 def main(*command: str) -> None:
     """Run a command line and exit with its code; ``command`` stands before the words that were typed."""
     words = [*command, *sys.argv[1:]]
-    if sys.flags.optimize > 1:
-        sys.exit("error: Ray can't be imported without docstrings: unset PYTHONOPTIMIZE, or leave -OO out")
     sys.exit(supervised(app, words) if words[:1] and words[0] in JOBS else app(words) or 0)
 
 
