@@ -19,7 +19,7 @@ from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.train.alarm import STOP
 from spo_ray.train.checkpointer import Checkpointer, Progress
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import TrainJob
+from spo_ray.train.spec import TrainJob, record_failure
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Computes gradients by parameter name, and metrics, for a step (from 1) and the row numbers of its global batch."""
@@ -91,7 +91,10 @@ def optimise(
             record |= callback.on_step_end(record, indices)
         log.write(record)
 
-    total, progress = len(batches), checkpointer.restore(model, optimizer)
+    def unread(name: str, reason: str) -> None:
+        record_failure([job.out], {f"checkpoint {name}": reason}, restart=False)
+
+    total, progress = len(batches), checkpointer.restore(model, optimizer, unread)
     log.start(progress.step if progress else 0)
     if progress:
         for callback, state in zip(callbacks, progress.remembered, strict=True):

@@ -19,7 +19,7 @@ from spo_ray.train.launch import group_name
 from ..conftest import ROOT
 from .interrupted import train
 
-DEADLINE_S = 300
+DEADLINE_S = 900
 
 
 def start(folder, referenced, stages, *overrides):
