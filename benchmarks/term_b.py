@@ -1,15 +1,17 @@
 """Term (b) of a real model: how large it is, how far the lower level moves, and what its computations give.
 
-    python -m benchmarks.term_b [--model models/smollm2-135m] [--etas 2e-6 2e-5] [--pairs 2]
+    python -m benchmarks.term_b [--model models/smollm2-135m] [--etas 2e-6 2e-5] [--steps 1 3] [--sft 30] [--pairs 2]
 
 Pairs of real text: GSM8K's reference solutions, the model's own samples for the same questions, and UltraFeedback's
 preferred answers, each beside its rejected side or another sample. ``share`` is the predicted fall of L_SFT over the
 inner step, eta |v|^2 / L_SFT, ``gap`` the real one in nats, ``b/a`` the size of term (b) against DPO's term (a). The
 other columns compare with the literal difference in float32: first order (a small step, scaled up), and what ``auto``
-computes under bfloat16 autocast.
+computes under bfloat16 autocast. ``--steps`` are values of K. ``--sft`` first trains the model on other solutions of
+GSM8K for so many steps of AdamW (4 solutions, learning rate 5e-5).
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from benchmarks import common
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.lower_level import USED
 from spo_ray.core.spo import spo_gradients
-from spo_ray.model.collate import collate_pairs
+from spo_ray.model.collate import collate, collate_pairs
 from spo_ray.model.load import load_model
 from spo_ray.model.tokenizer import ChatTokenizer
 
@@ -82,15 +84,13 @@ def term(policy: nn.Module, batch: Batch, **options: Any) -> tuple[Tensor, dict[
     return torch.cat([grads[name].double().flatten() for name in names["adapters"]]), metrics
 
 
-def measure(policy: nn.Module, batch: Batch, reduction: str, eta: float) -> dict[str, Any]:
-    """Return a row of the table."""
-    options = {"sft_reduction": reduction, "eta": eta, "inner_method": "difference"}
-    literal, _ = term(policy, batch, **options)
-    _, metrics = term(policy, batch, **options | {"base": "dpo"})
-    small = {"sft_reduction": reduction, "eta": FIRST_ORDER, "inner_method": "exact"}
-    first, slope = term(policy, batch, **small)
+def measure(policy: nn.Module, batch: Batch, eta: float, **options: Any) -> dict[str, Any]:
+    """Return a row of the table, for options of ``spo_gradients``."""
+    literal, _ = term(policy, batch, **options, eta=eta, inner_method="difference")
+    _, metrics = term(policy, batch, **options, eta=eta, inner_method="difference", base="dpo")
+    first, slope = term(policy, batch, **options, eta=FIRST_ORDER, inner_method="exact")
     with torch.autocast("cpu", torch.bfloat16):
-        half, used = term(policy, batch, sft_reduction=reduction, eta=eta)
+        half, used = term(policy, batch, **options, eta=eta)
     first *= eta / FIRST_ORDER
 
     def against(found: Tensor) -> str:
@@ -107,25 +107,41 @@ def measure(policy: nn.Module, batch: Batch, reduction: str, eta: float) -> dict
     }
 
 
+def train(model: nn.Module, chat: ChatTokenizer, steps: int) -> None:
+    """Train the model on GSM8K's solutions, from the 1,000th on, which no text here is from."""
+    problems = common.gsm8k()[1000 : 1000 + 4 * steps]
+    rows = [(chat.prompt_ids(p["question"]), chat.completion_ids(p["answer"])) for p in problems]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    for start in range(0, len(rows), 4):
+        side = collate(rows[start : start + 4], 0)
+        logps, tokens = completion_logps(model, side["input_ids"], side["labels"], side["attention_mask"])
+        optimizer.zero_grad()
+        (-logps.sum() / tokens.sum()).backward()
+        optimizer.step()
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--etas", type=float, nargs="+", default=[2e-6, 2e-5])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1])
+    parser.add_argument("--reductions", nargs="+", default=["sum", "token_mean"], choices=["sum", "token_mean"])
+    parser.add_argument("--sft", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=2)
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(common.THREADS)
     model, chat = load_model(options.model).eval(), ChatTokenizer.load(options.model)
+    train(model, chat, options.sft)
     made = list(texts(model, chat, options.pairs))
     policy, rows = common.with_adapters(model, 0.02), []
     for name, pairs in made:
         batch = batch_of(policy, pairs)
-        for reduction in ("sum", "token_mean"):
-            for eta in options.etas:
-                case = {"text": name, "L_SFT is a": reduction, "eta": f"{eta:g}"}
-                rows.append(case | measure(policy, batch, reduction, eta))
-                print(rows[-1], flush=True)
+        for reduction, steps, eta in itertools.product(options.reductions, options.steps, options.etas):
+            case = {"text": name, "L_SFT is a": reduction, "K": steps, "eta": f"{eta:g}"}
+            rows.append(case | measure(policy, batch, eta, sft_reduction=reduction, inner_steps=steps))
+            print(rows[-1], flush=True)
     print(common.table(rows))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spo_ray.core.directional import DirectionalDerivative
-from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for, perturbed
+from spo_ray.core.gradients import GradientAccumulator, Gradients, accumulate, grad_only_for, perturbed, rounds_products
 from spo_ray.core.joint_pass import JointPass, scaled_rows, seeds
 from spo_ray.core.lm_head import find_head
 from spo_ray.core.logps import completion_logps
@@ -167,12 +167,14 @@ class BatchGradients:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Type of forward passes: autocast's, or the parameters' own."""
-        own = getattr(self.model, "compute_dtype", None)
-        if own is not None:
-            return own
+        """Type whose precision forward passes have: autocast's, or the parameters' own.
+
+        It is float16 for float32 products in TensorFloat-32, which has as many digits.
+        """
         device = self.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.params[0].dtype
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        found = getattr(self.model, "compute_dtype", None) or autocast or self.params[0].dtype
+        return torch.float16 if found == torch.float32 and rounds_products() else found
 
     @property
     def half_precision(self) -> bool:

@@ -207,11 +207,10 @@ class _LayerStack:
         inputs = _leaves(arrived)
         with _unsharded(layer), torch.set_grad_enabled(not self.recompute):
             result = forward(inputs)
-        first, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
-        outputs = unpacked(first)
+        outputs = unpacked(_hidden(result))
         top = _leaves(outputs)
         self.runs.append(_Run(layer, forward, arrived, inputs, None if self.recompute else outputs, top))
-        return dual(top) if rest is None else (dual(top), *rest)
+        return (dual(top), *result[1:]) if isinstance(result, tuple) else dual(top)
 
     def backward(self, last: Pair, grads: Sequence[Tensor | None], outside: Wanted) -> None:
         """Go back from the decoder's last hidden states, whose gradients are given, to its first operations."""
@@ -223,11 +222,15 @@ class _LayerStack:
                 outputs = run.outputs
                 if outputs is None:
                     with fwd.dual_level():
-                        result = run.forward(run.inputs)
-                        outputs = unpacked(result[0] if isinstance(result, tuple) else result)
+                        outputs = unpacked(_hidden(run.forward(run.inputs)))
                 grads = owner.backward(outputs, grads, run.inputs, owner.wanted(run.layer.modules()))
             last = run.arrived
         owner.backward(last, grads, (None, None), outside)
+
+
+def _hidden(result: Any) -> Tensor:
+    """Return the hidden states among a layer's results, of which they are the first."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 @dataclass(frozen=True)

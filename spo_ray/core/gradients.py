@@ -6,6 +6,7 @@ into ``.grad``, because sharded parameters do not support ``autograd.grad``.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,17 +160,38 @@ def _exchange_shards(params: Params, direction: Gradients, scale: float) -> Call
     return back
 
 
+def rounds_products() -> bool:
+    """Return True if PyTorch may round the factors of float32 products, to TensorFloat-32 on a GPU."""
+    return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+
+@contextmanager
+def exact_products() -> Generator[bool]:
+    """Do not round factors of float32 products in the context; yield True if that is a change."""
+    changed, before = rounds_products(), torch.backends.cuda.matmul.fp32_precision
+    if not changed:
+        yield False
+        return
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        yield True
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @contextmanager
 def full_precision(model: nn.Module) -> Generator[bool]:
-    """Compute in float32: autocast off, half-precision parameters as float32 copies. Yield True if that is a change.
+    """Compute in float32: autocast and TensorFloat-32 off, half-precision parameters as float32 copies.
 
-    Differences of gradients are smaller than the rounding errors of half precision.
+    Differences of gradients are smaller than the rounding errors of half precision. Yields True if anything changes.
     """
-    own = getattr(model, "full_precision", None)  # sharded models have their own
-    if own is not None:
-        with own() as changed, exact_attention(model) if changed else nullcontext():
-            yield changed
-        return
+    own = getattr(model, "full_precision", None) or partial(_whole_in_full_precision, model)  # or a sharded model's
+    with exact_products() as rounded, own() as changed, exact_attention(model) if changed else nullcontext():
+        yield changed or rounded
+
+
+@contextmanager
+def _whole_in_full_precision(model: nn.Module) -> Generator[bool]:
     half = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     device = next(model.parameters()).device.type
     changed = bool(half) or torch.is_autocast_enabled(device)
@@ -178,7 +200,7 @@ def full_precision(model: nn.Module) -> Generator[bool]:
         for p in half:
             p.grad = None
             p.data = p.data.float()
-        with torch.autocast(device, enabled=False), exact_attention(model) if changed else nullcontext():
+        with torch.autocast(device, enabled=False):
             yield changed
     finally:
         for p, origin, grad in zip(half, origins, grads, strict=True):

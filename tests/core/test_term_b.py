@@ -9,7 +9,7 @@ from spo_ray.core.gradients import GradientAccumulator, KeepFloat64, determinist
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.spo import spo_gradients
 
-from .tiny import objective_gradient, relative_error, tiny_batch, tiny_model
+from .tiny import objective_gradient, relative_error, tensor_float_32, tiny_batch, tiny_model
 
 OPTIONS = {"beta": 0.5, "lambda_sft": 1.0, "gamma": 0.0, "sft_reduction": "sum", "norm_scope": "all", "hinge": "batch"}
 STILL = OPTIONS | {"margin": 0.0, "base": lambda pairs: ((pairs.chosen * 0 + pairs.rejected * 0).sum(), {})}
@@ -164,6 +164,16 @@ def test_models_without_exact_derivatives_take_differences_in_float32(monkeypatc
             term_b(tiny_model()[0].float(), names, eta=TINY, inner_steps=1, inner_method="exact")
     assert metrics["spo/inner_method"] == 3
     assert distance(found, truth) < 0.03
+
+
+@pytest.mark.parametrize(("method", "used"), [("auto", 1), ("difference", 3)])
+def test_tensor_float_32_counts_as_half_precision(method, used):
+    model, *names = tiny_model()
+    with tensor_float_32():
+        found, metrics = term_b(model.float(), names, eta=TINY, inner_steps=1, inner_method=method)
+        assert torch.get_float32_matmul_precision() == "high"
+    assert metrics["spo/inner_method"] == used
+    assert distance(found, definition(eta=TINY, inner_steps=1)[0]) < 0.03
 
 
 @pytest.mark.parametrize(("eta", "gap"), [(TINY, 0.02), (SMALL, 1e-7)])

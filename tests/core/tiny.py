@@ -1,5 +1,7 @@
 """A tiny float64 model with adapters, and an oracle for the SPO gradient by double backward."""
 
+from contextlib import contextmanager
+
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -103,3 +105,13 @@ def relative_error(found, truth):
     """Euclidean distance of two gradients over the norm of the second."""
     difference = sum(((a - b) ** 2).sum() for a, b in zip(found, truth, strict=True))
     return (difference / sum((b * b).sum() for b in truth)).sqrt().item()
+
+
+@contextmanager
+def tensor_float_32():
+    """Allow a GPU to round the factors of float32 products, in the context; a CPU does not."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
