@@ -42,6 +42,8 @@ LISTED = {
     "make test": "these tests",
     "make real": "half an hour of real weights; tests/model has the import and the real weights in parts",
     "make bench": "40 minutes of measurements",
+    "make soak": "many hours of faults; tests/soak has its parts",
+    "python scripts/compare_vllm.py": "asks a package index; tests/test_security.py makes a wheel for it",
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
     "pre-commit install": "changes the repository's hooks",
