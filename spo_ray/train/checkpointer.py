@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -70,34 +70,46 @@ class Checkpointer:
         limit = timedelta(seconds=timeout_s)
         self.group = dist.new_group(backend="gloo", timeout=limit) if config.every else None
         self.pending = 0
+        self.left_out = 0
+        """Number of this job's damaged checkpoints, by which the names of later ones differ from theirs."""
 
     def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, unread: Callable[[str, str], None]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        damaged: Collection[str],
+        unread: Callable[[str, str], None],
     ) -> Progress | None:
-        """Load the newest checkpoint of this job that can be read and return its progress; None without one.
+        """Load the newest checkpoint of this job that is not damaged and return its progress; None without one.
 
-        ``unread`` is called on rank 0 with the name of each that can't be read, and the reason. Collective.
+        Those named in ``damaged`` are left out. ``unread`` is called on rank 0 with the name of each other one that
+        is, and the reason. Collective.
 
         Raises:
-            TrainingError: there are checkpoints, and none can be read.
+            OSError: the storage can't be reached.
+            RuntimeError: all are damaged. The parameters may be too: training begins in another process.
         """
-        own = self._own() if self.config.every and ray.train.get_checkpoint() else []
+        found = self._own() if self.config.every and ray.train.get_checkpoint() else []
+        self.left_out = len(damaged)
+        own = [reported for reported in found if Path(reported.checkpoint.path).name not in damaged]
         for reported in sorted(own, key=lambda reported: reported.metrics["step"], reverse=True):
             progress, reason = None, ""
             try:
                 progress = self._load(reported.checkpoint, model, optimizer)
-            except CheckpointException as error:
-                reason = text_of(next(iter(error.failures.values()))[0])
-            except Exception as error:  # whatever a damaged file leads to
-                reason = text_of(error)
+            except (Exception, CheckpointException) as error:  # whatever a damaged file leads to
+                inner = isinstance(error, CheckpointException)
+                cause = next(iter(error.failures.values()))[0] if inner else error
+                if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                    raise cause from error
+                reason = text_of(cause)
             reasons = list(filter(None, self.rank.gather([reason])))
             if not reasons:
                 return progress
+            self.left_out += 1
             if self.rank.index == 0:
                 unread(Path(reported.checkpoint.path).name, reasons[0])
         if own:
-            folder = Path(own[-1].checkpoint.path).parent
-            raise TrainingError(f"no checkpoint in {folder} can be read: delete it, and training begins at step 0")
+            raise RuntimeError("no checkpoint can be read: training begins at step 0")
         return None
 
     def _own(self) -> list[Any]:
@@ -138,7 +150,7 @@ class Checkpointer:
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="spo_ray_")),
-            checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}",
+            checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}{f'_{self.left_out}' if self.left_out else ''}",
             checkpoint_upload_mode=mode,
             checkpoint_upload_fn=lambda local, name: self._write(local, name, tensors, state),
         )

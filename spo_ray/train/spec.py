@@ -20,6 +20,8 @@ FAILURES = "failures.jsonl"
 
 CONTROLLER = "controller"
 """Name of Ray Train's own process in that file, instead of a rank."""
+CHECKPOINT = "checkpoint "
+"""Beginning of the names of damaged checkpoints in that file, instead of a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class OneCheckpoint(Checkpointer):
         super().__init__("own", CheckpointConfig(every=None), Distributed(0, 1, torch.device("cpu")))
         self.progress = None
 
-    def restore(self, model, optimizer, unread):
+    def restore(self, model, optimizer, damaged, unread):
         return self.progress
 
     def due(self, step, total):
@@ -132,14 +132,24 @@ def test_damaged_checkpoints_are_left_out(tmp_path, monkeypatch):
         checkpointer, unread = Checkpointer("own", CheckpointConfig(every=3), rank), []
         for file in (tmp_path / "step_9").glob("*.distcp"):
             os.truncate(file, file.stat().st_size // 2)
-        progress = checkpointer.restore(model, optimizer, lambda name, reason: unread.append(name))
-        assert progress == Progress(step=6)
+
+        def restored(*damaged):
+            return checkpointer.restore(model, optimizer, damaged, lambda name, reason: unread.append(name))
+
+        assert restored() == Progress(step=6)
         assert torch.equal(model.weight, weights[6])
         assert unread == ["step_9"]
+        assert checkpointer.left_out == 1
         os.truncate(tmp_path / "step_6" / ".metadata", 0)
         os.truncate(tmp_path / "step_3" / STATE, 5)
-        with pytest.raises(TrainingError, match=rf"^no checkpoint in {tmp_path} can be read: delete it, and training"):
-            checkpointer.restore(model, optimizer, lambda name, reason: unread.append(name))
-        assert unread[1:] == ["step_9", "step_6", "step_3"]
+        with pytest.raises(RuntimeError, match=r"^no checkpoint can be read: training begins at step 0$"):
+            restored("step_9")
+        assert unread[1:] == ["step_6", "step_3"]
+        assert checkpointer.left_out == 3
+        assert restored("step_9", "step_6", "step_3") is None
+        monkeypatch.setattr(kept[0].checkpoint, "as_directory", lambda: (_ for _ in ()).throw(OSError("away")))
+        with pytest.raises(OSError, match="away"):  # a storage that can't be reached is no damage
+            restored("step_9", "step_6")
+        assert len(unread) == 3
     finally:
         dist.destroy_process_group()
