@@ -17,5 +17,5 @@ SMALL = [
 def small_config(output, *overrides):
     """The quickstart on 48 questions, with DPO and SPO alone unless overridden."""
     config = load("configs/quickstart.yaml", [f"output={output}", *SMALL, *overrides])
-    methods = {name: config.methods[name] for name in ("dpo", "spo")}
+    methods = {name: config.methods[name] for name in ("dpo", "spo") if name in config.methods}
     return config.model_copy(update={"methods": methods})
