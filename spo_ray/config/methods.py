@@ -118,6 +118,28 @@ class CalDpo(Trained):
     """The targets of the log-ratios are 1 / (2 beta) for the chosen and -1 / (2 beta) for the rejected response."""
 
 
+class WithScores(Scaled):
+    """Fields of the losses that read the scores of the two responses."""
+
+
+class Odpo(WithScores):
+    """ODPO: DPO with an offset, a margin from the scores of the two responses."""
+
+    type: Literal["odpo"]
+    alpha: NonNegativeFloat = 1.0
+    """Weight of the margin; 0 is DPO."""
+    scaling: Literal["log", "linear"] = "log"
+    """Margin from the logarithm of the scores' difference, as in the paper, or from the difference itself."""
+
+
+class Rpo(WithScores):
+    """RPO: the rewards' difference has the scores' difference as its target (Nemotron)."""
+
+    type: Literal["rpo"]
+    eta: PositiveFloat = 1.0
+    """Factor of the scores' difference."""
+
+
 class ApoZero(Scaled):
     """APO-zero: raises chosen and lowers rejected responses, for chosen ones that are better than the model's own."""
 
@@ -181,7 +203,7 @@ class DpoNll(Scaled, WithSftLoss):
     """Weight of the SFT loss."""
 
 
-Ratios = Dpo | CDpo | RobustDpo | Ipo | Dpop | DpoShift | CalDpo | ApoZero | ApoDown | Nca | ExoPair | Slic
+Ratios = Dpo | CDpo | RobustDpo | Ipo | Dpop | DpoShift | CalDpo | ApoZero | ApoDown | Nca | ExoPair | Slic | Odpo | Rpo
 Base = Ratios | SimPo | AlphaDpo | Cpo | Orpo
 """Losses that SPO can be built around."""
 BASE_FIELDS = {name for loss in get_args(Base) for name in loss.model_fields} - {"type", "lr", "sft_reduction"}
@@ -256,6 +278,11 @@ class Spo(Trained, WithSftLoss):
         if self.safe_region and self.safe_region.gap == "inner" and self.inner.every > 1:
             raise ValueError("safe_region.gap=inner needs the gap of every step: inner.every must be 1")
         return self
+
+
+def base_loss(method: Any) -> Any:
+    """Return the section of the loss that SPO is built around; any other method's own section."""
+    return method.base if isinstance(method, Spo) else method
 
 
 def _not_reserved(name: str) -> str:

@@ -15,7 +15,7 @@ from spo_ray.config.data import (
     SftDataConfig,
 )
 from spo_ray.config.evaluate import EvalConfig
-from spo_ray.config.methods import MethodConfig, MethodName, Spo
+from spo_ray.config.methods import MethodConfig, MethodName, Spo, WithScores, base_loss
 from spo_ray.config.model import ModelConfig
 from spo_ray.config.sweep import SweepConfig, unmeasured
 from spo_ray.config.train import PreferenceConfig, SftConfig, TrainConfig
@@ -89,6 +89,11 @@ class Config(ConfigModel):
         """Name of the checkpoint that every method starts from and is compared with."""
         return "sft" if self.sft else "reference"
 
+    @property
+    def with_scores(self) -> list[str]:
+        """Names of the methods whose loss reads the pairs' scores."""
+        return [name for name, method in self.methods.items() if isinstance(base_loss(method), WithScores)]
+
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
         if self.reference in self.methods:
@@ -97,6 +102,11 @@ class Config(ConfigModel):
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
         if self.rounds > 1 and isinstance(self.data, PreferenceData):
             raise ValueError("rounds sample new pairs, and need questions: with preference data, set rounds=1")
+        if self.with_scores and not isinstance(self.data, PreferenceData):
+            raise ValueError(
+                f"methods.{self.with_scores[0]} reads the scores of pairs, which only preference data can have: pairs "
+                "made from samples have none"
+            )
         if "accuracy" in (self.eval.suites or []) and isinstance(self.data, PreferenceData):
             raise ValueError("suite accuracy needs questions: with preference data, leave it out of eval.suites")
         if self.train.cpu_offload and self.train.sharding == "none":

@@ -86,6 +86,7 @@ class BatchGradients:
             raise ValueError("sharded parameters need pairs_per_backward: all ranks must make the same passes")
         self.chosen, self.rejected = Side.of(batch, "chosen"), Side.of(batch, "rejected")
         self.reference = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
+        self.score_gaps = batch.get("score_gaps")
         self.chunk_tokens, self.device = chunk_tokens, batch["chosen_labels"].device
         share = self.device.type == "cpu" if share_prompt is None else share_prompt
         self.share_prompt = share and not self.sharded  # ranks may differ in which pairs can share their prompt
@@ -388,7 +389,8 @@ class BatchGradients:
         leaf_w, leaf_l = (logps.detach()[valid].requires_grad_() for logps in (logps_w, logps_l))
         references = (value[rows][valid].to(leaf_w) for value in self.reference)
         lengths = (side.lengths[rows][valid] for side in (self.chosen, self.rejected))
-        pairs = PairLogps(leaf_w, leaf_l, *references, *lengths, self.tokens / self.pairs, self.all_reduce)
+        gaps = None if self.score_gaps is None else self.score_gaps[rows][valid].to(leaf_w)
+        pairs = PairLogps(leaf_w, leaf_l, *references, *lengths, self.tokens / self.pairs, self.all_reduce, gaps)
         result = base(pairs)
         loss, metrics = result if isinstance(result, tuple) else (result, {})
         tally.add({"loss": loss.mean().item(), **metrics}, len(leaf_w))

@@ -41,11 +41,20 @@ class PairLogps:
     """Mean over the pairs of the whole batch and all ranks."""
     all_reduce: AllReduce = single_rank
     """Sums tensors in place over ranks, for losses with statistics of all pairs."""
+    score_gaps: Tensor | None = None
+    """Score of the chosen response minus that of the rejected one [B], from the data; None: unknown."""
 
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
         """Log-ratios r_w and r_l [B] of policy and reference."""
         return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+    @property
+    def gaps(self) -> Tensor:
+        """``score_gaps``; raises a ValueError where they are unknown."""
+        if self.score_gaps is None:
+            raise ValueError("this loss needs the pairs' scores: the batch has no 'score_gaps'")
+        return self.score_gaps
 
     def rewards(self, beta: float) -> tuple[Tensor, Tensor]:
         """Return ``beta * r_w`` and ``beta * r_l``, DPO's implicit rewards [B]."""
@@ -134,6 +143,32 @@ def dpop(batch: PairLogps, *, beta: float, penalty: float = 50.0) -> tuple[Tenso
     ratio_w, ratio_l = batch.ratios
     losses = -F.logsigmoid(beta * (ratio_w - ratio_l - penalty * torch.relu(-ratio_w)))
     return losses.mean(), reward_metrics(*batch.rewards(beta))
+
+
+def odpo(
+    batch: PairLogps, *, beta: float, alpha: float = 1.0, scaling: Literal["log", "linear"] = "log"
+) -> tuple[Tensor, Metrics]:
+    """``-log sigma(beta (r_w - r_l) - alpha f(s_w - s_l))`` with the data's scores s: DPO with an offset.
+
+    f is the logarithm or the identity; Amini et al., arXiv 2402.10571. A log of a gap below 1 lowers the margin.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    offsets = alpha * (batch.gaps.log() if scaling == "log" else batch.gaps)
+    metrics = reward_metrics(rewards_w, rewards_l) | {"odpo/offset": offsets.mean().item()}
+    return -F.logsigmoid(rewards_w - rewards_l - offsets).mean(), metrics
+
+
+def rpo(batch: PairLogps, *, beta: float, eta: float = 1.0) -> tuple[Tensor, Metrics]:
+    """``q log(q / p) + (1 - q) log((1 - q) / (1 - p))``, where ``p = sigma(beta (r_w - r_l))``, ``q = sigma(eta gap)``.
+
+    Reward-aware preference optimization: the rewards' gap has a finite target, ``eta`` times the gap of the data's
+    scores. Nvidia, Nemotron-4 340B, arXiv 2406.11704, section 3.3.2; the same as ``rpo_bwd_kl`` in NeMo.
+    """
+    rewards_w, rewards_l = batch.rewards(beta)
+    z, target = rewards_w - rewards_l, eta * batch.gaps
+    losses = torch.sigmoid(target) * (F.logsigmoid(target) - F.logsigmoid(z))
+    losses = losses + torch.sigmoid(-target) * (F.logsigmoid(-target) - F.logsigmoid(-z))
+    return losses.mean(), reward_metrics(rewards_w, rewards_l)
 
 
 def apo_zero(batch: PairLogps, *, beta: float) -> tuple[Tensor, Metrics]:
@@ -273,7 +308,7 @@ def reward_metrics(rewards_chosen: Tensor, rewards_rejected: Tensor) -> Metrics:
 LOSSES: dict[str, Loss] = {
     loss.__name__: loss
     for loss in (
-        *(dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, dpo_shift, cal_dpo),
+        *(dpo, cdpo, robust_dpo, ipo, simpo, alpha_dpo, dpop, dpo_shift, cal_dpo, odpo, rpo),
         *(apo_zero, apo_down, nca, exo_pair, slic, cpo, orpo, nll, dpo_nll),
     )
 }

@@ -63,7 +63,8 @@ def spo_gradients(
     Args:
         model: a Hugging Face causal language model, with or without PEFT adapters.
         batch: ``{chosen,rejected}_{input_ids,labels,attention_mask}`` [B, T] and ``ref_{chosen,rejected}_logps`` [B].
-            ``valid`` [B] is optional: False for padding rows, which give all ranks as many rows and count for nothing.
+            Optional are ``score_gaps`` [B], for losses that read scores, and ``valid`` [B]: False for padding rows,
+            which give all ranks as many rows and count for nothing.
         backbone, adapters: names of theta's and phi's parameters.
         base: L_pref, a name in :data:`spo_ray.core.losses.LOSSES` or a callable of
             :class:`spo_ray.core.losses.PairLogps` that returns the mean loss, losses [B] or ``(loss, metrics)``; fix

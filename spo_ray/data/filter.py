@@ -6,7 +6,7 @@ import random
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ PERMUTATIONS = 128
 
 def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
     """Drop pairs whose sides have very different lengths, and duplicates, as configured (:class:`schema.Pair`)."""
-    config = run.config.pairs
+    config, with_scores = run.config.pairs, run.config.with_scores
 
     def build(out: Path, counts: RowCounts) -> None:
-        check = pair_check(config)
+        check = pair_check(config, with_scores)
         for part in candidates.parts:  # in order: a pair may be a duplicate of one in an earlier part
             kept = []
             for row in pq.read_table(part).to_pylist():
@@ -45,19 +45,25 @@ def clean_pairs(run: Run, name: str, candidates: Artifact) -> Artifact:
         require_rows(counts.kept, "pairs left by pairs.dedup and pairs.max_length_ratio", counts)
 
     settings = config.model_dump(include={"dedup", "max_length_ratio"}) | {"near_threshold": NEAR}
+    settings |= {"with_scores": True} if with_scores else {}
     work = Work(candidates.max_rows, note=f"pairs without duplicates (dedup {config.dedup})")
     return run.execute(Stage(name, build, settings, {"candidates": candidates}, work))
 
 
-def pair_check(config: PairsConfig) -> Callable[[Any], tuple[str, str]]:
+def pair_check(config: PairsConfig, with_scores: Sequence[str] = ()) -> Callable[[Any], tuple[str, str]]:
     """Return a function of pairs, taken in order: why a pair is dropped, and the id of the pair that it duplicates.
 
-    Both are empty for a pair that is kept.
+    Both are empty for a pair that is kept. ``with_scores`` names the methods that need the pairs' scores.
     """
     near, limit = config.dedup == "near", config.max_length_ratio
     find = _near_duplicates() if near else _duplicates(KEYS[config.dedup])
 
     def check(row: Any) -> tuple[str, str]:
+        if with_scores and row.get("score_gap") is None:
+            return (
+                f"no numbers in 'score_chosen' and 'score_rejected', which the loss of {', '.join(with_scores)} reads",
+                "",
+            )
         short, long = sorted((len(row["chosen"]), len(row["rejected"])))
         if limit and long > limit * short:
             return f"lengths differ by more than pairs.max_length_ratio={limit}", ""

@@ -18,9 +18,11 @@ _THOUGHTS = re.compile(
     r"(?is)^.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\])|(?:<(?:think|thinking|thought|reasoning)>|\[THINK\]).*"
 )
 _MARK = re.compile(r"####[ \t*]*")
+_RUN_ON = re.compile(r"(####[ \t*]*[^\s\d]{0,3}\d[^\n]*)\n[ \t\n]{0,9}(?:Question|Problem|Q|User|Human) ?:")
+"""An answer behind which a model goes on with a question of its own."""
 _HEADING = re.compile(r"[.)][ \t]+\S")  # "#### 1. Cost" may be a heading
 _LETTERED = r"^[^\S\n]*{}:"  # "A:" marks an answer, unless there is also "B:"
-_SAID = re.compile(rf"(?i:\banswer\b)\s*(?:(?i:is|are|=)|(:))|({_LETTERED.format('A')})", re.MULTILINE)
+_SAID = re.compile(rf"(?i:\banswer\b)\s*(?:(?i:is|are|=)(?!\s+not\b)|(:))|({_LETTERED.format('A')})", re.MULTILINE)
 _OTHER_LETTER = re.compile(_LETTERED.format("B"), re.MULTILINE)
 _SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$)|(?=\n)|$)")
 _BRACE = re.compile(r"(\\boxed\s*)?\{|\}")
@@ -44,7 +46,8 @@ def extract(text: str) -> str | None:
 
     None if there is none. Fractions stay fractions, in lowest terms.
     """
-    return _marked(_written(text))
+    found = _marked(_written(text))
+    return found.value if found else None
 
 
 def extract_flexible(text: str) -> str | None:
@@ -56,7 +59,7 @@ def extract_flexible(text: str) -> str | None:
     text = _written(text)
     marked = _marked(text)
     if marked is not None:
-        return marked
+        return marked.value
     response = _Response(text)
     found = response.boxed() or response.said() or response.last()
     return found.value if found else None
@@ -75,19 +78,24 @@ def is_correct(extracted: str | None, gold: str) -> bool:
 
 
 def _written(text: str) -> str:
-    """Return the plain text of a response behind its thoughts."""
-    return plain(_THOUGHTS.sub("", text))
+    """Return the plain text of a response behind its thoughts and before a further question."""
+    text = plain(_THOUGHTS.sub("", text))
+    further = _RUN_ON.search(text)
+    return text[: further.end(1)] if further else text
 
 
-def _marked(text: str) -> str | None:
-    """Return the number that stands directly behind the last ``####``, or the result of a calculation there."""
+def _marked(text: str) -> Result | None:
+    """Return the number that stands directly behind the last ``####``, or the result of a calculation there.
+
+    None where no number stands there.
+    """
     found = [number for mark in _MARK.finditer(text) if (number := NUMBER.match(text, mark.end()))]
     if len(found) > 1:
         found = [number for number in found if not _HEADING.match(text, number.end())]
     if not found:
         return None
     end = text.find("\n", found[-1].end())
-    return result(tokens(text, found[-1].start(), end if end > 0 else len(text)), 0, len(text)).value
+    return result(tokens(text, found[-1].start(), end if end > 0 else len(text)), 0, len(text))
 
 
 class _Response:

@@ -13,14 +13,14 @@ from spo_ray.config.schema import Config
 from spo_ray.data.filter import pair_check
 from spo_ray.data.preference_formats import unread
 from spo_ray.data.sources import read_pair, sourced_rows
-from spo_ray.data.tokenize import SIDES, tokenise_row
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.model.adapter import ModelSource
 from spo_ray.model.collate import rows_at_once
 from spo_ray.model.displacement import ches_scores
 from spo_ray.model.load import load_model
-from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.model.tokenizer import ChatTokenizer, tokenise_row
 from spo_ray.runtime.console import visible
+from spo_ray.runtime.schema import SIDES
 
 COLUMNS = {"prompt": "prompt_ids", **SIDES}
 COLOURS = {"prompt": ("dim", "dim underline"), "chosen": ("green", "bold green"), "rejected": ("red", "bold red")}
@@ -49,12 +49,13 @@ def inspect_data(config: Config, data: Path | None, rows: int, console: Console,
         raise UserError("inspect shows preference data: name it with --data, or give a configuration that has some")
     base = ModelSource.of(config.model)
     chat, limit = ChatTokenizer.load(base.tokenizer, config.model, base.model), config.train.max_length
-    reasons, check = Counter[str](), pair_check(config.pairs)
+    reasons, check = Counter[str](), pair_check(config.pairs, config.with_scores)
     tokenised: list[dict[str, Any]] = []
     unused: set[str] = set()
     for number, raw in sourced_rows(section, "train", LOOKED_AT):
         source = section.sources[number]
-        unused |= unread(raw.row, source.columns.values())
+        columns: Any = source.columns
+        unused |= unread(raw.row, columns)
         try:
             row = read_pair(raw, source, section, config.seed)._asdict() | {"id": str(raw.number)}
             reason, _ = check(row)

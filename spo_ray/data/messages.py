@@ -10,9 +10,12 @@ from spo_ray.runtime import schema
 
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **{"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"},
+    **{"human": "user", "gpt": "assistant", "model": "assistant"},
+    **{"observation": "tool", "tool_response": "tool", "function": "tool"},
 }
 """Roles by the names that they have in data."""
+CALLS = ("function_call", "tool_call")
+"""Roles of messages whose text is an assistant's call of a tool, as JSON."""
 EXTRA = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 """Fields of a message, besides role and content, that chat templates read."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -38,40 +41,67 @@ def messages(value: Any, name: str) -> list[schema.Turn]:
     return [found for found in turns if found["role"] != "system" or found["content"].strip()]
 
 
-def example(row: Mapping[str, Any]) -> tuple[list[schema.Turn], str]:
-    """Return prompt and completion of an SFT row: ``prompt`` and ``completion``, as text or messages, or ``messages``.
+def example(row: Mapping[str, Any]) -> tuple[list[schema.Turn], schema.Turn]:
+    """Return prompt and answer of an SFT row: ``prompt`` and ``completion``, as text or messages, or ``messages``.
 
-    Of a conversation the last message is the completion; those before it are the prompt.
+    Of a conversation the last message is the answer; those before it are the prompt. ``conversations`` is read as
+    ``messages`` is.
 
     Raises:
-        RowRejectedError: the row has neither format; the message says what is wrong.
+        RowRejectedError: the row has neither format, or can't be used; the message says what is wrong.
     """
-    name = "completion" if row.get("messages") is None else "messages"
-    opening = [] if name == "messages" else messages(row.get("prompt"), "prompt")
-    if opening and isinstance(row.get(name), str):
-        return opening, text(row[name], name)
-    *before, last = [*opening, *messages(row.get(name), name)]
+    refuse_media(row)
+    whole = [name for name in ("messages", "conversations") if row.get(name) is not None]
+    name = whole[0] if whole else "completion"
+    before = [] if whole else messages(row.get("prompt"), "prompt")
+    if before and isinstance(row.get(name), str):
+        last: schema.Turn = {"role": "assistant", "content": text(row[name], name)}
+    else:
+        *before, last = [*before, *messages(row.get(name), name)]
     if last["role"] != "assistant":
         raise RowRejectedError(f"{name!r} does not end in an assistant's message")
     if not before:
         raise RowRejectedError("no 'prompt'")
-    return before, last["content"]
+    return with_columns(before, row.get("system"), row.get("tools")), last
+
+
+def with_columns(turns: list[schema.Turn], system: Any, tools_of_row: Any) -> list[schema.Turn]:
+    """Return messages with what a row has beside them: the system's text as the first one, tools in its ``extra``."""
+    if system is not None and not (isinstance(system, str) and not system.strip()):
+        first: schema.Turn = {"role": "system", "content": text(system, "system")}
+        if turns[0]["role"] not in ("system", "developer"):
+            turns = [first, *turns]
+        elif turns[0]["content"].strip() != first["content"].strip():
+            raise RowRejectedError("'system' differs from the system message in 'prompt'")
+    found = tools(tools_of_row)
+    if not found:
+        return turns
+    extra = json.loads(turns[0].get("extra") or "{}") | {"tools": found}
+    return [{**turns[0], "extra": json.dumps(extra, ensure_ascii=False)}, *turns[1:]]
 
 
 def turn(message: Any, name: str) -> schema.Turn:
     """Return one message of a column, with the further fields that templates read as JSON in ``extra``."""
-    role = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowRejectedError(f"{name!r} has a message without a role of {', '.join(ROLES)}")
+    said = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
+    if not isinstance(said, str):
+        raise RowRejectedError(f"{name!r} has a message without a 'role'")
+    role = "assistant" if said.lower() in CALLS else ROLES.get(said.lower())
+    if role is None:
+        raise RowRejectedError(f"{name!r} has a message of the role {said!r}; known: {', '.join([*ROLES, *CALLS])}")
     refuse_media(message)
+    said_text = [message[key] for key in ("content", "value") if message.get(key) is not None]  # Arrow adds nulls
+    content = _joined(said_text[0] if said_text else None, name)
     extra = {key: _plain(message[key]) for key in EXTRA if message.get(key)}
-    if isinstance(extra.get("tool_calls"), list):
-        extra["tool_calls"] = [_call(call) for call in extra["tool_calls"]]
-    content = _joined(message.get("content", message.get("value")), name)
-    if content is None and "tool_calls" in extra:
-        content = ""
-    may_be_empty = role == "system" or "tool_calls" in extra or ROLES[role] == "tool"
-    found: schema.Turn = {"role": ROLES[role], "content": text(content, f"{name}.content", may_be_empty)}
+    if message.get("reasoning"):  # as servers name it; templates know it by the other name
+        extra.setdefault("reasoning_content", message["reasoning"])
+    calls = extra.get("tool_calls", message.get("function_call"))
+    if said.lower() in CALLS:
+        calls, content = _parsed(content, f"{name!r} has a call that is"), None
+    if calls:
+        extra["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+        content = content or ""
+    may_be_empty = role in ("system", "tool") or "tool_calls" in extra
+    found: schema.Turn = {"role": role, "content": text(content, f"{name}.content", may_be_empty)}
     return found | {"extra": json.dumps(extra, ensure_ascii=False)} if extra else found
 
 
@@ -129,14 +159,15 @@ def text_defect(value: Any, name: str, *, may_be_empty: bool = False) -> str | N
 
 
 def _joined(content: Any, name: str) -> Any:
-    """Return the content of a message; a list of text parts as one text."""
+    """Return the content of a message; a list of texts, or of OpenAI's parts with texts, as one text."""
     if not isinstance(content, list):
         return content
-    for part in content:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    parts = [{"text": part} if isinstance(part, str) else part for part in content]
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise RowRejectedError(f"{name!r} has content of type {kind!r}: only text is trained on")
-    return "".join(part["text"] for part in content)
+    return "".join(part["text"] for part in parts)
 
 
 def _plain(value: Any) -> Any:

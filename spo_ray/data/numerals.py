@@ -6,6 +6,7 @@ calculation = number {[words] [operator] number} ["=" number]
 ```
 
 A text is first written plainly (:func:`plain`), then cut into tokens; :func:`result` reads a calculation from them.
+Roots, pi and LaTeX's functions are tokens without a value.
 """
 
 import re
@@ -41,6 +42,7 @@ NUMBER = re.compile(_NUMBER)
 _TOKEN = re.compile(
     rf"(?P<number>{_NUMBER})|(?P<equals>[=≈→]>?|\bequals\b)|(?P<operator>{_OPERATOR})|(?P<of>\bof\b)"
     r"|(?P<begin>(?i:\b(?:sum|product|difference|quotient|add|subtract|multiply|divide|half|twice|double|triple)\b))"
+    r"|(?P<function>[√π]|\\(?:sqrt|pi|[dt]?frac|log|ln|infty)\b)"
     r"|(?P<stop>\n|[.!?](?=\s|$)|[,;:]|(?i:\b(?:because|since|as|if|when|where|so|but|not)\b))"
     r"|(?P<open>\()|(?P<word>[^\W\d_]+)"
 )
@@ -50,7 +52,8 @@ _SEPARATOR = r"(?:[\u00a0\u2009\u202f'’_]|\\[,! ]|\{,\})"
 
 _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"<<[^<>\n]*>>", ""),  # GSM8K's calculator
-    (r"\*\*(?!\d)|(?<!\d)\*\*|`", ""),  # markdown, but not Python's power
+    (r"(?<=\d)\*\*(?=\d)", "^"),  # Python's power
+    (r"\*\*|`", ""),  # markdown
     (r"[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m.group()).replace("\u2044", "/")),
     (r"[⁻⁰¹²³⁴-⁹]+", lambda m: "^" + m.group().translate(_SUPERSCRIPT)),
     (r"\\(?:left|right)\b|\\(?=[$%])", ""),
@@ -67,7 +70,7 @@ _REWRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         rf"(####|[={{(])\s{{0,9}}([{_DASH}])\s{{1,9}}(?=[\d.{_MONEY}])",
         r"\1 \2",
     ),  # elsewhere a dash and a blank is no sign
-    (r"(?m)^(####[^\d\n]{0,9}\d{1,3}(?: \d{3})+)$", lambda m: m[1][:5] + m[1][5:].replace(" ", "")),
+    (r"(?m)^(####[^\d\n]{0,9}\d{1,3}(?: \d{3})+)(?=\s?[€$£%.]?$)", lambda m: m[1][:5] + m[1][5:].replace(" ", "")),
 ]
 _REWRITE = [(re.compile(pattern), new) for pattern, new in _REWRITTEN]
 
@@ -124,6 +127,8 @@ def result(found: Sequence[Token], first: int, end: int) -> Result:
             joint, words = "", 0
         elif kind == "word":
             joint, words = joint if joint in ("equals", "begin") else "", words + 1
+        elif kind == "function":  # a root or pi is not computed: only a number behind "=" is a result then
+            joint, unfinished = "begin", unfinished or begun
         elif kind in ("equals", "operator") or (kind in ("of", "begin") and joint not in ("equals", "begin")):
             joint, words = kind, 0
     return Result(None if unfinished or value is None else read(value), stop, unfinished)

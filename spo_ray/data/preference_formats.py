@@ -5,12 +5,12 @@ published (completions with scores) or binarised (whole conversations on both si
 columns of ShareGPT, LLaMA-Factory, ms-swift and OpenAI.
 """
 
-import json
+import math
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from spo_ray.data.messages import MEDIA, messages, refuse_media, text, tools, transcript
+from spo_ray.data.messages import MEDIA, messages, refuse_media, text, transcript, with_columns
 from spo_ray.errors import RowRejectedError
 from spo_ray.runtime import schema
 
@@ -21,16 +21,11 @@ NAMES = {
     "system": ("system",),
     "tools": ("tools",),
     "completions": ("completions",),
+    "score_chosen": ("score_chosen", "chosen_score", "chosen-rating", "chosen_rating", "chosen_reward"),
+    "score_rejected": ("score_rejected", "rejected_score", "rejected-rating", "rejected_rating", "rejected_reward"),
 }
 """Names that a column may have, besides the one in ``data.columns``; the first that holds something counts."""
-SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
-)
-"""Columns with the scores of the two sides."""
-READ = {*MEDIA, *(name for names in (*NAMES.values(), *SCORES) for name in names), "input", "history"}
+READ = {*MEDIA, *(name for names in NAMES.values() for name in names), "input", "history"}
 """All columns that are looked at."""
 
 
@@ -43,6 +38,8 @@ class Preference(NamedTuple):
     chosen_extra: str | None = None
     """Further fields of the chosen message that templates read, such as ``tool_calls``, as JSON."""
     rejected_extra: str | None = None
+    score_gap: float | None = None
+    """Score of the chosen completion minus that of the rejected one; None: unknown."""
 
 
 def preference(
@@ -62,9 +59,9 @@ def preference(
     """
     found = _named(row, columns or {})
     if found["completions"] is not None and (found["chosen"] is None or found["rejected"] is None):
-        sides = _scored(found["completions"], rejected, seed)
+        sides, gap = _scored(found["completions"], rejected, seed)
     else:
-        _check_scores(row)
+        gap = _gap(found["score_chosen"], found["score_rejected"])
         sides = [_side(found, row, name) for name in ("chosen", "rejected")]
     if len({isinstance(side, str) for side in sides}) > 1:
         raise RowRejectedError("'chosen' and 'rejected' are not both text, nor both messages")
@@ -80,15 +77,25 @@ def preference(
     else:
         opening, answers = _split(opening, *sides)
     _check_differ(answers)
-    prompt = _with_system(opening, found["system"])
     chosen, lost = answers
-    prompt = _with_tools(prompt, tools(found["tools"]))
-    return Preference(prompt, chosen["content"], lost["content"], chosen.get("extra"), lost.get("extra"))
+    prompt = with_columns(opening, found["system"], found["tools"])
+    return Preference(prompt, chosen["content"], lost["content"], chosen.get("extra"), lost.get("extra"), gap)
 
 
-def unread(row: Mapping[str, Any], columns: Collection[str]) -> set[str]:
-    """Return the columns of a row that are not looked at; ``columns`` are, besides those known by name."""
-    return {name for name in row if name not in READ and name not in columns}
+def unread(row: Mapping[str, Any], columns: Mapping[str, str]) -> set[str]:
+    """Return the columns of a row that are not looked at, also those whose place another one takes."""
+    used = {*_keys(row, columns).values(), *MEDIA, "history"}
+    used |= {"input"} if row.get("instruction") or isinstance(row.get("input"), Mapping) else set()
+    return {name for name, value in row.items() if name not in used and not (name in READ and value is None)}
+
+
+def _keys(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns that hold what a row has, by the names of :data:`NAMES`."""
+    found = {}
+    for name, names in NAMES.items():
+        keys = [columns[name]] if name in columns else names
+        found[name] = next((key for key in keys if row.get(key) is not None), "")
+    return {name: key for name, key in found.items() if key}
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -97,20 +104,18 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
     whole = row.get("input")
     if isinstance(whole, Mapping):  # OpenAI's format
         row = {**row, **whole}
-    found: dict[str, Any] = {}
-    for name, names in NAMES.items():
-        if name in columns and columns[name] not in row:
-            raise RowRejectedError(f"no column {columns[name]!r}, which data.columns.{name} names")
-        values = (row.get(key) for key in ([columns[name]] if name in columns else names))
-        found[name] = next((value for value in values if value is not None), None)
+    for name, column in columns.items():
+        if column not in row:
+            raise RowRejectedError(f"no column {column!r}, which data.columns.{name} names")
+    keys = _keys(row, columns)
+    found = {name: row[keys[name]] if name in keys else None for name in NAMES}
     instruction = row.get("instruction")
     if isinstance(whole, str) and whole.strip() and instruction and found["prompt"] == instruction:
         found["prompt"] = f"{instruction}\n{whole}"  # as LLaMA-Factory joins them
     if found["chosen"] is None and found["rejected"] is not None and row.get("messages"):
         found["chosen"], found["prompt"] = row["messages"], None  # ms-swift: the messages end in the chosen answer
-        if isinstance(found["rejected"], str):
-            before = messages(row["messages"], "messages")[:-1]
-            found["rejected"] = [*before, {"role": "assistant", "content": found["rejected"]}]
+        if isinstance(found["rejected"], str) and isinstance(row["messages"], list):
+            found["rejected"] = [*row["messages"][:-1], {"role": "assistant", "content": found["rejected"]}]
     return found
 
 
@@ -143,8 +148,8 @@ def _side(found: Mapping[str, Any], row: Mapping[str, Any], name: str) -> Any:
     return messages(value, name)
 
 
-def _scored(completions: Any, which: str, seed: str) -> list[Any]:
-    """Return the best of UltraFeedback's completions, and the worst or any that scores lower.
+def _scored(completions: Any, which: str, seed: str) -> tuple[list[Any], float]:
+    """Return the best of UltraFeedback's completions with the worst or any that scores lower, and how much lower.
 
     Completions without a score or a response are left out.
     """
@@ -161,18 +166,21 @@ def _scored(completions: Any, which: str, seed: str) -> list[Any]:
     lower = [pair for pair in found if pair[0] < best]
     if not lower:
         raise RowRejectedError("no completion is scored lower than the best")
-    _, lost = random.Random(seed).choice(lower) if which == "random" else min(lower, key=lambda pair: pair[0])
-    return [chosen, lost]
+    least, lost = random.Random(seed).choice(lower) if which == "random" else min(lower, key=lambda pair: pair[0])
+    return [chosen, lost], best - least
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value  # a NaN is not equal to itself
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_scores(row: Mapping[str, Any]) -> None:
-    for best, worst in SCORES:
-        if _is_number(row.get(best)) and _is_number(row.get(worst)) and row[best] <= row[worst]:
-            raise RowRejectedError(f"{best!r} is not above {worst!r}")
+def _gap(best: Any, worst: Any) -> float | None:
+    """Return the difference of two scores; None if one is missing or no number."""
+    if not _is_number(best) or not _is_number(worst):
+        return None
+    if best <= worst:
+        raise RowRejectedError("by their scores 'chosen' is not better than 'rejected'")
+    return float(best - worst)
 
 
 def _split(
@@ -218,23 +226,3 @@ def _check_differ(answers: Sequence[schema.Turn]) -> None:
     one, other = ({**answer, "content": answer["content"].strip()} for answer in answers)
     if one == other:
         raise RowRejectedError("'chosen' and 'rejected' are the same but for white space")
-
-
-def _with_system(turns: list[schema.Turn], system: Any) -> list[schema.Turn]:
-    """Put the text of a column before the messages as the system's."""
-    if system is None or (isinstance(system, str) and not system.strip()):
-        return turns
-    first: schema.Turn = {"role": "system", "content": text(system, "system")}
-    if turns[0]["role"] not in ("system", "developer"):
-        return [first, *turns]
-    if turns[0]["content"].strip() != first["content"].strip():
-        raise RowRejectedError("'system' differs from the system message in 'prompt'")
-    return turns
-
-
-def _with_tools(turns: list[schema.Turn], found: list[Any]) -> list[schema.Turn]:
-    """Keep a row's tools with its first message."""
-    if not found:
-        return turns
-    extra = json.loads(turns[0].get("extra") or "{}") | {"tools": found}
-    return [{**turns[0], "extra": json.dumps(extra, ensure_ascii=False)}, *turns[1:]]

@@ -59,6 +59,8 @@ def load_data(run: Run, split: Split, against: Artifact | None = None) -> Artifa
     if not isinstance(data, PreferenceData):  # of pairs, one split depends on the size of the other
         exclude.add("test_questions" if split == "train" else "train_questions")
     settings = data.model_dump(mode="json", exclude={**dict.fromkeys(exclude, True), "more": {"__all__": {"path"}}})
+    if run.config.with_scores:
+        settings["with_scores"] = True
     places = _places(data, split) if run.mode != "read" else []  # a finished run can be read without its data
     files = [file for place, name in places for file in inputs(place, name).values()]
     sources = {f"file{i or ''}": file for i, file in enumerate(files)}
@@ -93,11 +95,12 @@ def load_examples(run: Run, data: RowSource, against: Artifact) -> Artifact:
                 if raw.defect:
                     raise RowRejectedError(raw.defect)
                 with whatever_is_wrong():
-                    prompt, response = example(raw.row)
+                    prompt, answer = example(raw.row)
             except RowRejectedError as error:
                 counts.reject(raw.name(EXAMPLE), str(error), raw.excerpt)
             else:
-                rows.append({"id": raw.name(EXAMPLE), "prompt": prompt, "responses": [response]})
+                row = {"id": raw.name(EXAMPLE), "prompt": prompt, "responses": [answer["content"]]}
+                rows.append(row | {"chosen_extra": answer.get("extra")})
         if words:
             template = getattr(own, "prompt", "")
             rows = list(Contamination(against.rows(), words, template).keep_clean(rows, counts))

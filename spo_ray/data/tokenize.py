@@ -3,22 +3,19 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spo_ray.config.model import TemplateConfig
 from spo_ray.data.grade import ROWS_PER_SHARD
-from spo_ray.errors import RowRejectedError, UserError
+from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run, Stage, Work, times
-
-if TYPE_CHECKING:
-    from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.runtime.schema import SIDES
 
 RESPONSE = {"response": "completion_ids"}
-SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
-"""Columns of a pair's completions, and the columns of their token ids."""
+"""Column of a response, and the column of its token ids."""
 
 
 def tokenise_sft(run: Run, source: Artifact) -> Artifact:
@@ -31,36 +28,6 @@ def tokenise_sft(run: Run, source: Artifact) -> Artifact:
 def tokenise_pairs(run: Run, name: str, pairs: Artifact) -> Artifact:
     """Tokenise pairs (:class:`schema.TokenisedPair`)."""
     return _tokenise(run, name, pairs, SIDES, schema.TokenisedPair)
-
-
-def tokenise_row(chat: "ChatTokenizer", row: Row, sides: Mapping[str, str], limit: int) -> Row:
-    """Return a prompt and its completions as token ids; ``sides`` maps columns of text to columns of token ids.
-
-    A prompt with one completion has at most ``limit`` tokens. Longer rows are dropped, not cut: a cut completion has no
-    end-of-turn token, and a model trained on it learns not to stop.
-
-    Raises:
-        RowRejectedError: a completion is empty, too long or like the other one, a text contains special tokens, or the
-            chat template refuses the conversation.
-    """
-    prompt = chat.prompt_ids(row["prompt"])
-    found: Row = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
-    turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
-    if any(chat.has_markup(text + " ") for text in turns):
-        raise RowRejectedError("special tokens within the prompt")
-    for side, column in sides.items():
-        extra = row.get(f"{side}_extra")
-        found[column] = chat.answer_ids(row["prompt"], row[side], extra)
-        if not found[column]:
-            raise RowRejectedError("empty completion")
-        if len(prompt) + len(found[column]) > limit:
-            raise RowRejectedError(f"longer than train.max_length={limit} tokens")
-        if chat.has_markup(row[side]):
-            raise RowRejectedError("special tokens within a completion")
-        found["template_differs"] |= not extra and chat.is_changed_by_template(row["prompt"], row[side])
-    if "chosen_ids" in found and found["chosen_ids"] == found["rejected_ids"]:
-        raise RowRejectedError("chosen and rejected are the same")
-    return found
 
 
 def _tokenise(
@@ -95,7 +62,7 @@ def _tokenise(
 def _tokeniser(
     model: str, template: TemplateConfig, sides: Mapping[str, str], limit: int, every_turn: bool = False
 ) -> Mapper:
-    from spo_ray.model.tokenizer import ChatTokenizer
+    from spo_ray.model.tokenizer import ChatTokenizer, tokenise_row
 
     chat = ChatTokenizer.load(model, template)
     tokenise = each_row(lambda row: [tokenise_row(chat, row, sides, limit)])

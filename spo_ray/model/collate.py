@@ -36,7 +36,8 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> dict[str, Tensor]:
 def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
     """Convert rows of :class:`spo_ray.runtime.schema.TokenisedPair` to the batch of ``spo_gradients``.
 
-    Chosen and rejected are padded separately; reference logps are float64 [B], absent if the rows have none.
+    Chosen and rejected are padded separately; reference logps and gaps of scores are float64 [B], absent if a row has
+    none.
     """
     batch = {}
     for side in ("chosen", "rejected"):
@@ -45,4 +46,7 @@ def collate_pairs(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, T
         if f"ref_{side}_logps" in rows[0]:
             values = [row[f"ref_{side}_logps"] for row in rows]
             batch[f"ref_{side}_logps"] = torch.tensor(values, dtype=torch.float64)
+    gaps = [row.get("score_gap") for row in rows]
+    if None not in gaps:
+        batch["score_gaps"] = torch.tensor(gaps, dtype=torch.float64)
     return batch

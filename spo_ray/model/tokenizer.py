@@ -82,9 +82,17 @@ class ChatTokenizer:
                 raise UserError(f"model.template_arguments: {argument!r} is no setting of {name}'s chat template")
         try:
             self.opening = self._opening(self.arguments)
-            self.end_id, self.writes_end = self._end_of_turn()
+            end, following = self._special_behind([]), None
+            if end is None:
+                following = self._special_behind(_messages("question"))
         except RowRejectedError as error:
             raise UserError(f"the chat template of {name} can't be used: {error}") from error
+        ends = [token for token in (end, tokenizer.eos_token_id) if token is not None]
+        if not ends:
+            raise UserError(f"{name}: neither the chat template nor the tokenizer names an end token")
+        self.end_id, self.writes_end = int(ends[0]), end is not None
+        self.stop_ids = sorted({*ends, *([] if following is None else [following])})
+        """Tokens that end a generation: end of turn, end of text, and the next turn's mark where no token ends one."""
         self.rows = sys.maxsize if rows is None else rows
         self._refuse_unknown()
         pad = tokenizer.pad_token_id
@@ -99,12 +107,6 @@ class ChatTokenizer:
         if template and template.chat_template:
             tokenizer.chat_template = template.chat_template
         return cls(tokenizer, template, embedding_rows(model or path))
-
-    @property
-    def stop_ids(self) -> list[int]:
-        """Tokens that end a generation: end of turn, and end of text if it differs."""
-        eos = self.tokenizer.eos_token_id
-        return sorted({self.end_id} | ({int(eos)} if eos is not None else set()))
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Return the token ids of a prompt (a user turn or chat messages) up to the start of the answer.
@@ -256,21 +258,44 @@ class ChatTokenizer:
         shared = len(os.path.commonprefix([prompt, before]))  # noqa: RUF071 (characters are meant, no path's parts)
         return Opening(prompt[shared:], before[shared:])
 
-    def _end_of_turn(self) -> tuple[int, bool]:
-        """Return the token that ends an answer, and True if the template writes it.
-
-        It is the first special token after an assistant's answer in the template, or else the end-of-text token.
-        """
+    def _special_behind(self, others: Sequence[Message]) -> int | None:
+        """Return the first special token that the template writes behind an answer that ``others`` follow, if any."""
         tokenizer: Any = self.tokenizer
-        text = self._conversation("question", _PROBE)
+        text = self._render(
+            [*_messages("question"), {"role": "assistant", "content": _PROBE}, *others], self.arguments, False
+        )
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        after = tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-        for token in after:
-            if token in special:
-                return int(token), True
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"{tokenizer.name_or_path}: neither the chat template nor the tokenizer names an end token")
-        return int(tokenizer.eos_token_id), False
+        return next((token for token in self._encode(text.rpartition(_PROBE)[2]) if token in special), None)
+
+
+def tokenise_row(chat: ChatTokenizer, row: Mapping[str, Any], sides: Mapping[str, str], limit: int) -> dict[str, Any]:
+    """Return a prompt and its completions as token ids; ``sides`` maps columns of text to columns of token ids.
+
+    A prompt with one completion has at most ``limit`` tokens. Longer rows are dropped, not cut: a cut completion has no
+    end-of-turn token, and a model trained on it learns not to stop.
+
+    Raises:
+        RowRejectedError: a completion is empty, too long or like the other one, a text contains special tokens, or the
+            chat template refuses the conversation.
+    """
+    prompt = chat.prompt_ids(row["prompt"])
+    found: dict[str, Any] = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
+    turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
+    if any(chat.has_markup(text + " ") for text in turns):
+        raise RowRejectedError("special tokens within the prompt")
+    for side, column in sides.items():
+        extra = row.get(f"{side}_extra")
+        found[column] = chat.answer_ids(row["prompt"], row[side], extra)
+        if not found[column]:
+            raise RowRejectedError("empty completion")
+        if len(prompt) + len(found[column]) > limit:
+            raise RowRejectedError(f"longer than max_length={limit} tokens")
+        if chat.has_markup(row[side]):
+            raise RowRejectedError("special tokens within a completion")
+        found["template_differs"] |= not extra and chat.is_changed_by_template(row["prompt"], row[side])
+    if "chosen_ids" in found and found["chosen_ids"] == found["rejected_ids"]:
+        raise RowRejectedError("chosen and rejected are the same")
+    return found | {"score_gap": row.get("score_gap")}
 
 
 def embedding_rows(path: str | Path) -> int | None:

@@ -114,6 +114,7 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
 
 app = App(name="spo-ray", help="Stable Preference Optimization on Ray.", help_epilogue=EXAMPLES, version=__version__)
 app.register_install_completion_command()
+app.command("spo_ray.pipeline.chat:chat")
 
 
 @app.command

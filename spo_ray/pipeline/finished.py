@@ -32,7 +32,7 @@ def read_finished(folder: Path, *, verify: bool = False) -> Finished:
     """
     tree = _read(folder)
     own = Run(_validated(folder, tree), verify=verify)
-    found = FinishedRun(_validated(folder, _unbuilt(tree)), folder, verify=verify)
+    found = FinishedRun(read_config(folder), folder, verify=verify)
     own.root = found.root  # the folder may have been moved: the configuration's output and name are not used
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
@@ -50,6 +50,15 @@ def read_finished(folder: Path, *, verify: bool = False) -> Finished:
     sweep = run_sweep(found)
     trials = Trials(sweep.trials, rows_of(sweep.trials), sweep.best)
     return Finished(own, sweep.checkpoints, _present(sweep.evaluation), None, sweep.start.test.present(), trials)
+
+
+def read_config(folder: Path) -> Config:
+    """Return the configuration of a run, finished or not, without what only a run needs.
+
+    Raises:
+        UserError: the folder is missing or no run's.
+    """
+    return _validated(folder, _unbuilt(_read(folder)))
 
 
 def _present(evaluation: Evaluation | None) -> Evaluation | None:

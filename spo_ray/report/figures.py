@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import pyarrow.parquet as pq
+from scipy import stats
 
 from spo_ray.runtime.artifact import STEP_LOG, read_lines
+from spo_ray.train.spec import CHANGES
 
 SIDES = {"chosen": "#1b9e57", "rejected": "#d6449a"}
 OWN = "#7a8ca5"
@@ -23,6 +26,8 @@ EMA = 0.9
 """Weight of the past in the smoothed curves."""
 MOST_POINTS = 120
 """Largest number of points of a smoothed curve."""
+MOST_PAIRS = 1000
+"""Largest number of pairs in a panel; of more, evenly many along their scores are shown."""
 WIDE = 5.0
 """Largest absolute value on an axis from which it is compressed, so that small changes stay visible."""
 Paths = Mapping[str, Path]
@@ -41,12 +46,12 @@ CONFIG = {
 """Colours of the page, also in dark mode."""
 
 
-def log_probability_figure(trainings: Paths, reference: str, alarms: Iterable[Record] = ()) -> Spec | None:
-    """Plot how the mean log pi of the probe pairs' and of the reference's own responses changed, a panel per method.
+def log_probability_figure(trainings: Paths, alarms: Iterable[Record] = ()) -> Spec | None:
+    """Plot how the mean log pi of the probe pairs' and of the first model's own responses changed, a panel per method.
 
     ``alarms`` are marked on the curve of the chosen responses: method, step and text of each.
     """
-    own = f"{reference}'s own (y*)"
+    own = "own answers before"
     records = _changes(_series(trainings, PROBE | {own: "probe/logps/top"}))
     shown = {record["series"] for record in records}
     colors = {name: color for name, color in (SIDES | {own: OWN}).items() if name in shown}
@@ -146,6 +151,33 @@ def displacement_figure(methods: Mapping[str, Any]) -> Spec | None:
     told = [f"{r['method']} {r['side']} {r['value']:+.2f}" for r in records if r["first"]]
     text = f"Change of log-probability, nats, on {records[0]['pairs']}: {', '.join(told)}."
     return spec(alt.layer(*drawn).properties(height=40 * len(rows)), text)
+
+
+def ches_figure(trainings: Paths, score: str) -> Spec | None:
+    """Plot the change of each training pair's log pi(y_w) against its CHES score, a panel per method.
+
+    ``score`` is ``ches`` or ``ches_per_token``. None where the pairs have no scores.
+    """
+    records, told = [], []
+    for method, path in trainings.items():
+        table = pq.read_table(path / CHANGES).to_pylist() if (path / CHANGES).is_file() else []
+        points = sorted((row[score], row["delta_logp_chosen"]) for row in table if row[score] is not None)
+        rank = stats.spearmanr(points).statistic if len(points) > 2 else math.nan
+        panel = f"{method}: rank correlation {rank:+.2f}" if math.isfinite(rank) else method
+        every = math.ceil(len(points) / MOST_PAIRS) or 1
+        records += [{"method": panel, "score": x, "value": y} for x, y in points[::every]]
+        told += [panel] if points else []
+    if not records:
+        return None
+    axis, scale, squeezed = _axis([record["value"] for record in records])
+    title = ["change of log π of the chosen response, nats", *squeezed]
+    x = alt.X("score:Q", title="CHES score", scale=alt.Scale(zero=False))
+    drawn = chart(records).mark_point(filled=True, size=25, opacity=0.5, color=SIDES["chosen"])
+    drawn = drawn.encode(x=x, y=alt.Y("value:Q", title=None, axis=axis, scale=scale)).properties(width=220, height=150)
+    panels = drawn.facet(facet=alt.Facet("method:N", title=None, sort=told), columns=3)
+    return spec(
+        panels.properties(title=alt.Title(title, anchor="start")), f"{title[0]}, by CHES score; {'; '.join(told)}."
+    )
 
 
 def _both(entry: Mapping[str, Any]) -> list[float]:

@@ -34,6 +34,12 @@ DYNAMICS = (
     "that of the rejected one. Where the green term is negative, the step lowers the log-probability of the chosen "
     "answers, unless another term of the loss prevents it. Computed from batch-mean gradients."
 )
+CHES = (
+    "Each point is a training pair. Across: its CHES score under the reference model, before training. Up: what "
+    "training did to the log-probability of its chosen answer. A score that tells which pairs displace has a rank "
+    "correlation near -1; near 0, dropping the pairs with the highest scores (pairs.max_ches_quantile) helps no more "
+    "than dropping any others."
+)
 HEALTH = "Answers sampled at temperature 1, to the prompts of some of the probe pairs."
 NOTED = ("requests", "cost", "restarts")
 """Facts of a stage that the table of stages shows."""
@@ -89,6 +95,7 @@ def _content(
     return {
         "config": run.config,
         "versions": summary["versions"],
+        "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in methods},
         "headline": scores.linked_sentences(run_headline(run, summary), run.root, paths),
         "results": scores.results_table(cells),
         "alarms": _alarm_table(alarms),
@@ -97,11 +104,12 @@ def _content(
         "figures": {
             "accuracy": figures.accuracy_figure(table, reference) if evaluation.answers else None,
             "displacement": figures.displacement_figure(table),
-            "logps": figures.log_probability_figure(paths, reference, alarms),
+            "logps": figures.log_probability_figure(paths, alarms),
         },
         "curves": [
             ("Each step's own pairs", figures.batch_figure(paths), BATCH),
             ("Gradient terms (Theorem 1)", figures.dynamics_figure(paths), DYNAMICS),
+            ("CHES scores of the training pairs", figures.ches_figure(paths, run.config.pairs.ches), CHES),
             ("Text health of samples during training", figures.health_figure(paths), HEALTH),
         ],
         "suites": scores.other_suites(table, run.root),

@@ -75,7 +75,7 @@ def _prompt(prompt: Any) -> str:
 
 
 def differing(value: str, other: str) -> list[tuple[str, bool]]:
-    """Split ``value`` into pieces, each with True if ``other`` does not have its words in that place."""
+    """Split ``value`` into pieces, each with True if ``other`` has no such words there; empty: it has more."""
     mine, theirs = (re.findall(r"\s+|\w+|[^\w\s]", words) for words in (value, other))
     matches = SequenceMatcher(None, theirs, mine, autojunk=False).get_opcodes()
-    return [("".join(mine[start:end]), kind != "equal") for kind, _, _, start, end in matches if start < end]
+    return [("".join(mine[start:end]), kind != "equal") for kind, _, _, start, end in matches]

@@ -150,7 +150,9 @@ def comparison_tables(compared: Rows) -> list[tuple[str, Table]]:
     tables = []
     for metric in dict.fromkeys(row["metric"] for row in compared):
         rows = [row for row in compared if row["metric"] == metric]
-        tables.append((f"{metric}: {len(rows)} pairs, {rows[-1]['test']}", Table(header, list(map(_tested, rows)))))
+        tables.append(
+            (f"{metric}: {len(rows)} comparisons, {rows[-1]['test']}", Table(header, list(map(_tested, rows))))
+        )
     return tables
 
 

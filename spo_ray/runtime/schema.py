@@ -66,6 +66,7 @@ class Pair(TypedDict):
     rejected_source: str  # as chosen_source
     chosen_extra: NotRequired[str | None]  # as Turn.extra, for the message with the completion
     rejected_extra: NotRequired[str | None]
+    score_gap: NotRequired[float | None]  # score of the chosen side minus the rejected one's; None: unknown
 
 
 class SftExample(TypedDict):
@@ -74,6 +75,11 @@ class SftExample(TypedDict):
     id: str
     prompt: list[Turn]
     responses: list[str]  # one
+    chosen_extra: NotRequired[str | None]  # as Pair.chosen_extra
+
+
+SIDES = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+"""Columns of a pair's completions, and the columns of their token ids."""
 
 
 class TokenisedPair(TypedDict):
@@ -84,6 +90,7 @@ class TokenisedPair(TypedDict):
     chosen_ids: list[int]
     rejected_ids: list[int]
     template_differs: bool  # see spo_ray.model.tokenizer.ChatTokenizer.is_changed_by_template
+    score_gap: NotRequired[float | None]  # as Pair.score_gap
 
 
 class ReferencedPair(TokenisedPair):
@@ -98,6 +105,16 @@ class ChesPair(ReferencedPair):
 
     ches: float
     ches_per_token: float
+
+
+class PairChange(TypedDict):
+    """What a method's training did to a pair: changes of its log-probabilities since the reference, in nats."""
+
+    id: str
+    delta_logp_chosen: float
+    delta_logp_rejected: float
+    ches: NotRequired[float | None]  # as ChesPair; None: not computed
+    ches_per_token: NotRequired[float | None]
 
 
 class SftRow(TypedDict):

@@ -29,17 +29,21 @@ class Measure:
     def __init__(self, model: nn.Module, chat: ChatTokenizer, config: TrainConfig, rank: Distributed) -> None:
         self.model, self.chat, self.config, self.rank = model, chat, config, rank
 
+    def pair_logps(self, table: RowTable, numbers: Sequence[int]) -> Tensor:
+        """Return logps of the chosen and the rejected sides and their changes since the reference, [4, N] in nats."""
+        found = torch.zeros(4, len(numbers), dtype=torch.float64, device=self.rank.device)
+        for own, valid in self._batches(range(len(numbers))):
+            batch = self.rank.to_device(collate_pairs(table.rows([numbers[i] for i in own]), self.chat.pad_id))
+            sides = torch.stack([self._logps(batch, f"{side}_").double() for side in ("chosen", "rejected")])
+            before = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+            places = torch.tensor(own, device=self.rank.device)[valid.bool()]
+            found[:, places] = torch.cat([sides, sides - before])[:, valid.bool()]
+        self.rank.all_reduce([found])
+        return found
+
     def pair_means(self, table: RowTable, numbers: Sequence[int]) -> Metrics:
         """Return means over pairs: logps (nats), their change since the reference, accuracy, share where both fell."""
-        sums = torch.zeros(len(MEANS), dtype=torch.float64, device=self.rank.device)
-        for batch, valid in self._pairs(table, numbers):
-            chosen, rejected = (self._logps(batch, f"{side}_") for side in ("chosen", "rejected"))
-            gain_w, gain_l = chosen - batch["ref_chosen_logps"], rejected - batch["ref_rejected_logps"]
-            both = (gain_w < -FALL) & (gain_l < -FALL)
-            columns = (chosen, rejected, gain_w, gain_l, (gain_w > gain_l).double(), both.double())
-            sums += torch.stack([(column.double() * valid).sum() for column in columns])
-        self.rank.all_reduce([sums])
-        return dict(zip(MEANS, (sums / len(numbers)).tolist(), strict=True)) | {"n": len(numbers)}
+        return means(self.pair_logps(table, numbers))
 
     def mean_logp(self, table: Sequence[TokenRow]) -> float:
         """Return the mean logp of the completions, in nats."""
@@ -56,13 +60,9 @@ class Measure:
         Raises:
             TrainingError: the logps differ, so the DPO loss would not start at ln 2.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self.rank.device)
-        for batch, valid in self._pairs(table, range(min(len(table), CHECKED_PAIRS))):
-            gap = (self._logps(batch, "chosen_") - batch["ref_chosen_logps"]).abs().double()
-            tokens = (batch["chosen_labels"] >= 0).sum(dim=1)
-            sums += torch.stack([(gap * valid).sum(), (tokens * valid).sum()])
-        self.rank.all_reduce([sums])
-        difference, tokens = sums.tolist()
+        numbers = range(min(len(table), CHECKED_PAIRS))
+        difference = self.pair_logps(table, numbers)[2].abs().sum().item()
+        tokens = sum(len(row["chosen_ids"]) for row in table.rows(numbers))
         if tokens and not difference / tokens <= DRIFT_TOLERANCE[self.config.precision]:
             raise TrainingError(
                 f"the policy before step 0 differs from the stored reference by {difference / tokens:.2g} nats per "
@@ -73,10 +73,6 @@ class Measure:
         """Autocast to the compute type; disabled for a sharded model, which casts by itself."""
         enabled = self.config.precision == "bfloat16" and not hasattr(self.model, "compute_dtype")
         return torch.autocast(self.rank.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-    def _pairs(self, table: RowTable, numbers: Sequence[int]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for own, valid in self._batches(numbers):
-            yield self.rank.to_device(collate_pairs(table.rows(own), self.chat.pad_id)), valid
 
     def _batches(self, items: Sequence[Any]) -> Iterator[tuple[list[Any], Tensor]]:
         """Yield this rank's items in batches for inference, each with a mask [B] that is 0 for padding."""
@@ -93,3 +89,11 @@ class Measure:
         keys = ("input_ids", "labels", "attention_mask")
         with self.autocast():
             return completion_logps(self.model, *(batch[f"{prefix}{key}"] for key in keys))[0]
+
+
+def means(logps: Tensor) -> Metrics:
+    """Return the means of :meth:`Measure.pair_means` of what :meth:`Measure.pair_logps` returned."""
+    gain_w, gain_l = logps[2:]
+    shares = torch.stack([gain_w > gain_l, (gain_w < -FALL) & (gain_l < -FALL)])
+    values = torch.cat([logps, shares.double()]).mean(1)
+    return dict(zip(MEANS, values.tolist(), strict=True)) | {"n": logps.shape[1]}

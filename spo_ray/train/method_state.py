@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Spo, Trained
+from spo_ray.config.methods import AlphaDpo, Base, DpoNll, MethodConfig, Nll, Spo, Trained, base_loss
 from spo_ray.core.losses import LOSSES, Loss
 from spo_ray.core.running_statistics import RunningStatistics
 from spo_ray.core.safe_region import DualVariable
@@ -18,7 +18,7 @@ class Method(Callback):
 
     def __init__(self, config: MethodConfig) -> None:
         self.lr = config.lr
-        base = config.base if isinstance(config, Spo) else config
+        base = base_loss(config)
         self.statistics = RunningStatistics() if isinstance(base, AlphaDpo) else None
         self.arguments: dict[str, Any] = {"base": _loss(base, self.statistics), "beta": getattr(base, "beta", 1.0)}
         self.arguments |= _spo(config) if isinstance(config, Spo) else PLAIN

@@ -15,6 +15,8 @@ from spo_ray.runtime.console import redact
 
 RESULT = "result.json"
 """File with a job's results, in its folder. It is written last: where it exists, the job is finished."""
+CHANGES = "pairs.parquet"
+"""File in a method's folder with the change of each training pair's log-probabilities."""
 FAILURES = "failures.jsonl"
 """File in a job's folder with one line for each failure of its workers."""
 

@@ -21,18 +21,19 @@ from spo_ray.core.spo import spo_gradients
 from spo_ray.model.collate import TokenRow, collate, collate_pairs
 from spo_ray.model.optimizer import Group
 from spo_ray.model.tokenizer import ChatTokenizer
-from spo_ray.runtime.artifact import Artifact, write_json
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import Artifact, write_json, write_rows
 from spo_ray.train.alarm import Alarm
 from spo_ray.train.callbacks import AlarmCallback, DynamicsCallback, ProbePairsCallback, TextHealthCallback
 from spo_ray.train.checkpointer import Checkpointer
 from spo_ray.train.data_loader import RowTable, epoch_batches
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.logp_eval import Measure
+from spo_ray.train.logp_eval import Measure, means
 from spo_ray.train.loop import optimise
 from spo_ray.train.method_state import Method
 from spo_ray.train.policy import export_policy, load_policy, trainable
 from spo_ray.train.score_gate import ScoreGate
-from spo_ray.train.spec import RESULT, TrainJob
+from spo_ray.train.spec import CHANGES, RESULT, TrainJob
 
 TableOf = Callable[[Artifact], RowTable]
 Parameters = Mapping[str, Tensor]
@@ -84,7 +85,10 @@ def run_preference(job: TrainJob, measure: Measure, checkpointer: Checkpointer, 
     wall_s = optimise(job, measure.model, groups, batches, gradients, checkpointer, callbacks)
 
     best = checkpointer.restore_best(measure.model)
-    result: dict[str, Any] = {"train": measure.pair_means(table, range(len(table))), "steps": len(batches)}
+    logps = measure.pair_logps(table, range(len(table)))
+    if measure.rank.index == 0:
+        write_changes(Path(job.out) / CHANGES, table, logps)
+    result: dict[str, Any] = {"train": means(logps), "steps": len(batches)}
     result |= {} if best is None else {"exported_step": best}
     result |= {"method_state": method.state_dict()} if method.state_dict() else {}
     result |= alarm.result()
@@ -92,6 +96,14 @@ def run_preference(job: TrainJob, measure: Measure, checkpointer: Checkpointer, 
         result["held_out"] = measure.pair_means(held_out, range(len(held_out)))
     export_policy(job, measure, text)
     return result | {"wall_s": wall_s}
+
+
+def write_changes(path: Path, table: RowTable, logps: Tensor) -> None:
+    """Write how each pair's logps changed (:class:`spo_ray.runtime.schema.PairChange`)."""
+    kept = table.table.select([name for name in ("id", "ches", "ches_per_token") if name in table.table.column_names])
+    changes = zip(kept.to_pylist(), *logps[2:].tolist(), strict=True)
+    rows = [row | {"delta_logp_chosen": w, "delta_logp_rejected": lost} for row, w, lost in changes]
+    write_rows(path, rows, schema.PairChange)
 
 
 def sft_gradients(

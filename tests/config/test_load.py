@@ -135,6 +135,10 @@ def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
         (["train.cpu_offload=true", "train.sharding=none"], "train.cpu_offload needs train.sharding=full"),
         (["train.num_workers=2", "methods.spo.hinge=pair"], "methods.spo.hinge=pair needs train.sharding=none"),
         (["model.theta={type: last_layers, rank: 2}"], "rank"),
+        (
+            ["methods.spo={type: spo, base: {type: rpo}}"],
+            "methods.spo reads the scores of pairs, which only preference",
+        ),
     ],
 )
 def test_wrong_overrides_are_refused(overrides, message):

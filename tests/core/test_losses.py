@@ -10,7 +10,8 @@ from spo_ray.core.losses import LOSSES, PairLogps, bind, dpo, dpo_nll, nll, pair
 W, L = torch.tensor([-3.0, -8.0]).double(), torch.tensor([-4.0, -5.0]).double()
 RW, RL = torch.tensor([-3.5, -7.0]).double(), torch.tensor([-4.5, -6.0]).double()
 NW, NL = torch.tensor([3, 4]), torch.tensor([2, 5])
-BATCH, SAME = (PairLogps(W, L, *reference, NW, NL, 3.5) for reference in ((RW, RL), (W, L)))
+GAPS = torch.tensor([0.5, 3.0]).double()
+BATCH, SAME = (PairLogps(W, L, *reference, NW, NL, 3.5, score_gaps=GAPS) for reference in ((RW, RL), (W, L)))
 
 
 def minus_log_sigmoid(x):
@@ -67,12 +68,13 @@ class Pair(NamedTuple):
     ref_l: float
     n_w: int
     n_l: int
+    gap: float = 1.0
 
 
 PAIRS = [
-    Pair(-3.0, -4.0, -3.5, -4.5, 3, 2),
+    Pair(-3.0, -4.0, -3.5, -4.5, 3, 2, 0.25),
     Pair(-8.0, -5.0, -7.0, -6.0, 4, 5),
-    Pair(-12.5, -20.25, -13.0, -17.5, 9, 11),
+    Pair(-12.5, -20.25, -13.0, -17.5, 9, 11, 7.5),
     Pair(-2.0, -6.5, -2.75, -6.0, 1, 6),
 ]
 AT_REFERENCE = [p._replace(ref_w=p.u_w, ref_l=p.u_l) for p in PAIRS]
@@ -89,7 +91,8 @@ def tensors(pairs, requires_grad=False):
 def evaluate(name, pairs, options, requires_grad=False):
     columns = tensors(pairs, requires_grad)
     lengths = torch.tensor([p.n_w for p in pairs]), torch.tensor([p.n_l for p in pairs])
-    loss, metrics = LOSSES[name](PairLogps(*columns, *lengths, MEAN_LENGTH), **options)
+    gaps = torch.tensor([p.gap for p in pairs], dtype=torch.float64)
+    loss, metrics = LOSSES[name](PairLogps(*columns, *lengths, MEAN_LENGTH, score_gaps=gaps), **options)
     return loss, metrics, columns[:2]
 
 
@@ -197,6 +200,20 @@ def cal_dpo_term(p, beta):
     return minus_log(r_w - r_l) + (r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2
 
 
+def odpo_log_term(p, beta, alpha):
+    return minus_log(beta * log_ratio_gap(p) - alpha * math.log(p.gap))
+
+
+def odpo_linear_term(p, beta, alpha, scaling):
+    return minus_log(beta * log_ratio_gap(p) - alpha * p.gap)
+
+
+def rpo_term(p, beta, eta):
+    """The KL divergence of the two-point distributions."""
+    p_hat, q = sigmoid(beta * log_ratio_gap(p)), sigmoid(eta * p.gap)
+    return sum(a * math.log(a / b) for a, b in ((q, p_hat), (1 - q, 1 - p_hat)))
+
+
 def cpo_term(p, beta, mu, sft_reduction="sum"):
     return minus_log(beta * (p.u_w - p.u_l)) + mu * nll_term(p, sft_reduction)
 
@@ -216,6 +233,9 @@ PAIRWISE = {
     "slic": ("slic", slic_term, {"beta": 0.7}),
     "dpo_shift": ("dpo_shift", dpo_shift_term, {"beta": 0.5, "shift": 0.75}),
     "cal_dpo": ("cal_dpo", cal_dpo_term, {"beta": 0.4}),
+    "odpo log": ("odpo", odpo_log_term, {"beta": 0.5, "alpha": 0.8}),
+    "odpo linear": ("odpo", odpo_linear_term, {"beta": 0.5, "alpha": 0.8, "scaling": "linear"}),
+    "rpo": ("rpo", rpo_term, {"beta": 0.5, "eta": 0.4}),
     "cpo sum": ("cpo", cpo_term, {"beta": 0.5, "mu": 0.3, "sft_reduction": "sum"}),
     "cpo token_mean": ("cpo", cpo_term, {"beta": 0.5, "mu": 0.3, "sft_reduction": "token_mean"}),
     "orpo": ("orpo", orpo_term, {"beta": 0.5, "mu": 0.3, "sft_reduction": "token_mean"}),
@@ -418,6 +438,7 @@ def test_dpo_nll_gradient_is_dpos_less_mu_per_pair():
         ("dpop", {"penalty": 0.0}),
         ("dpo_nll", {"mu": 0.0}),
         ("dpo_shift", {"shift": 1.0}),
+        ("odpo", {"alpha": 0.0}),
     ],
 )
 def test_variants_without_their_addition_are_dpo(name, options):
@@ -454,6 +475,19 @@ def test_dpop_adds_pull_only_where_the_chosen_answer_fell():
     assert (pulled[0][1], pulled[1][1]) == pytest.approx((-6 * c, c), rel=1e-13)
 
 
+def test_rpo_has_its_minimum_where_the_rewards_differ_as_the_scores_do():
+    pair = Pair(3.0, 0.0, 0.0, 0.0, 1, 1, 1.5)
+    assert value("rpo", [pair], beta=0.5) == pytest.approx(0.0, abs=1e-15)
+    assert gradients("rpo", [pair], beta=0.5)[0] == pytest.approx([0.0], abs=1e-15)
+    assert gradients("rpo", [pair._replace(u_w=3.1)], beta=0.5)[0][0] > 0
+
+
+@pytest.mark.parametrize("name", ["odpo", "rpo"])
+def test_losses_with_scores_say_that_there_are_none(name):
+    with pytest.raises(ValueError, match="needs the pairs' scores: the batch has no 'score_gaps'"):
+        LOSSES[name](PairLogps(W, L, RW, RL, NW, NL, 3.5), beta=0.5)
+
+
 def test_orpo_of_a_certain_answer_stays_finite():
     pairs = PairLogps(*(torch.zeros(1, requires_grad=True) for _ in range(2)), W[:1], L[:1], NW[:1], NL[:1], 3.0)
     loss, _ = LOSSES["orpo"](pairs, beta=0.5)
@@ -466,7 +500,7 @@ def test_orpo_of_a_certain_answer_stays_finite():
 def test_extreme_log_probabilities_stay_finite(name, dtype):
     leaves = [torch.tensor([-1e5, -1.0], dtype=dtype, requires_grad=True) for _ in range(2)]
     ref = [torch.tensor([-1.0, -1e5], dtype=dtype), torch.tensor([-1e5, -1.0], dtype=dtype)]
-    loss, _ = bind(name, beta=0.5, margin=0.1)(PairLogps(*leaves, *ref, NW, NL, 3.5))
+    loss, _ = bind(name, beta=0.5, margin=0.1)(PairLogps(*leaves, *ref, NW, NL, 3.5, score_gaps=GAPS.to(dtype)))
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaves))
 

@@ -27,7 +27,7 @@ DEFAULTS = {
     "margin": 0.0,
 }
 BASES = ["dpo", "cdpo", "robust_dpo", "ipo", "simpo", "alpha_dpo", "dpop", "nll", "dpo_nll"]
-BASES += ["dpo_shift", "cal_dpo", "apo_zero", "apo_down", "nca", "exo_pair", "slic", "cpo", "orpo"]
+BASES += ["dpo_shift", "cal_dpo", "apo_zero", "apo_down", "nca", "exo_pair", "slic", "cpo", "orpo", "odpo", "rpo"]
 EXACT = [
     *[{"base": base, "beta": 0.01 if base == "slic" else 2.0, "margin": 1.0} for base in BASES],  # its hinge ends at 1
     *[{"base": base, "lambda_sft": 0.7, "inner_steps": 1} for base in BASES],

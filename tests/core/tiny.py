@@ -47,13 +47,14 @@ def tiny_batch(pairs=3, seed=1):
                 labels[i, -i:], mask[i, -i:] = -100, 0
         batch |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": mask}
         batch[f"ref_{side}_logps"] = -torch.rand(pairs, generator=rng, dtype=torch.float64) * 4 - 30
+    batch["score_gaps"] = torch.arange(1, pairs + 1, dtype=torch.float64) / 2
     return batch
 
 
 def swapped(batch):
     """Exchange chosen and rejected of all pairs."""
     other = {"chosen": "rejected", "rejected": "chosen"}
-    return {next(k.replace(side, other[side]) for side in other if side in k): v for k, v in batch.items()}
+    return {next((k.replace(side, other[side]) for side in other if side in k), k): v for k, v in batch.items()}
 
 
 def objective_gradient(model, batch, backbone, adapters, **o):
@@ -77,7 +78,8 @@ def objective_gradient(model, batch, backbone, adapters, **o):
         (u_w, n_w), (u_l, n_l) = logps("chosen"), logps("rejected")
         mean = n_w.double().mean().item()
         base = bind(o["base"], beta=o["beta"], margin=o["margin"])
-        loss = base(PairLogps(u_w, u_l, batch["ref_chosen_logps"], batch["ref_rejected_logps"], n_w, n_l, mean))[0]
+        others = (batch["ref_chosen_logps"], batch["ref_rejected_logps"], n_w, n_l, mean)
+        loss = base(PairLogps(u_w, u_l, *others, score_gaps=batch["score_gaps"]))[0]
         v_w, v_l = (u_w / n_w, u_l / n_l) if o.get("norm_of") == "mean" else (u_w, u_l)
         if o["hinge"] == "batch":
             hinge = torch.relu(norm(v_w.mean()) - norm(v_l.mean()))

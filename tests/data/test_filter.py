@@ -1,8 +1,10 @@
 import pyarrow.parquet as pq
 import pytest
 
+from spo_ray.config.methods import Odpo, Rpo, Spo
 from spo_ray.data.filter import Contamination, clean_pairs
 from spo_ray.errors import UserError
+from spo_ray.model.collate import collate_pairs
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
 from spo_ray.runtime.run import Run
@@ -19,12 +21,13 @@ def pair(number, prompt, chosen="yes, of course it is", rejected="no, it can not
     return {"id": key, "prompt": turns, "chosen": chosen, "rejected": rejected} | source
 
 
-def clean(folder, table, *overrides):
+def clean(folder, table, *overrides, **methods):
     source = folder / "in"
-    source.mkdir(exist_ok=True)
+    source.mkdir(parents=True, exist_ok=True)
     for part in range(0, len(table), 3):
         write_rows(source / f"part-{part:03d}.parquet", table[part : part + 3], schema.Pair)
-    run = Run(small_config(folder, *overrides))
+    config = small_config(folder, *overrides)
+    run = Run(config.model_copy(update={"methods": config.methods | methods}))
     artifact = clean_pairs(run, "pairs", Artifact(source, str(overrides)))
     counts = artifact.manifest["rows"]
     assert counts["read"] == len(table) == counts["kept"] + sum(counts["dropped"].values())
@@ -39,6 +42,18 @@ TABLE = [
     pair(4, f"{LONG} eleven"),
     pair(5, "Is it?", rejected="never"),
 ]
+
+
+def test_methods_that_read_scores_need_two_numbers_and_get_their_difference(in_root, tmp_path):
+    table = [pair(0, "Is it?"), pair(1, "Was it?") | {"score_gap": 2.5}]
+    kept, dropped = clean(tmp_path, table, mine=Rpo(type="rpo"), other=Spo(type="spo", base=Odpo(type="odpo")))
+    reason = "no numbers in 'score_chosen' and 'score_rejected', which the loss of mine, other reads"
+    assert (kept, dropped) == (["001"], {reason: 1})
+    with pytest.raises(UserError, match=reason.replace("mine, other", "mine")):
+        clean(tmp_path / "other", table[:1], mine=Rpo(type="rpo"))
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    assert collate_pairs([row | ids for row in table[1:]], 0)["score_gaps"].tolist() == [2.5]
+    assert "score_gaps" not in collate_pairs([row | ids for row in table], 0)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ SCORED = [
 )  # fmt: skip
 def test_formats(row, expected):
     found = preference(row)
-    assert found == (*expected, None, None)
+    assert found[:5] == (*expected, None, None)
     assert preference(json.loads(json.dumps(row))) == found
 
 
@@ -92,6 +92,9 @@ def test_formats(row, expected):
         ({"prompt": [SYSTEM, ASK], "completion": [GOOD]}, ([SYSTEM, ASK], "4")),
         ({"prompt": [ASK], "completion": [FIRST, MORE, GOOD], "source": "x"}, (TURNS, "4")),
         ({"messages": [SYSTEM, ASK, GOOD]}, ([SYSTEM, ASK], "4")),
+        ({"system": "Be short.", "prompt": "2 + 2?", "completion": "4"}, ([SYSTEM, ASK], "4")),
+        ({"conversations": [*SHAREGPT, {"from": "gpt", "value": "4"}]}, ([SYSTEM, ASK], "4")),
+        ({"prompt": "2 + 2?", "completion": "4", "images": ["a.png"]}, "'images' can't be used"),
         ({"prompt": "2 + 2?"}, "'completion' is no text, and no list of messages"),
         ({"completion": "4"}, "'prompt' is no text, and no list of messages"),
         ({"prompt": "2 + 2?", "completion": "\n"}, "'completion' is empty"),
@@ -103,7 +106,8 @@ def test_formats(row, expected):
 )
 def test_sft_rows(row, expected):
     if isinstance(expected, tuple):
-        assert example(row) == expected
+        prompt, answer = example(row)
+        assert (prompt, answer["content"]) == expected
     else:
         with pytest.raises(RowRejectedError, match=expected):
             example(row)
@@ -113,9 +117,52 @@ def test_columns_of_other_names():
     row = {"system": "Be short.", "question": "2 + 2?", "good": "4", "bad": "5", "source": "x"}
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     assert preference(row, columns=columns)[:3] == ([SYSTEM, ASK], "4", "5")
-    assert unread(row, columns.values()) == {"source"}
+    assert unread(row, columns) == {"source"}
+    others = {"prompt": "2 + 2?", "instruction": "Add.", "input": "x", "chosen": "4", "rejected": "5", "messages": None}
+    assert unread(others, {}) == {"instruction"}
+    assert unread({"prompt": "2 + 2?", "input": "x"}, {}) == {"input"}
     with pytest.raises(RowRejectedError, match=r"no column 'query', which data\.columns\.prompt names"):
         preference(row, columns=columns | {"prompt": "query"})
+
+
+CALL = {"name": "add", "arguments": '{"a": 2}'}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]},
+        {"role": "assistant", "content": None, "function_call": CALL},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"role": "tool_call", "content": json.dumps([CALL])},
+    ],
+)
+def test_calls_of_tools_as_others_write_them(message):
+    result = {"role": "tool_response", "content": "4"}
+    before, answer = example({"messages": [ASK, message, result, message], "tools": [ADD]})
+    calls = {"function": {"name": "add", "arguments": {"a": 2}}}
+    assert [turn["role"] for turn in before] == ["user", "assistant", "tool"]
+    assert json.loads(before[0]["extra"]) == {"tools": [ADD]}
+    assert answer["content"] == ""
+    for turn in (before[1], answer):
+        (found,) = json.loads(turn["extra"])["tool_calls"]
+        assert found == calls | ({} if "tool_calls" in message else {"type": "function"})
+
+
+def test_the_rejected_response_of_ms_swift_follows_the_same_calls():
+    call = {"role": "tool_call", "content": json.dumps(CALL)}
+    turns = [ASK, call, {"role": "tool_response", "content": "4"}]
+    found = preference({"messages": [*turns, GOOD], "rejected_response": "5"})
+    assert found == preference({"messages": turns, "chosen": GOOD, "rejected": BAD})
+    assert json.loads(found.prompt[1]["extra"])["tool_calls"][0]["function"]["arguments"] == {"a": 2}
+
+
+def test_roles_and_parts_of_contents_as_others_write_them():
+    parts = ["2 + ", {"type": "input_text", "text": "2?"}]
+    answer = {"role": None, "from": "GPT", "content": None, "value": "4", "reasoning": "Hm."}
+    found = preference({"prompt": [{"role": "User", "content": parts}], "chosen": [answer], "rejected": [BAD]})
+    assert found[:3] == ([ASK], "4", "5")
+    assert json.loads(found.chosen_extra) == {"reasoning_content": "Hm."}
 
 
 @pytest.mark.parametrize("arguments", [{"a": 2, "b": None}, '{"a": 2}'])
@@ -132,6 +179,25 @@ def test_tools_and_their_calls(arguments, tools):
     assert [turn["content"] for turn in found.prompt] == ["2 + 2?", "", "4"]
     assert (found.chosen, found.rejected, found.chosen_extra) == ("4", "", None)
     assert json.loads(found.rejected_extra) == calls
+
+
+@pytest.mark.parametrize(
+    ("row", "gap"),
+    [
+        ({"chosen": "4", "rejected": "5", "score_chosen": 9, "score_rejected": 2.5}, 6.5),
+        ({"chosen": "4", "rejected": "5", "chosen-rating": 5, "rejected-rating": 1}, 4.0),
+        ({"chosen": "4", "rejected": "5", "chosen_reward": -1.5, "rejected_reward": -2.0}, 0.5),
+        ({"chosen": "4", "rejected": "5", "good": 3, "bad": 1}, 2.0),
+        ({"completions": SCORED}, 7.5),
+        ({"chosen": "4", "rejected": "5", "score_chosen": 9}, None),
+        ({"chosen": "4", "rejected": "5", "score_chosen": "9", "score_rejected": "1"}, None),
+        ({"chosen": "4", "rejected": "5", "score_chosen": True, "score_rejected": False}, None),
+        ({"chosen": "4", "rejected": "5", "score_chosen": float("inf"), "score_rejected": 1}, None),
+    ],
+)
+def test_gaps_of_scores(row, gap):
+    columns = {"score_chosen": "good", "score_rejected": "bad"} if "good" in row else {}
+    assert preference({"prompt": "2 + 2?", **row}, columns=columns).score_gap == gap
 
 
 def test_a_random_completion_that_scores_lower():
@@ -165,8 +231,8 @@ def test_a_random_completion_that_scores_lower():
          "'prompt' has content of type 'image'"),
         ({"prompt": "p", "chosen": "a", "rejected": "a \n"}, "the same but for white space"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 3.0},
-         "'score_chosen' is not above 'score_rejected'"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 1, "rejected-rating": 5}, "not above"),
+         "by their scores 'chosen' is not better than 'rejected'"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "chosen-rating": 1, "rejected-rating": 5}, "by their scores"),
         ({"prompt": "p", "history": ["ab"], "chosen": "a", "rejected": "b"}, "'history' is no list of pairs"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "add"}, "'tools' is not JSON"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "'tools' has a function without a 'name'"),
@@ -177,7 +243,13 @@ def test_a_random_completion_that_scores_lower():
         ({"prompt": "p", "chosen": [], "rejected": []}, "no list of messages"),
         ({"chosen": [GOOD, ASK], "rejected": [GOOD, ASK]}, "does not end"),
         ({"chosen": [{"role": "user"}], "rejected": [BAD]}, "'chosen.content' is no text"),
-        ({"chosen": ["x"], "rejected": [BAD]}, "without a role"),
+        ({"chosen": ["x"], "rejected": [BAD]}, "'chosen' has a message without a 'role'"),
+        ({"prompt": [ASK | {"role": "critic"}], "chosen": [GOOD], "rejected": [BAD]},
+         "'prompt' has a message of the role 'critic'; known: system, developer, user"),
+        ({"prompt": [ASK, {"from": "tool_call", "value": "add(2)"}], "chosen": [GOOD], "rejected": [BAD]},
+         "'prompt' has a call that is not JSON"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image", "text": "cat.png"}]}], "chosen": [GOOD],
+          "rejected": [BAD]}, "'prompt' has content of type 'image': only text is trained on"),
         ({"prompt": "p", "completions": [{"response": "a"}]}, "none with a 'response' and an 'overall_score'"),
         ({"prompt": "p", "completions": SCORED[:1]}, "no completion is scored lower"),
         ({"prompt": "p", "completions": None}, "no column 'chosen'"),

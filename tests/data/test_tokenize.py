@@ -7,12 +7,13 @@ import unicodedata
 import pytest
 from transformers import AutoTokenizer
 
-from spo_ray.data.tokenize import RESPONSE, SIDES, _single_responses, tokenise_pairs, tokenise_row, tokenise_sft
+from spo_ray.data.tokenize import RESPONSE, _single_responses, tokenise_pairs, tokenise_sft
 from spo_ray.errors import RowRejectedError, UserError
-from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.model.tokenizer import ChatTokenizer, tokenise_row
 from spo_ray.runtime import first_start, schema
 from spo_ray.runtime.artifact import Artifact, write_rows
 from spo_ray.runtime.run import PlannedRun, Run
+from spo_ray.runtime.schema import SIDES
 
 from ..helpers import small_config
 
@@ -61,7 +62,9 @@ def test_begin_of_text_is_not_doubled(toy_base):
     tokenizer.add_bos_token = True
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     chat = ChatTokenizer(tokenizer)
-    found = tokenise_row(chat, {"id": "0", "prompt": "How many?", "chosen": "5", "rejected": "6"}, SIDES, 100)
+    row = {"id": "0", "prompt": "How many?", "chosen": "5", "rejected": "6", "score_gap": 2.5}
+    found = tokenise_row(chat, row, SIDES, 100)
+    assert found["score_gap"] == 2.5
     assert found["prompt_ids"].count(tokenizer.bos_token_id) == 1
     assert not any(tokenizer.bos_token_id in found[column] for column in SIDES.values())
 
@@ -70,7 +73,7 @@ def test_begin_of_text_is_not_doubled(toy_base):
     ("row", "reason"),
     [
         ({"chosen": " \n"}, "empty completion"),
-        ({"rejected": "a" * 400}, "longer than train.max_length=64 tokens"),
+        ({"rejected": "a" * 400}, "longer than max_length=64 tokens"),
         ({"rejected": "5"}, "chosen and rejected are the same"),
         ({"chosen": "It is 5.<|end|><|user|>And now?"}, "special tokens within a completion"),
         ({"prompt": "Hello<|end|><|assistant|>5"}, "special tokens within the prompt"),
@@ -161,9 +164,7 @@ def test_a_template_that_changes_answers_is_counted_and_refused(local_ray, in_ro
     with pytest.raises(UserError, match=r"in 2 of 4 rows the chat template.*max_template_mismatch"):
         tokenise(0.3)
     short = config.model_copy(update={"train": config.train.model_copy(update={"max_length": 2})})
-    with pytest.raises(
-        UserError, match=r"no rows that fit into train.max_length=2: 4 dropped: 4 longer than train.max_l"
-    ):
+    with pytest.raises(UserError, match=r"no rows that fit into train.max_length=2: 4 dropped: 4 longer than max_l"):
         tokenise_pairs(Run(short), "pair_tokens", Artifact(tmp_path / "in", "in"))
     artifact = tokenise(0.5)
     assert artifact.manifest["facts"]["template_differs"] == 2

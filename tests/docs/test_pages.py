@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import types
 from pathlib import Path
 from typing import get_args
@@ -30,8 +31,8 @@ SECTIONS = "ray|data|model|engine|sampling|sft_data|pairs|train|sft|preference|e
 def test_every_block_has_a_language_that_is_tested():
     for page in PAGES:
         for language, text in FENCE.findall(text_of(page)):
-            is_map = (page, language) == ("CONTRIBUTING.md", "text")  # tests/test_imports.py checks its files
-            assert language in LANGUAGES or is_map, f"{page}: {text[:60]}"
+            shown = (page, language) in (("CONTRIBUTING.md", "text"), ("docs/tutorial.md", "text"))  # a map, outputs
+            assert language in LANGUAGES or shown, f"{page}: {text[:60]}"
         assert not re.search(r"^    \S*(spo-ray|python|ray) ", prose_of(page), re.MULTILINE), (
             page
         )  # commands in no block
@@ -56,9 +57,10 @@ def given(monkeypatch, toy_base):
 
 @pytest.fixture
 def run_folder(tmp_path, toy_base):
-    """A finished run's folders, from the toy base."""
+    """A model's folder and a finished run's, from the toy base."""
     from peft import LoraConfig, get_peft_model
 
+    shutil.copytree(toy_base, tmp_path / "models" / "mine")
     method = tmp_path / "runs" / "mine" / "method_spo"
     for folder in (method, method / "backbone"):
         load_model(toy_base).save_pretrained(folder)

@@ -277,6 +277,14 @@ def peak_bytes(function):
 
 def peak_of_step(model, config, method, batch):
     """Bytes at the highest point of a step that starts with parameters and optimizer states."""
+    run, there, seen = step_of(model, config, method, batch)
+    peak = there + peak_bytes(run)
+    assert seen.get("spo/hinge_active", 1.0) == 1.0
+    return peak
+
+
+def step_of(model, config, method, batch):
+    """A step as a function, the bytes of parameters and optimizer states before it, and where its metrics will be."""
     backbone, adapters = parameter_groups(model)
     named = dict(model.named_parameters())
     params = [named[name] for name in (*backbone, *adapters)]
@@ -311,9 +319,7 @@ def peak_of_step(model, config, method, batch):
     optimizer.zero_grad()
     tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     there = sum(getattr(t, "_local_tensor", t).untyped_storage().nbytes() for t in tensors)
-    peak = there + peak_bytes(run)
-    assert seen.get("spo/hinge_active", 1.0) == 1.0
-    return peak
+    return run, there, seen
 
 
 SHORT = ["train.max_length=16", "train.pairs_per_backward=1"]

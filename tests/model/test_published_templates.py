@@ -1,6 +1,7 @@
 """The chat templates of published models, as TRL (Apache 2.0) ships them unchanged beside its own versions.
 
-The text is read from the installed package; the tokenizer is the toy's with each template's special tokens.
+The text is read from the installed package; the tokenizer is the toy's with each template's special tokens. GLM-4-9B's
+is in no package: a short one with the same marks stands for it.
 """
 
 import datetime
@@ -24,6 +25,10 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
 
+OWN = {
+    "glm4_9b": "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+}
 AGREE = ["qwen2_5", "qwen3_instruct_2507", "llama3_2", "gemma", "gemma3", "phi3", "cohere"]
 """Templates that write before answers what prompts end in; Gemma 1 and 2 have the same one."""
 SETTINGS = {
@@ -31,6 +36,7 @@ SETTINGS = {
     "gptoss": {"answer_prefix": "<|channel|>final<|message|>"},
     "glm4moe": {"answer_prefix": "\n<think></think>\n"},
     "deepseek_r1_distill": {"answer_prefix": "</think>\n\n"},
+    "glm4_9b": {"answer_prefix": "\n"},
 }
 """What the others need for answers without reasoning."""
 ADVICE = {
@@ -40,6 +46,8 @@ ADVICE = {
     "model.answer_prefix to '<|channel|>final<|message|>', or model.answer_prefix to '' if your answers bring it along",
     "glm4moe": "the chat template writes '\\n<think></think>\\n' between a prompt and its answer: set "
     "model.answer_prefix to '\\n<think></think>\\n', or model.answer_prefix to '' if your answers bring it along",
+    "glm4_9b": "the chat template writes '\\n' between a prompt and its answer: set model.answer_prefix to '\\n', or "
+    "model.answer_prefix to '' if your answers bring it along",
     "deepseek_r1_distill": "the chat template ends prompts in '<think>\\n' and leaves that out: set "
     "model.answer_prefix to the text that ends it, or model.answer_prefix to '' if your answers bring it along",
 }
@@ -54,6 +62,7 @@ ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "gptoss": "<|return|>",
     "glm4moe": "<eos>",
+    "glm4_9b": "<eos>",
     "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
 }
 
@@ -62,7 +71,7 @@ ENDS = {
 def published(toy_base):
     def load(name, **settings):
         tokenizer = AutoTokenizer.from_pretrained(toy_base)
-        text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        text = OWN.get(name) or (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
         marks = sorted(set(re.findall(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>", text)))
         tokenizer.add_special_tokens({"additional_special_tokens": marks, "bos_token": "<bos>", "eos_token": "<eos>"})
         tokenizer.chat_template = text
@@ -98,6 +107,15 @@ def test_what_to_set(published, name):
         chat.check_opening()
     assert not published(name, answer_prefix="").advice()  # the answers bring it along
     assert not chat.is_changed_by_template("How many?", "Four.")  # the answer itself stays as it is
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [("glm4_9b", {"<eos>", "<|user|>"}), ("glm4moe", {"<eos>", "<|user|>"}), ("qwen3", {"<eos>", "<|im_end|>"})],
+)
+def test_where_no_token_ends_an_answer_the_next_turn_does(published, name, stops):
+    chat = published(name)
+    assert {chat.tokenizer.decode([token]) for token in chat.stop_ids} == stops
 
 
 @pytest.mark.parametrize(

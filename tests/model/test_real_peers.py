@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from benchmarks.common import elapsed
 from spo_ray.config.data import EngineConfig
 from spo_ray.config.load import load
 from spo_ray.core.logps import completion_logps
@@ -16,10 +17,12 @@ from spo_ray.model.engines import TransformersEngine, VllmEngine
 from spo_ray.model.load import build_policy, load_model
 from spo_ray.model.memory import estimate_memory
 from spo_ray.model.tokenizer import ChatTokenizer
+from spo_ray.pipeline.plan import Estimator
+from spo_ray.runtime.run import PlannedStage, Work
 
 from ..core.test_against_trl import LOSSES, ours, step_of_trl
 from ..core.tiny import relative_error
-from .test_memory import QUICKSTART, peak_of_step
+from .test_memory import QUICKSTART, peak_of_step, step_of
 from .test_real_weights import LONGEST, MARGIN, short_rows
 
 PER_TOKEN = 1e-3
@@ -112,13 +115,21 @@ def simpo_of_trl(folder, model, chat, pairs, rows):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dpo", "spo"])
-def test_the_memory_estimate_is_near_the_peak_of_a_real_step(smollm2, chat, pairs, method):
+def test_the_estimates_of_memory_and_time_beside_a_real_step(smollm2, chat, pairs, tmp_path, method):
+    """Of the time, which other processes lengthen, the test asks only for the order of magnitude."""
     rows = [row | {"ref_chosen_logps": -50.0, "ref_rejected_logps": -50.0} for row in pairs[:4]]
     longest = max(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in ("chosen", "rejected"))
     overrides = [f"train.max_length={longest}", "train.checkpoint.every=null", "preference.dynamics_every=null"]
-    config = load(QUICKSTART, [*overrides, "train.pairs_per_backward=1", "methods.spo.gamma=0"])
+    overrides += ["train.pairs_per_backward=1", "methods.spo.gamma=0", f"model.path={smollm2}", f"output={tmp_path}"]
+    config = load(QUICKSTART, overrides)
     estimate = estimate_memory(config, AutoConfig.from_pretrained(smollm2), method, config.methods[method], "cpu")
     model = build_policy(smollm2, config.model, 0, with_phi=True)
-    peak = peak_of_step(model, config, method, collate_pairs(rows, chat.pad_id))
+    batch = collate_pairs(rows, chat.pad_id)
+    peak = peak_of_step(model, config, method, batch)
     print(f"{method}: planned {estimate.total / 2**30:.2f} GiB, measured {peak / 2**30:.2f} GiB")
     assert estimate.total == pytest.approx(peak, rel=0.25)
+    tokens = sum(int(batch[f"{side}_attention_mask"].sum()) for side in ("chosen", "rejected"))
+    planned = Estimator(config).of(PlannedStage("method", "build", "", Work(tokens=tokens, trains=method))).seconds
+    measured = elapsed(step_of(model, config, method, batch)[0])[0]
+    print(f"{method}: planned {planned:.1f} s, measured {measured:.1f} s")
+    assert measured / 5 < planned < measured * 5

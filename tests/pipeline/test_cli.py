@@ -94,7 +94,7 @@ def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, c
     assert text.count("5 pens<|end|>") == 2
     prompt, chosen = len(chat.prompt_ids("How many?")), len(chat.completion_ids("5 pens"))
     assert text.count(f"chosen: {chosen} tokens, mask 0 x {prompt}, 1 x {chosen}") == 2
-    assert "dropped: 1 (longer than train.max_length=100 tokens)" in text
+    assert "dropped: 1 (longer than max_length=100 tokens)" in text
     assert "dropped: 1 ('chosen' is empty)" in text
     assert "dropped: 1 (duplicate)" in text  # as in training
     assert "1 of 6 rows dropped for exceeding max_length (100). Rows are never truncated." in text

@@ -418,7 +418,10 @@ def digest_of(stage):
 def test_real_preference_pairs_run_through_the_whole_job(in_root, tmp_path, shared_data):
     config = "configs/ultrafeedback/tiny-cpu.yaml"
     arguments = [f"output={tmp_path}", f"data.path={shared_data}/ultrafeedback", "data.train_pairs=24"]
-    arguments += ["data.contamination_words=13", "pairs.dedup=near"]
+    arguments += ["data.contamination_words=13", "pairs.dedup=near", f"sft.data={{path: {tmp_path}/own.jsonl}}"]
+    own = [json.loads(line) for line in (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:9]]
+    rows = [{"prompt": row["question"], "completion": row["answer"]} for row in own]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run([sys.executable, "pipelines/full.py", "--config", config, *arguments])
     root = tmp_path / "ultrafeedback-tiny-cpu"
     check_against_plan(load(config, arguments), root, tmp_path)
@@ -427,3 +430,5 @@ def test_real_preference_pairs_run_through_the_whole_job(in_root, tmp_path, shar
     assert summary["methods"]["spo"]["held_out"]["reward_accuracy"]["n"] > 0
     kept = json.loads((root / "pair_tokens" / "manifest.json").read_text())["rows"]
     assert kept["read"] == 24 == kept["kept"] + sum(kept["dropped"].values())
+    learned = Artifact(root / "sft_tokens", "").rows()
+    assert json.loads((root / "sft" / "manifest.json").read_text())["rows"]["read"] == len(learned) == len(own)

@@ -24,7 +24,9 @@ def made_up_run(root, name, rights, *overrides, questions=12, seed=0):
     write_pairs(run)
     models = {key: sft for key in rights if key not in methods}
     for key in methods:
-        models[key] = run.execute(Stage(f"method_{key}", trained(key), config={}, inputs={"model": sft}))
+        for suffix in ["", *(f"_round{number}" for number in range(2, config.rounds + 1))]:
+            inputs = {"model": models.get(key, sft)}
+            models[key] = run.execute(Stage(f"method_{key}{suffix}", trained(key), config={}, inputs=inputs))
     measure(run, test, models, rights)
     write_json(run.root / "config.json", run.config.model_dump(mode="json"))
     return run.root

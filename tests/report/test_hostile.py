@@ -18,7 +18,7 @@ LABEL = HOSTILE.replace("/", "")
 """Name of a folder, so without a slash."""
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div", "table", "tr", "th", "td", "a"}
 TAGS |= {"script", "noscript", "details", "summary", "pre", "code", "mark", "footer", "small", "b", "br", "span"}
-TAGS |= {"label", "select", "option", "input", "output", "ul", "li"}
+TAGS |= {"label", "select", "option", "input", "output", "ul", "li", "wbr"}
 PIECES = [
     "<!--",
     "-->",

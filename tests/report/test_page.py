@@ -10,10 +10,12 @@ from html import unescape
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spo_ray.report.figures import _smoothed, batch_figure, log_probability_figure
+from spo_ray.report.figures import MOST_PAIRS, _smoothed, batch_figure, ches_figure, log_probability_figure
 from spo_ray.report.page import Link, Table, environment
 from spo_ray.report.samples import differing
 from spo_ray.report.scores import COLUMNS
+from spo_ray.runtime import schema
+from spo_ray.runtime.artifact import write_rows
 
 from ..conftest import ROOT
 
@@ -50,6 +52,7 @@ def test_marking_differences_changes_no_text(value, other):
 
 def test_words_that_differ_are_marked():
     assert differing("2 + 3 = 6.", "2 + 3 = 5.") == [("2 + 3 = ", False), ("6", True), (".", False)]
+    assert differing("2 + 3 = .", "2 + 3 = 5.") == [("2 + 3 = ", False), ("", True), (".", False)]
 
 
 def test_signs_have_colours_where_asked():
@@ -64,7 +67,7 @@ def test_intervals_stand_in_a_line_of_their_own():
 
 
 def test_explained_columns_are_columns_of_the_results():
-    context = {"config": {"sft": None}, "reference": ""}
+    context = {"config": {"sft": None, "rounds": 1, "eval": {"temperature": 1}}, "reference": ""}
     explained = environment().get_template("explanations.j2").make_module(context).columns
     rejected = {name for name in COLUMNS if name.endswith("rejected")}  # explained with those of the chosen answers
     assert explained.keys() == COLUMNS.keys() - rejected
@@ -95,5 +98,24 @@ def test_a_step_without_finite_log_probabilities_is_left_out_of_the_curves(tmp_p
     assert [(r["step"], r["series"]) for r in drawn] == [
         (s, side) for s in (0, 2, 3) for side in ("chosen", "rejected")
     ]
-    changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path}, "sft")["data"]["values"]]
+    changes = [r["value"] for r in log_probability_figure({"dpo": tmp_path})["data"]["values"]]
     assert changes == [0.0, -1.0, 0.0, -2.0, -1.0]  # the rejected answers are measured from step 2 on
+
+
+def test_scores_of_pairs_stand_beside_what_training_did_to_them(tmp_path):
+    n = 2 * MOST_PAIRS
+    for method, sign in (("dpo", -1.0), ("spo", 1.0), ("nll", None)):
+        rows = [{"id": str(i), "delta_logp_chosen": sign or 0.0, "delta_logp_rejected": 0.0} for i in range(n)]
+        if sign:
+            rows = [row | {"delta_logp_chosen": sign * i**3, "ches_per_token": i - 9.0} for i, row in enumerate(rows)]
+        (tmp_path / method).mkdir()
+        write_rows(tmp_path / method / "pairs.parquet", rows, schema.PairChange)
+    drawn = ches_figure({method: tmp_path / method for method in ("dpo", "spo", "nll", "older")}, "ches_per_token")
+    values = drawn["data"]["values"]
+    assert [value for value in values if value["method"] == "dpo: rank correlation -1.00"][:2] == [
+        {"method": "dpo: rank correlation -1.00", "score": -9.0, "value": 0.0},
+        {"method": "dpo: rank correlation -1.00", "score": -7.0, "value": -8.0},
+    ]
+    assert len(values) == 2 * MOST_PAIRS
+    assert drawn["description"].endswith("by CHES score; dpo: rank correlation -1.00; spo: rank correlation +1.00.")
+    assert ches_figure({"nll": tmp_path / "nll"}, "ches") is None

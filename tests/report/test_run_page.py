@@ -93,6 +93,21 @@ def test_without_sft_the_page_and_the_summary_call_it_reference(in_root, tmp_pat
     assert "SFT" not in page.partition("<h2>More about")[0]
 
 
+def test_with_rounds_the_page_says_where_the_last_one_started(in_root, tmp_path):
+    folder = made_up_run(tmp_path, "a", {"base": 2, "sft": 6, "dpo": 0, "spo": 12}, "rounds=2")
+    rewrite(read_finished(folder))
+    page = " ".join((folder / "report" / "index.html").read_text().partition("<script type=module>")[0].split())
+    for text in (
+        "in 2 rounds: from the second on each goes on from its own last checkpoint",
+        "Training pairs of the first",
+    ):
+        assert text in page
+    assert page.count("from each method&#39;s checkpoint of round 1 to the end of") == 2
+    assert "from the SFT checkpoint" not in page
+    assert "spo: SPO: Stable Preference Optimization around a base loss." in page
+    assert "../method_spo_round2/result.json" in page
+
+
 def test_runs_with_different_references_have_a_column_of_p_values_each():
     lines = [{"method": "a", "p against sft": "1", "Δ log π chosen": "x"}]
     lines += [{"method": "b", "greedy, 95%": "y", "p against reference": "2"}]
@@ -146,5 +161,5 @@ def test_figures_without_an_interval_are_shown_by_themselves():
     row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
     row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
     ((title, table),) = comparison_tables([row])
-    assert title == "m: 1 pairs, t"
+    assert title == "m: 1 comparisons, t"
     assert table.rows[0][1:4] == ["+1", "", "3 : 0"]

@@ -42,9 +42,13 @@ def sft_rows(pairs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def referenced(pairs, toy_base, tmp_path_factory):
     """The pairs with the toy base's own log-probabilities as reference."""
+    return with_reference(toy_base, pairs.rows(), tmp_path_factory.mktemp("referenced"))
+
+
+def with_reference(model, pairs, folder):
+    """Pairs with a model's own log-probabilities as reference, in a folder."""
     from spo_ray.train.reference import ReferenceLogps
 
-    folder = tmp_path_factory.mktemp("referenced")
-    table, _ = ReferenceLogps(str(toy_base), "float32", 1024)(pairs.rows())
+    table, _ = ReferenceLogps(str(model), "float32", 1024)(pairs)
     write_rows(folder / "part-0.parquet", table, schema.ReferencedPair)
     return Artifact(folder, "referenced")

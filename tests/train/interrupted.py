@@ -25,7 +25,7 @@ def train(output, referenced, stages, *overrides):
     from ..helpers import small_config
 
     run = Run(small_config(output, *OVERRIDES, *overrides))
-    rows, base = Path(referenced), external("assets/toy_base")
+    rows, base = Path(referenced), external(run.config.model.path)
     if stages == "all":
         train_sft(run, base, Artifact(rows.with_name("sft_rows"), "sft_rows"))
     train_methods(run, dict.fromkeys(run.config.methods, Start(base, Artifact(rows, "referenced"))))

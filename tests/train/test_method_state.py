@@ -28,6 +28,8 @@ PLAIN = {
     "nca": {"beta": 0.9},
     "exo_pair": {"beta": 0.9, "label_smoothing": 0.2},
     "slic": {"beta": 0.9},
+    "odpo": {"beta": 0.9, "alpha": 0.3, "scaling": "linear"},
+    "rpo": {"beta": 0.9, "eta": 0.3},
     "cpo": {"beta": 0.9, "mu": 0.3, "sft_reduction": "sum"},
     "orpo": {"beta": 0.9, "mu": 0.3, "sft_reduction": "sum"},
     "dpo_nll": {"beta": 0.9, "mu": 0.3, "sft_reduction": "token_mean"},

@@ -12,14 +12,17 @@ import time
 import psutil
 import pytest
 
+from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import STARTED
 from spo_ray.train.launch import group_name
 
 from ..conftest import ROOT
+from ..model.test_real_weights import short_rows
+from .conftest import with_reference
 from .interrupted import train
 
-DEADLINE_S = 900
+DEADLINE_S = 600
 
 
 def start(folder, referenced, stages, *overrides):
@@ -168,6 +171,33 @@ def test_resume_after_the_kill_of_the_controller(uninterrupted, referenced, tmp_
     same(run, uninterrupted, "spo")
     assert "method_spo: the controller failed (ActorDiedError" in (tmp_path / "output.txt").read_text()
     assert json.loads((run / "method_spo" / "manifest.json").read_text())["facts"]["restarts"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_resume_on_real_weights(smollm2, shared_data, tmp_path):
+    """SPO on SmolLM2-135M-Instruct and UltraFeedback: the worker is killed, and after its restart the driver."""
+    rows = short_rows(ChatTokenizer.load(smollm2), shared_data / "ultrafeedback" / "train.jsonl", 4)
+    rows = [{"id": str(i)} | {k: v for k, v in row.items() if k.endswith("_ids")} for i, row in enumerate(rows)]
+    folders = [tmp_path / name for name in ("rows", "whole", "cut")]
+    for folder in folders:
+        folder.mkdir()
+    table, whole, cut = with_reference(smollm2, rows, folders[0]), *folders[1:]
+    options = [f"model.path={smollm2}", "methods={spo: {type: spo}}", "preference.batch_size=2"]
+    options += ["preference.theta.lr=1e-5", "preference.phi.lr=1e-5", "train.checkpoint.every=1"]
+    finish(start(whole, table, "methods", *options), whole)
+    process = start(cut, table, "methods", *options)
+    wait_for_step(cut, "spo", 1)
+    workers(process)[0].kill()
+    wait_for_step(cut, "spo", 2)
+    orphans = workers(process)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(orphans, timeout=120)
+    run = finish(start(cut, table, "methods", *options), cut)
+    same(run, whole / "quickstart", "spo")
+    assert json.loads((run / "method_spo" / "manifest.json").read_text())["facts"]["restarts"] == 1
+    assert "method_spo: resume" in (cut / "output.txt").read_text()
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 import json
 from collections import Counter
 from itertools import pairwise
+from statistics import fmean
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -36,7 +38,8 @@ def test_every_row_once_an_epoch_in_even_batches(count, size):
 
 
 def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy_base, pairs, tmp_path):
-    run = Run(small_config(tmp_path, "preference.theta.lr=1e-4", "preference.phi.lr=1e-4"))
+    rates = ["preference.theta.lr=1e-4", "preference.phi.lr=1e-4"]
+    run = Run(small_config(tmp_path, *rates, "pairs.max_ches_quantile=1"))
     base = external(toy_base)
     referenced = reference_logps(run, "reference", base, pairs)
     reference = {r["id"]: (r["ref_chosen_logps"], r["ref_rejected_logps"]) for r in referenced.rows()}
@@ -48,10 +51,13 @@ def test_results_say_what_happened_to_the_training_pairs(local_ray, in_root, toy
         start = sum(w for w, _ in reference.values()) / len(reference)
         assert log[0]["probe/logps/chosen"] == pytest.approx(start, abs=1e-3)
         assert log[0]["probe/delta_logp_chosen"] == pytest.approx(0.0, abs=1e-3)
-        after = trained_means(artifact, pairs)
+        after = trained_logps(artifact, pairs)
+        changes = pq.read_table(artifact.path / "pairs.parquet").to_pylist()
         for side, index in (("chosen", 0), ("rejected", 1)):
-            before = sum(pair[index] for pair in reference.values()) / len(reference)
-            assert result["train"][f"delta_logp_{side}"] == pytest.approx(after[index] - before, abs=1e-3)
+            expected = {key: after[key][index] - reference[key][index] for key in reference}
+            assert {row["id"]: row[f"delta_logp_{side}"] for row in changes} == pytest.approx(expected, abs=1e-3)
+            assert result["train"][f"delta_logp_{side}"] == pytest.approx(fmean(expected.values()), abs=1e-3)
+        assert {row["id"]: row["ches"] for row in changes} == {row["id"]: row["ches"] for row in referenced.rows()}
         assert result["held_out"] == pytest.approx(result["train"])
         if name == "dpo":
             assert log[1]["loss"] == pytest.approx(0.6931, abs=1e-3)
@@ -78,7 +84,8 @@ def test_the_best_checkpoint_is_exported_if_so_configured(local_ray, in_root, to
     result = json.loads((artifact.path / "result.json").read_text())
     assert result["exported_step"] == best
     assert result["train"]["logps/chosen"] == pytest.approx(measured[best], abs=1e-4)
-    assert trained_means(artifact, referenced)[0] == pytest.approx(measured[best], abs=1e-3)
+    trained = fmean(chosen for chosen, _ in trained_logps(artifact, referenced).values())
+    assert trained == pytest.approx(measured[best], abs=1e-3)
 
 
 def own_answer_logps(path, pairs, tokens):
@@ -101,22 +108,21 @@ def own_answer_logps(path, pairs, tokens):
     return sum(values) / len(values)
 
 
-def trained_means(artifact, pairs):
-    """Mean log-probabilities of the exported checkpoint, computed apart from the trainer."""
+def trained_logps(artifact, pairs):
+    """Log-probabilities of each pair's sides under the exported checkpoint, computed apart from the trainer."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32).eval()
-    means = []
-    for side in ("chosen_ids", "rejected_ids"):
-        total = 0.0
-        for row in pairs.rows():
+    found = {}
+    for row in pairs.rows():
+        for side in ("chosen_ids", "rejected_ids"):
             ids = torch.tensor([row["prompt_ids"] + row[side]])
             with torch.inference_mode():
                 logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1].double(), -1)
             first = len(row["prompt_ids"]) - 1
-            total += logps[range(first, ids.shape[1] - 1), ids[0, first + 1 :]].sum().item()
-        means.append(total / len(pairs.rows()))
-    return means
+            logp = logps[range(first, ids.shape[1] - 1), ids[0, first + 1 :]].sum().item()
+            found.setdefault(row["id"], []).append(logp)
+    return found
 
 
 def test_reference_log_probabilities_of_another_model_are_refused(referenced, tmp_path):

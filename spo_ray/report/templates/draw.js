@@ -3,7 +3,7 @@ for (const figure of document.querySelectorAll('.figure')) {
   const room = figure.clientWidth || document.querySelector('h1').clientWidth;  // 0 in a closed <details>
   if (spec.facet) {
     spec.columns = Math.max(1, Math.min(spec.columns, Math.floor((room - 60) / 140)));
-    spec.spec.width = Math.floor((room - 50) / spec.columns) - (spec.resolve.scale ? 56 : 22);
+    spec.spec.width = Math.floor((room - 60) / spec.columns) - (spec.resolve.scale ? 56 : 22);
   } else if (!spec.usermeta) {
     spec.width = Math.min(spec.width || 720, room);
     spec.autosize = {type: 'fit-x', contains: 'padding'};
