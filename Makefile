@@ -1,4 +1,4 @@
-.PHONY: setup quickstart real test test-slow bench check docs format lock clean
+.PHONY: setup quickstart real test test-slow soak bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -24,6 +24,11 @@ test: setup ## Run the tests
 
 test-slow: setup ## Run the tests that take minutes each
 	@$(PY) -m pytest -m slow
+
+soak: setup ## Let faults happen in small runs, and write docs/reliability.md; many hours on two cores
+	@$(PY) -m tests.soak.run runs/soak
+	@SPO_SOAK_CALLS=20000 SPO_SOAK_ROWS=1000000 SPO_SOAK_STEPS=20000 SPO_SOAK_CYCLES=100 \
+		$(PY) -m pytest tests/soak -m "slow or not slow" --timeout=0 -s
 
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 

@@ -11,7 +11,7 @@ class ChatServer:
     """Answers each request with ``answer(body)``: a list of choices; or trouble: an HTTP status, ``"close"``, ``bytes``
     that are no JSON, a float of seconds to keep silent, or a function that writes to the handler's connection."""
 
-    def __init__(self, answer):
+    def __init__(self, answer, port=0):
         self.answer = answer
         self.retry_after = "0"
         self.requests = []
@@ -25,7 +25,7 @@ class ChatServer:
             def log_message(self, *arguments):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def respond(self, handler):

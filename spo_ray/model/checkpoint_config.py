@@ -1,7 +1,9 @@
 """Reads a checkpoint's configuration and generation settings so that they can be used and saved again."""
 
 import json
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,31 @@ from spo_ray.errors import UserError
 from spo_ray.runtime.console import log
 
 SETTINGS = "generation_config.json"
+MOST_PARTS = 10_000
+"""Most layers or experts of a model."""
 
 
 def model_config(path: str | Path) -> PretrainedConfig:
-    """Return the configuration of a checkpoint, without a padding token that is not in its embedding."""
+    """Return the configuration of a checkpoint, without a padding token that is not in its embedding.
+
+    Raises:
+        UserError: it asks for more layers or experts than any model has, which would fill the memory.
+    """
+    _check_counts(PretrainedConfig.get_config_dict(path)[0], path)
     config = AutoConfig.from_pretrained(path)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
         if pad is not None and rows is not None and not 0 <= pad < rows:
             part.pad_token_id = None
     return config
+
+
+def _check_counts(settings: Mapping[str, Any], path: str | Path) -> None:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif isinstance(value, int) and re.search("layers|experts", name) and value > MOST_PARTS:
+            raise UserError(f"config.json of {path}: {name}={value} is above {MOST_PARTS}: correct it")
 
 
 def generation_settings(path: str | Path) -> GenerationConfig | None:

@@ -55,6 +55,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
                     return await _read(response)
                 finally:
                     await response.aclose()
+                    self.cookies.clear()  # else they would grow, and be sent with every request
         except TimeoutError as error:
             raise httpx.ReadTimeout(f"no whole response in {self.seconds:g} s") from error
 
@@ -96,7 +97,8 @@ class ChatClient:
         self.next_start = 0.0
         self.client = openai.AsyncOpenAI(
             base_url=config.url,
-            api_key=key or "none",  # the client wants one; servers without keys ignore it
+            # The client wants one; servers without keys ignore it. One from a file may end in a line break.
+            api_key=(key or "").strip() or "none",
             timeout=config.timeout_s,
             max_retries=config.retries,
             http_client=BoundedClient(config.timeout_s, self._wait_for_turn),

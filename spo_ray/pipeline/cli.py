@@ -25,12 +25,12 @@ from spo_ray.pipeline.command import (
 )
 from spo_ray.pipeline.init import init
 from spo_ray.runtime.artifact import write_json
-from spo_ray.runtime.console import installed, log, place, quieten, show, warn
+from spo_ray.runtime.console import installed, log, place, prepare_process, show, warn
 from spo_ray.runtime.run import PlannedRun, Run
 from spo_ray.runtime.status import recorded, settle
 from spo_ray.runtime.supervisor import supervise
 
-quieten()  # before the importing program loads the libraries
+prepare_process()  # before the importing program loads the libraries
 
 EXAMPLES = {
     "": "init --data preferences.jsonl --model models/mine --machine cpu",

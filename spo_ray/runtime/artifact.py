@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -260,9 +261,18 @@ def _remembered_sha256(file: Path, size: int, mtime_ns: int, inode: int) -> str:
 def set_aside(path: Path, why: str) -> None:
     """Rename a file or folder that is not what belongs there, and say so."""
     numbers = itertools.count(1)
-    free = next(new for n in numbers if not (new := path.with_name(f"{path.name}.broken-{n}")).exists())
+    free = next(new for n in numbers if not os.path.lexists(new := path.with_name(f"{path.name}.broken-{n}")))
     path.rename(free)
     warn("files", f"{path} {why}: it is now {free.name}")
+
+
+def make_way(folder: Path) -> None:
+    """Delete a folder of an earlier process; anything else in its place, such as a link, is set aside."""
+    if folder.is_symlink() or not folder.is_dir():
+        if os.path.lexists(folder):
+            set_aside(folder, "is no folder")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_rows(path: Path, table: Iterable[Any], kind: Any) -> None:

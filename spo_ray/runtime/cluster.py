@@ -24,6 +24,8 @@ LOCAL_CPUS = 4
 """Minimum of logical CPUs of a local cluster: beside actors, Ray Data needs some for its tasks."""
 DATA_TASK_CPUS = 1.0
 """CPUs of Ray Data's tasks beside actors."""
+REPEATED: dict[str, Any] = {"max_restarts": 3, "max_task_retries": 3}
+"""Options of actors that Ray starts again if they die, and whose calls it repeats: not for ever."""
 GCS_WAIT = "RAY_gcs_server_port_wait_time_s"
 """Environment variable of Ray's limit for the start of its GCS, in seconds."""
 SLOW_START_S = 30.0
@@ -48,7 +50,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
         _check_reachable(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": passed_env(config)}, **quiet)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError) as error:  # the latter if it is no address
             raise UserError(f"no Ray cluster at {address}: start one, or unset ray.address and RAY_ADDRESS") from error
     else:
         cpus = config.ray.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)

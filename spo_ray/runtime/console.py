@@ -238,6 +238,22 @@ def quieten(level: int = logging.ERROR) -> None:
         logging.getLogger(name).setLevel(level)
 
 
+def prepare_process() -> None:
+    """Silence libraries; open the standard streams that this process was started without.
+
+    Else a file would take such a stream's number, and what native code prints would be written into it.
+
+    Raises:
+        SystemExit: Python removes docstrings, without which Ray can't be imported.
+    """
+    quieten()
+    for name in ("stdin", "stdout", "stderr"):  # the lowest free number is the first one's
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+    if sys.flags.optimize > 1:
+        sys.exit("error: Ray can't be imported without docstrings: unset PYTHONOPTIMIZE, or leave -OO out")
+
+
 def place(path: Path) -> str:
     """Return a path relative to the working directory if it is below it, else the absolute path."""
     path = path.absolute()

@@ -3,6 +3,8 @@
 A process that holds an engine, a shard or a training rank touches a file every few seconds, from a thread of its own.
 The driver watches these files: it warns of a process that has not touched its file for a minute, and ends it after two.
 Ray starts it again as one that died. A process whose call takes longer than its limit ends itself.
+
+On its own node the driver also sees Ray's processes and those that have no file yet, if a signal has stopped them.
 """
 
 import json
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from spo_ray.runtime.artifact import make_way
 from spo_ray.runtime.console import warn
 
 BEAT_S = 5.0
@@ -113,7 +116,7 @@ class _Seen(NamedTuple):
     touched: int
     """Time of the file in ns, which only is compared with itself: clocks of nodes differ."""
     at: float
-    """Seconds of this process's clock."""
+    """Seconds that the watching process had run by then."""
 
 
 class Watch:
@@ -126,11 +129,15 @@ class Watch:
 
     def __init__(self, folder: Path, changed: Callable[[list[str]], None] = lambda names: None) -> None:
         self.folder, self.changed, self.ended = folder, changed, threading.Event()
+        self.ran = 0.0
+        """Seconds that this process has run: if it is stopped together with those that it watches, no time passes."""
         self.seen: dict[Path, _Seen] = {}
-        self.still: dict[Path, str] = {}
+        self.stopped: dict[psutil.Process, float] = {}
+        """Processes of this one that a signal has stopped, and since when."""
+        self.still: dict[Path | psutil.Process, str] = {}
 
     def __enter__(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a driver that was killed
+        make_way(self.folder)  # of a driver that was killed
         self.folder.mkdir(mode=0o700)
         report_to(self.folder)
         threading.Thread(target=self._watch, daemon=True).start()
@@ -141,16 +148,33 @@ class Watch:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self.ended.wait(BEAT_S):
-            before = list(self.still.values())
+            now = time.monotonic()
+            self.ran, last = self.ran + min(now - last, 3 * BEAT_S), now
+            before, files = list(self.still.values()), set()
             for file in self.folder.glob("*.json"):
                 with suppress(OSError, ValueError, KeyError):
-                    self._look(file, time.monotonic())
-            self.still = {file: name for file, name in self.still.items() if file.exists()}
+                    files.add(self._look(file, self.ran))
+            self._look_at_stopped(files, self.ran)
+            self.still = {
+                k: name for k, name in self.still.items() if k in self.stopped or (isinstance(k, Path) and k.exists())
+            }
             if list(self.still.values()) != before:
                 self.changed(list(self.still.values()))
 
-    def _look(self, file: Path, now: float) -> None:
+    def _look_at_stopped(self, files: set[int], now: float) -> None:
+        """Notice stopped processes that have no file."""
+        found = {}
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if child.pid not in files and child.status() == psutil.STATUS_STOPPED:
+                    found[child] = self.stopped.get(child, now)
+                    self._judge(child, f"{child.name()} (process {child.pid})", now - found[child], child.kill)
+        self.stopped = found
+
+    def _look(self, file: Path, now: float) -> int:
+        """Look at a process's file; return the id of the process if it is on this node, else 0."""
         with file.open() as opened:  # opening it makes a network file system look again
             touched = os.fstat(opened.fileno()).st_mtime_ns
             process = json.load(opened)
@@ -161,13 +185,20 @@ class Watch:
             self.seen[file] = _Seen(touched, now)
         elif now - last.at > STILL_S and not _on_its_node(_exists, process):
             file.unlink()  # it ended, or was ended by Ray, without a word
-        elif now - last.at > LOST_S:
-            file.unlink()
-            warn("job", f"{_name(process)} is ended: Ray starts it again, and its work is repeated")
-            _on_its_node(_kill, process)
-        elif now - last.at > STILL_S and file not in self.still:
-            self.still[file] = _name(process)
-            warn("job", f"{_name(process)} has stood still for {STILL_S:g} s")
+        else:
+            self._judge(file, _name(process), now - last.at, lambda: _on_its_node(_kill, process))
+        return process["pid"] if process["host"] == socket.gethostname() else 0
+
+    def _judge(self, key: Path | psutil.Process, name: str, seconds: float, end: Callable[[], Any]) -> None:
+        """Warn of a process that has stood still for some time, or end it."""
+        if seconds > LOST_S:
+            if isinstance(key, Path):
+                key.unlink()
+            warn("job", f"{name} is ended; if Ray can start it again, its work is repeated")
+            end()
+        elif seconds > STILL_S and key not in self.still:
+            self.still[key] = name
+            warn("job", f"{name} has stood still for {STILL_S:g} s")
 
 
 def _name(process: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import ray.data
 from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_rows
+from spo_ray.runtime.cluster import REPEATED
 from spo_ray.runtime.console import log, progress
 from spo_ray.runtime.heartbeat import beating, watched
 
@@ -108,7 +109,7 @@ def map_shards(
 def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None, task: Row) -> None:
     dataset = ray.data.from_items(shards, override_num_blocks=len(shards))
     if pool is None:
-        stats = dataset.map(_MapAndWrite(**task).__call__, num_cpus=1)
+        stats = dataset.map(_MapAndWrite(**task).__call__, num_cpus=1, max_retries=REPEATED["max_task_retries"])
     else:
         actor: Any = _MapAndWrite  # Ray's annotation allows functions only
         stats = dataset.map(
@@ -119,6 +120,7 @@ def _run(name: str, shards: list[Row], row_counts: RowCounts, pool: Pool | None,
             ),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
+            **REPEATED,
         )
     total = sum(shard["rows"] for shard in shards)
     done, kept = 0, 0

@@ -34,6 +34,7 @@ from spo_ray.runtime.artifact import (
     PlannedArtifact,
     RowCounts,
     changed_files,
+    make_way,
     recorded_files,
     set_aside,
     sync,
@@ -238,10 +239,10 @@ class Run:
         if found.state == "build":
             if found.why:
                 log(name, f"built again: {found.why}")
-            for path in (scratch.parent, scratch, self.root / name):
-                if path.exists() and not path.is_dir():
-                    set_aside(path, "is no folder")
-            shutil.rmtree(scratch, ignore_errors=True)
+            for path in (scratch.parent, self.root / name):
+                if not path.is_dir():  # a link to a folder may be there on purpose
+                    make_way(path)
+            make_way(scratch)
             scratch.mkdir(parents=True)
         if not queued:
             log(name, TOLD[found.state])
@@ -375,7 +376,7 @@ def _summary(counts: RowCounts) -> str:
 
 def _replace(scratch: Path, final: Path) -> None:
     old = scratch.with_name(f"{scratch.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    make_way(old)
     if final.exists():
         final.replace(old)
     scratch.replace(final)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import write_json, write_text
+from spo_ray.runtime.artifact import set_aside, write_json, write_text
 from spo_ray.runtime.console import LOGGER, log, place, redact, visible
 from spo_ray.runtime.failure import AGAIN, MAX_LOG_LINES, NO_SPACE, Card, card_of, command_line
 from spo_ray.runtime.heartbeat import BEATS, Watch
@@ -68,6 +68,8 @@ def recorded(run: Run) -> Generator[None]:
     write()
     tell(status=str(file))
     trace = run.root / TRACEBACK
+    if trace.is_dir():
+        set_aside(trace, "is a folder")
     trace.unlink(missing_ok=True)
     try:
         with Watch(run.root / BEATS, lambda names: write(still=names)):
@@ -116,7 +118,7 @@ def is_alive(status: dict[str, Any]) -> bool:
     """Return True if the process of a status runs on this host: a process with its id that started when it did."""
     if status.get("host") != socket.gethostname():
         return False
-    with suppress(psutil.Error, TypeError, ValueError):
+    with suppress(psutil.Error, TypeError, ValueError, OverflowError):
         return abs(psutil.Process(status["pid"]).create_time() - status["process_started"]) < 1.0
     return False
 
@@ -124,7 +126,8 @@ def is_alive(status: dict[str, Any]) -> bool:
 def _log_stale(status: dict[str, Any]) -> None:
     """Log that an earlier run was killed, if its status says that it is running although nobody holds the lock."""
     if status.get("state") == "running" and not is_alive(status):
-        at = ", ".join(map(str, status.get("stages") or [])) or "no stage"
+        stages = status.get("stages")
+        at = ", ".join(map(str, stages)) if isinstance(stages, list) and stages else "no stage"
         log("job", f"the last attempt (process {status.get('pid')} on {status.get('host')}) was killed in {at}")
 
 

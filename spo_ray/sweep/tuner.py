@@ -20,7 +20,7 @@ from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, write_json
-from spo_ray.runtime.cluster import engine_gpus, uses_gpu
+from spo_ray.runtime.cluster import REPEATED, engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
 from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.run import Run, Stage, Work, never_built, times
@@ -130,7 +130,7 @@ def _room_of_start(config: Config, folder: Path, nodes: Sequence[Mapping[str, An
 def _evaluators(config: Config, kind: str) -> list[Any]:
     """Start the actors that score checkpoints; Ray restarts an actor that dies and repeats its call."""
     options: dict[str, Any] = {"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)}
-    remote: Any = ray.remote(max_restarts=-1, max_task_retries=-1, **options)(Evaluator)
+    remote: Any = ray.remote(**REPEATED, **options)(Evaluator)
     arguments = (kind, config.engine, config.model, watched())
     return [remote.remote(*arguments) for _ in range(config.engine.replicas)]
 

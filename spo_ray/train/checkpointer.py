@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -34,6 +35,7 @@ from spo_ray.config.train import CheckpointConfig
 from spo_ray.core.losses import Metrics
 from spo_ray.errors import TrainingError
 from spo_ray.train.distributed import Distributed
+from spo_ray.train.spec import text_of
 
 STATE = "state.json"
 
@@ -68,11 +70,51 @@ class Checkpointer:
         limit = timedelta(seconds=timeout_s)
         self.group = dist.new_group(backend="gloo", timeout=limit) if config.every else None
         self.pending = 0
+        self.left_out = 0
+        """Number of this job's damaged checkpoints, by which the names of later ones differ from theirs."""
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-        """Load the newest checkpoint of this job and return its progress; None without one. Collective."""
-        checkpoint = ray.train.get_checkpoint() if self.config.every else None
-        return self._load(checkpoint, model, optimizer) if checkpoint else None
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        damaged: Collection[str],
+        unread: Callable[[str, str], None],
+    ) -> Progress | None:
+        """Load the newest checkpoint of this job that is not damaged and return its progress; None without one.
+
+        Those named in ``damaged`` are left out. ``unread`` is called on rank 0 with the name of each other one that
+        is, and the reason. Collective.
+
+        Raises:
+            OSError: the storage can't be reached.
+            RuntimeError: all are damaged. The parameters may be too: training begins in another process.
+        """
+        found = self._own() if self.config.every and ray.train.get_checkpoint() else []
+        self.left_out = len(damaged)
+        own = [reported for reported in found if Path(reported.checkpoint.path).name not in damaged]
+        for reported in sorted(own, key=lambda reported: reported.metrics["step"], reverse=True):
+            progress, reason = None, ""
+            try:
+                progress = self._load(reported.checkpoint, model, optimizer)
+            except (Exception, CheckpointException) as error:  # whatever a damaged file leads to
+                inner = isinstance(error, CheckpointException)
+                cause = next(iter(error.failures.values()))[0] if inner else error
+                if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                    raise cause from error
+                reason = text_of(cause)
+            reasons = list(filter(None, self.rank.gather([reason])))
+            if not reasons:
+                return progress
+            self.left_out += 1
+            if self.rank.index == 0:
+                unread(Path(reported.checkpoint.path).name, reasons[0])
+        if own:
+            raise RuntimeError("no checkpoint can be read: training begins at step 0")
+        return None
+
+    def _own(self) -> list[Any]:
+        """Return the checkpoints of this job that are kept."""
+        return [c for c in ray.train.get_all_reported_checkpoints() if c.metrics.get("job") == self.job]
 
     def restore_best(self, model: nn.Module) -> int | None:
         """Load the parameters of the best kept checkpoint and return its step; None unless ``best`` is configured.
@@ -82,12 +124,11 @@ class Checkpointer:
         if self.config.best is None or not self.config.every:
             return None
         self.wait()
-        own = [c for c in ray.train.get_all_reported_checkpoints() if c.metrics.get("job") == self.job]
+        own = self._own()
         if not own:
             return None
         best = max(own, key=lambda reported: reported.metrics["score"])
-        progress = self._load(best.checkpoint, model, None)
-        return progress.step if progress else None
+        return self._load(best.checkpoint, model, None).step
 
     def due(self, step: int, total: int) -> bool:
         """Return True if a checkpoint follows this step; after the last step only if the best one is chosen."""
@@ -102,14 +143,14 @@ class Checkpointer:
         """
         self.wait()
         tensors = collect(model, optimizer, self.rank)
-        state = asdict(progress) | {"job": self.job}
+        state = asdict(progress)
         metrics = {"job": self.job, "step": progress.step} | self._score(record)
         mode = CheckpointUploadMode.ASYNC if self.config.asynchronous else CheckpointUploadMode.SYNC
         self.pending += 1
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="spo_ray_")),
-            checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}",
+            checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}{f'_{self.left_out}' if self.left_out else ''}",
             checkpoint_upload_mode=mode,
             checkpoint_upload_fn=lambda local, name: self._write(local, name, tensors, state),
         )
@@ -119,13 +160,9 @@ class Checkpointer:
         while self.pending:
             time.sleep(0.005)
 
-    def _load(
-        self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None
-    ) -> Progress | None:
+    def _load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Progress:
         with checkpoint.as_directory() as folder:
             state = json.loads((Path(folder) / STATE).read_text())
-            if state.pop("job") != self.job:
-                return None
             load_tensors(folder, model, optimizer, self.rank)
         return Progress(**state)
 
@@ -136,7 +173,7 @@ class Checkpointer:
             if self.rank.index == 0:
                 (Path(local.path) / STATE).write_text(json.dumps(state))
             return storage.persist_current_checkpoint(local, name)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise TrainingError(
                 f"the checkpoint {name} could not be written to {storage.experiment_fs_path}: {error}. The previous "
                 "checkpoint is intact: free some space there, or set train.checkpoint.storage"

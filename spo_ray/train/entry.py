@@ -1,18 +1,13 @@
 """Entry point of Ray Train's workers, and the callback that records their failures in the controller."""
 
-import json
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray.train import UserCallback
 
 from spo_ray.errors import TrainingError, UserError
-from spo_ray.runtime.console import redact
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.heartbeat import Heartbeat
-from spo_ray.train.spec import FAILURES, RESULT
+from spo_ray.train.spec import record_failure, text_of
 
 FATAL = (TrainingError, UserError, TypeError, ValueError, KeyError, AttributeError, IndexError, ImportError)
 """Errors that would occur again after a restart."""
@@ -28,25 +23,9 @@ class RecordFailures(UserCallback):
         """Called in Ray Train's controller after workers failed; see :class:`ray.train.UserCallback`."""
         causes = {rank: cause_of(error) for rank, error in worker_exceptions.items()}
         fatal = next((cause for cause in causes.values() if isinstance(cause, FATAL)), None)
-        record_failure(self.folders, causes, restart=fatal is None)
+        record_failure(self.folders, {rank: text_of(cause) for rank, cause in causes.items()}, restart=fatal is None)
         if fatal is not None:
             raise fatal
-
-
-def record_failure(
-    folders: Sequence[str], errors: Mapping[int, BaseException] | Mapping[str, BaseException], *, restart: bool
-) -> None:
-    """Append a failure to the file of the job that was running, the first in ``folders`` that is not finished.
-
-    ``errors`` are by rank, or :data:`~spo_ray.train.spec.CONTROLLER`.
-    """
-    texts = {rank: redact(f"{type(error).__name__}: {str(error)[:500]}") for rank, error in errors.items()}
-    record = {"time": time.time(), "errors": texts, "restart": restart}
-    for folder in map(Path, folders):
-        if not (folder / RESULT).exists():
-            with (folder / FAILURES).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            break
 
 
 def train_loop(arguments: dict[str, Any]) -> None:

@@ -32,12 +32,12 @@ from spo_ray.runtime.parallel import run_parallel
 from spo_ray.runtime.run import TOLD, OpenStage, Run, Stage, Work, never_built, times
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
-from spo_ray.train.entry import RecordFailures, record_failure, train_loop
+from spo_ray.train.entry import RecordFailures, train_loop
 from spo_ray.train.log_follower import Follower
 from spo_ray.train.memory_check import estimate_memory
 from spo_ray.train.method_state import method_identity
 from spo_ray.train.rendezvous import BoundTorchConfig
-from spo_ray.train.spec import CONTROLLER, RESULT, Start, TrainJob, failures_of
+from spo_ray.train.spec import CONTROLLER, RESULT, Start, TrainJob, failures_of, record_failure, text_of
 
 MATTER = {"precision", "optimizer", "max_length"}
 """Training settings that change results beyond rounding."""
@@ -218,7 +218,7 @@ def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_fi
             except TrainingFailedError as error:
                 raise _explain(error, run.config) from error
             except RayActorError as error:  # Ray Train restarts workers, and nobody its controller
-                record_failure([job.out for job in jobs], {CONTROLLER: error}, restart=left > 0)
+                record_failure([job.out for job in jobs], {CONTROLLER: text_of(error)}, restart=left > 0)
                 if not left:
                     raise RuntimeError(f"Ray Train's controller died more than {config.max_failures} times") from error
     _forget(run, group)

@@ -15,7 +15,7 @@ from spo_ray.runtime.run import TOLD, State
 from spo_ray.runtime.tracking import TrackerGroup, Trackers
 from spo_ray.train.alarm import STOP, describe
 from spo_ray.train.method_state import lower_level_notices
-from spo_ray.train.spec import CONTROLLER, FAILURES, RESULT, TrainJob
+from spo_ray.train.spec import FAILURES, RESULT, TrainJob
 
 POLL_S = 1.0
 NOTICED = 10
@@ -156,5 +156,5 @@ class Follower:
 def _failure(record: dict[str, Any]) -> str:
     rank, text = next(iter(record["errors"].items()))
     text = text.splitlines()[0][:200]
-    who = "the controller" if rank == CONTROLLER else f"worker {rank}"
+    who = f"worker {rank}" if rank.isdigit() else f"the {rank}"
     return f"{who} failed ({text}){': resuming from the newest checkpoint' if record['restart'] else ''}"

@@ -19,7 +19,7 @@ from spo_ray.runtime.artifact import STEP_LOG
 from spo_ray.train.alarm import STOP
 from spo_ray.train.checkpointer import Checkpointer, Progress
 from spo_ray.train.distributed import Distributed
-from spo_ray.train.spec import TrainJob
+from spo_ray.train.spec import CHECKPOINT, TrainJob, failures_of, record_failure
 
 GradientsOf = Callable[[int, Sequence[int]], tuple[Mapping[str, Tensor], Metrics]]
 """Computes gradients by parameter name, and metrics, for a step (from 1) and the row numbers of its global batch."""
@@ -91,7 +91,7 @@ def optimise(
             record |= callback.on_step_end(record, indices)
         log.write(record)
 
-    total, progress = len(batches), checkpointer.restore(model, optimizer)
+    total, progress = len(batches), _restored(job, checkpointer, model, optimizer)
     log.start(progress.step if progress else 0)
     if progress:
         for callback, state in zip(callbacks, progress.remembered, strict=True):
@@ -126,6 +126,19 @@ def optimise(
             break
     checkpointer.wait()
     return before + time.time() - started
+
+
+def _restored(
+    job: TrainJob, checkpointer: Checkpointer, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress | None:
+    """Load the newest checkpoint that is not damaged, and record those that are."""
+    failed = [name for failure in failures_of(Path(job.out)) for name in failure["errors"]]
+    damaged = {name.removeprefix(CHECKPOINT) for name in failed if name.startswith(CHECKPOINT)}
+
+    def unread(name: str, reason: str) -> None:
+        record_failure([job.out], {CHECKPOINT + name: reason}, restart=False)
+
+    return checkpointer.restore(model, optimizer, damaged, unread)
 
 
 def _by_group(name: str, values: Mapping[str, float]) -> Metrics:

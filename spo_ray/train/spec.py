@@ -1,5 +1,8 @@
 """Descriptions of training jobs. Imports no torch, so that Ray Train's controller starts quickly."""
 
+import json
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ from spo_ray.config.methods import MethodConfig
 from spo_ray.config.schema import Config
 from spo_ray.config.train import CheckpointConfig
 from spo_ray.runtime.artifact import Artifact, read_lines
+from spo_ray.runtime.console import redact
 
 RESULT = "result.json"
 """File with a job's results, in its folder. It is written last: where it exists, the job is finished."""
@@ -18,6 +22,8 @@ FAILURES = "failures.jsonl"
 
 CONTROLLER = "controller"
 """Name of Ray Train's own process in that file, instead of a rank."""
+CHECKPOINT = "checkpoint "
+"""Beginning of the names of damaged checkpoints in that file, instead of a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,3 +102,22 @@ class Start:
 def failures_of(folder: Path) -> list[dict[str, Any]]:
     """Return the recorded failures of a job's workers."""
     return read_lines(folder / FAILURES)
+
+
+def record_failure(folders: Sequence[str], errors: Mapping[Any, str], *, restart: bool) -> None:
+    """Append a failure to the file of the job that was running, the first in ``folders`` that is not finished.
+
+    ``errors`` are by rank, or by the name of what failed instead of a worker, such as :data:`CONTROLLER`.
+    """
+    texts = {failed: redact(text[:500]) for failed, text in errors.items()}
+    record = {"time": time.time(), "errors": texts, "restart": restart}
+    for folder in map(Path, folders):
+        if not (folder / RESULT).exists():
+            with (folder / FAILURES).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            break
+
+
+def text_of(error: BaseException) -> str:
+    """Return an error's class and message, as they are recorded."""
+    return f"{type(error).__name__}: {error}"

@@ -70,6 +70,21 @@ def test_a_byte_order_mark_costs_no_row(tmp_path):
     assert read(tmp_path) == list(enumerate(ROWS))
 
 
+def test_a_line_that_would_fill_the_memory_is_quarantined(tmp_path, monkeypatch):
+    """Whole files of a megabyte can unfold to gigabytes: a line is never read further than this."""
+    monkeypatch.setattr("spo_ray.data.read.LONGEST_LINE", 1000)
+    lines = [json.dumps(ROWS[0]), " " * 500_000 + "{}", json.dumps(ROWS[1]), "x" * 1000, json.dumps(ROWS[2])]
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    found = list(raw_rows(PreferenceData(path=tmp_path), "train"))
+    assert [raw.row for raw in found if raw.defect is None] == ROWS[:3]
+    assert [raw.defect for raw in found if raw.defect] == ["longer than 1,000 characters"] * 2
+    monkeypatch.setattr("spo_ray.data.read.LONGEST_JSON", 1000)
+    (tmp_path / "more.json").write_text("[" + ", ".join(lines) + "]")
+    with pytest.raises(UserError, match=r"more\.json has 1,000 characters or more: make JSON Lines of it$"):
+        list(raw_rows(PreferenceData(path=tmp_path / "more.json"), "train"))
+
+
 def test_lines_in_another_encoding_are_quarantined(tmp_path):
     lines = [json.dumps(row | {"chosen": chosen}, ensure_ascii=False) for row, chosen in zip(ROWS, "aéb", strict=False)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="cp1252")

@@ -226,6 +226,18 @@ def test_a_hostile_server_costs_one_question(teacher, endpoint, attack, reason):
     assert len(teacher.requests) == 2
 
 
+def test_cookies_of_a_server_are_not_kept_and_a_keys_line_break_is_not_sent(teacher, endpoint):
+    def baking(wire):
+        wire.write(b"HTTP/1.1 500 No\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n")
+
+    teacher.script = [baking]
+    (answer,) = answers_of(served(endpoint, retries=1), "secret\n")([("2 + 2?", 7)])
+    assert answer.completions[0].text == "2 + 2? 7 0"
+    headers = [headers for _, headers, _ in teacher.requests]
+    assert [h["authorization"] for h in headers] == ["Bearer secret"] * 2
+    assert not [h for h in headers if "cookie" in h]
+
+
 @pytest.mark.parametrize("head", [b"", HEAD + b"Content-Length: 1000\r\n\r\n"], ids=["header", "body"])
 def test_the_time_limit_is_for_the_whole_response(teacher, endpoint, head):
     """A byte every 50 ms: no single read takes long."""

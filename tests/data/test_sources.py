@@ -1,4 +1,5 @@
 import json
+import os
 import random
 from collections import Counter
 
@@ -97,6 +98,8 @@ def test_empty_data_is_refused(in_root, tmp_path, lines, message):
 
 def test_a_missing_file_is_refused(in_root, tmp_path):
     config = small_config(tmp_path).model_copy(update={"data": Gsm8kData(path=tmp_path / "nowhere")})
+    (tmp_path / "nowhere").mkdir()
+    os.mkfifo(tmp_path / "nowhere" / "train.jsonl")  # which nobody writes to: reading it would wait for ever
     with pytest.raises(UserError, match=r"no data file .*nowhere.*train\.jsonl"):
         load_data(Run(config), "train")
 

@@ -53,6 +53,8 @@ LISTED = {
     "python scripts/fetch_smollm2.py": "fetches 93 MB; the tests with real weights do it",
     "spo-ray run --config configs/smollm2/word_problems.yaml": "as make real",
     "make bench": "40 minutes of measurements",
+    "make soak": "many hours of faults; tests/soak has its parts",
+    "python scripts/compare_vllm.py": "asks a package index; tests/test_security.py makes a wheel for it",
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
     "pre-commit install": "changes the repository's hooks",

@@ -83,6 +83,10 @@ DAMAGES = {
     "overlapping": (overlapping, r"model\.safetensors can't be read as safetensors"),
     "absent": (lambda f: (f / "model.safetensors").unlink(), "no weights in .*: only safetensors are loaded"),
     "shard": (lambda f: sharded(f, json.dumps(SHARDS)), r"lacks model-00002-of-00002\.safetensors, which model\."),
+    "layers": (
+        lambda f: (f / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 1000000000000}'),
+        r"^config\.json of .*model: num_hidden_layers=1000000000000 is above 10000: correct it$",
+    ),
     "index": (lambda f: sharded(f, "[" * 100_000), r"model\.safetensors\.index\.json can't be read: RecursionError"),
 }
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,3 +212,9 @@ def test_score_alpaca_eval_prints_json_and_names_what_is_left_out(tmp_path, caps
     assert call("score", "alpaca-eval", str(file)) == 0  # tests run without the hub
     assert "by the minimal formula, not by v1" in capsys.readouterr().err
     assert call("score", "alpaca-eval", str(tmp_path / "absent.json")) == 2
+
+
+def test_python_without_docstrings_is_refused(in_root):
+    done = subprocess.run([sys.executable, "-OO", "-m", "spo_ray", "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: Ray can't be imported without docstrings: unset PYTHONOPTIMIZE, or leave -OO out\n"

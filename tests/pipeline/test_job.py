@@ -249,6 +249,7 @@ def test_an_interrupt_while_methods_train(finished):
         (["data.typo=1"], "unknown key"),
         (["ray.num_cpus=1"], "too few resources: base_samples needs"),
         (["ray.address=127.0.0.1:1"], "no Ray cluster at 127.0.0.1:1"),
+        (["ray.address=head"], "no Ray cluster at head: start one, or unset ray.address and RAY_ADDRESS"),
     ],
 )
 def test_bad_input_is_refused_before_anything_long(tmp_path, arguments, message):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -55,11 +56,41 @@ def test_a_stopped_process_is_named_and_ended_and_one_that_moves_is_not(fast, tm
     told = [message for message in caplog.messages if str(stopped.pid) in message]
     assert told == [
         f"{name} has stood still for 0.5 s",
-        f"{name} is ended: Ray starts it again, and its work is repeated",
+        f"{name} is ended; if Ray can start it again, its work is repeated",
     ]
     assert [name] in still and still[-1] == []
     assert not watched()
     assert not (tmp_path / "beats").exists()
+
+
+def test_a_stopped_process_that_gives_no_signs_of_life_is_ended_too(fast, tmp_path, caplog):
+    """Ray's own processes, and others in their first seconds."""
+    process = subprocess.Popen(["sleep", "60"])
+    with Watch(tmp_path / "beats"):
+        process.send_signal(signal.SIGSTOP)
+        assert process.wait(20) == -signal.SIGKILL
+    name = f"sleep (process {process.pid})"
+    ended = f"{name} is ended; if Ray can start it again, its work is repeated"
+    assert caplog.messages == [f"{name} has stood still for 0.5 s", ended]
+
+
+def test_processes_that_were_stopped_together_with_their_watcher_are_left_alone(fast, tmp_path, caplog, monkeypatch):
+    """As by Ctrl-Z, or a virtual machine that pauses: for the watcher the clock jumps."""
+    jump = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + jump[0])
+    monkeypatch.setattr(heartbeat, "time", clock)
+    with Watch(tmp_path / "beats"):
+        process = at_work(watched())
+        time.sleep(0.2)
+        process.send_signal(signal.SIGSTOP)
+        jump[0] = 100.0
+        time.sleep(0.2)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not caplog.messages
 
 
 def test_a_call_that_takes_too_long_ends_its_process(tmp_path):

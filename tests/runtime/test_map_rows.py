@@ -5,10 +5,12 @@ from functools import partial
 
 import pyarrow.parquet as pq
 import pytest
+from ray.exceptions import RayError
 
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts, write_rows
+from spo_ray.runtime.failure import card_of
 from spo_ray.runtime.map_rows import Pool, RowRejectedError, each_row, map_shards
 
 
@@ -81,6 +83,29 @@ def test_a_killed_actor_loses_and_repeats_no_row(local_ray, source, tmp_path):
     assert (tmp_path / "killed").exists()
     assert [row["id"] for row in artifact.rows()] == [f"q{i:03d}" for i in range(100)]
     assert row_counts.read == row_counts.kept == 100
+
+
+class Deadly:
+    """Kills its process at every call, or as it is made."""
+
+    def __init__(self, folder, at_once):
+        self.folder = folder
+        if at_once:
+            self([])
+
+    def __call__(self, batch):
+        (self.folder / f"{os.getpid()}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pool", "at_once"), [(None, False), (Pool(1, 1), False), (Pool(1, 1), True)])
+def test_what_kills_its_process_each_time_ends_after_three_repetitions(local_ray, source, tmp_path, pool, at_once):
+    (tmp_path / "killed").mkdir()
+    with pytest.raises(RayError) as error:
+        run(source, tmp_path, partial(Deadly, tmp_path / "killed", at_once), batch_size=100, pool=pool)
+    assert len(list((tmp_path / "killed").iterdir())) == 4
+    assert card_of(error.value).advice.startswith("a process was killed, often for its memory: look at the node's ")
 
 
 def refusing():

@@ -1,8 +1,10 @@
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import RowCounts, external, recorded_files, write_json, write_rows
 from spo_ray.runtime.finished_run import FinishedRun
 from spo_ray.runtime.run import PlannedRun, Run, Stage, never_built
-from spo_ray.runtime.status import STATUS, recorded
+from spo_ray.runtime.status import STATUS, TRACEBACK, recorded
 
 from ..helpers import small_config
 
@@ -215,8 +217,9 @@ def test_files_and_folders_in_the_way_are_moved_aside(run, caplog):
     run.root.mkdir(parents=True)
     for name in ("s", ".unfinished"):
         (run.root / name).write_text(name)
-    for name in (".lock", STATUS):
+    for name in (".lock", STATUS, TRACEBACK):
         (run.root / name).mkdir()
+    (run.root / ".beats").symlink_to(run.root / "nowhere")
     plan = PlannedRun(run.config)
     plan.execute(Stage("s", stage_of_files))
     assert [(one.state, one.why) for one in plan.planned] == [("build", "s/manifest.json is missing")]
@@ -226,11 +229,34 @@ def test_files_and_folders_in_the_way_are_moved_aside(run, caplog):
         "s": "no folder",
         ".unfinished": "no folder",
         STATUS: "a folder",
+        TRACEBACK: "a folder",
+        ".beats": "no folder",
         ".lock": "a folder, not the lock of a run",
     }
     for name, what in told.items():
         assert f"{run.root / name} is {what}: it is now {name}.broken-1" in caplog.messages
     assert (run.root / "s.broken-1").read_text() == "s"
+    assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
+
+
+@pytest.mark.parametrize("link", ["s", ".unfinished", ".unfinished/s", ".unfinished/s.old"])
+def test_a_link_in_the_place_of_a_folder_is_moved_aside(run, link, tmp_path):
+    """To nowhere; in the places of folders that are deleted, to a folder that is not deleted."""
+    (run.root / link).parent.mkdir(parents=True)
+    (tmp_path / "else").mkdir()
+    (run.root / link).symlink_to(tmp_path / ("else" if "/s" in link else "nowhere"))
+    assert run.execute(Stage("s", stage_of_files)).count == 2
+    assert (run.root / f"{link}.broken-1").is_symlink()
+    assert (tmp_path / "else").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"stages": 5}, {"process_started": 10**400}, {"pid": -(10**30)}, {"host": {}}])
+def test_a_status_that_no_run_wrote_stops_none(run, wrong):
+    run.root.mkdir(parents=True)
+    status = {"state": "running", "pid": os.getpid(), "process_started": 0, "host": socket.gethostname()}
+    (run.root / STATUS).write_text(json.dumps(status | wrong))
+    with run.locked(), recorded(run):
+        pass
     assert json.loads((run.root / STATUS).read_text())["state"] == "finished"
 
 

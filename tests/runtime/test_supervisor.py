@@ -68,6 +68,13 @@ def test_stop_signals_end_a_job_as_stopped(tmp_path, number):
     assert (returned, found["state"], found["exit_code"], err) == (130, "stopped", 130, AGAIN + "\n")
 
 
+def test_a_job_without_standard_streams_ends_as_any_other(tmp_path):
+    words = [sys.executable, "-m", "tests.runtime.supervised", str(tmp_path), "finish"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], cwd=ROOT, timeout=120)
+    found = read_status(tmp_path / "finish" / "quickstart" / STATUS)
+    assert (done.returncode, found["state"], found["exit_code"]) == (0, "finished", 0)
+
+
 def test_a_killed_command_takes_its_job_along_and_the_next_one_says_so(tmp_path):
     process = start(tmp_path, "wait")
     while "waiting" not in process.stdout.readline():

@@ -32,7 +32,7 @@ class FolderCheckpoints(Checkpointer):
         super().__init__("job", CheckpointConfig(every=None), rank)
         self.read, self.write, self.at = read, write, at
 
-    def restore(self, model, optimizer):
+    def restore(self, model, optimizer, damaged, unread):
         if self.read is None:
             return None
         load_tensors(str(self.read), model, optimizer, self.rank)

@@ -8,7 +8,7 @@ from spo_ray.runtime.run import Run
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train import log_follower
 from spo_ray.train.log_follower import Follower, JobView
-from spo_ray.train.spec import TrainJob
+from spo_ray.train.spec import CONTROLLER, TrainJob, failures_of, record_failure, text_of
 
 from ..helpers import small_config
 
@@ -66,3 +66,17 @@ def test_a_training_is_told_when_it_starts_and_when_it_ends(in_root, tmp_path, c
         ("method_b", "resumed"),
         ("method_b", "done in 2.5 s"),
     ]
+
+
+def test_what_failed_is_told(in_root, tmp_path, caplog):
+    one = job(tmp_path, "one")
+    view = JobView(one, "method_dpo", Trackers(Run(one.config)))
+    for failed, restart in ((1, True), (CONTROLLER, True), ("checkpoint one_step_9", False)):
+        record_failure([one.out], {failed: text_of(OSError("gone"))}, restart=restart)
+    view.look(lambda step, total, text: None)
+    assert caplog.messages == [
+        "worker 1 failed (OSError: gone): resuming from the newest checkpoint",
+        "the controller failed (OSError: gone): resuming from the newest checkpoint",
+        "the checkpoint one_step_9 failed (OSError: gone)",
+    ]
+    assert [failure["restart"] for failure in failures_of(tmp_path / "one")] == [True, True, False]

@@ -1,16 +1,23 @@
 """The loop alone, on one number: what happens where it goes on from a checkpoint."""
 
-from dataclasses import replace
+import json
+import os
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ray.train import Checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from spo_ray.config.train import CheckpointConfig
 from spo_ray.errors import TrainingError
 from spo_ray.model.optimizer import Group
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.train.alarm import STOP
-from spo_ray.train.checkpointer import Checkpointer
+from spo_ray.train.checkpointer import STATE, Checkpointer, Progress, collect
 from spo_ray.train.distributed import Distributed
 from spo_ray.train.loop import Callback, optimise
 from spo_ray.train.score_gate import StoppedError
@@ -29,7 +36,7 @@ class OneCheckpoint(Checkpointer):
         super().__init__("own", CheckpointConfig(every=None), Distributed(0, 1, torch.device("cpu")))
         self.progress = None
 
-    def restore(self, model, optimizer):
+    def restore(self, model, optimizer, damaged, unread):
         return self.progress
 
     def due(self, step, total):
@@ -104,3 +111,45 @@ def test_a_training_that_its_alarm_has_ended_makes_no_step_more(loop, tmp_path):
     loop(checkpointer, again)  # killed before its results were written
     assert again.logged == [3]
     assert log_of(tmp_path) == log
+
+
+def test_damaged_checkpoints_are_left_out(tmp_path, monkeypatch):
+    """Three real checkpoints, of which Ray Train's list is made up: that of step 6 is as it was after step 6."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rank, model = Distributed(0, 1, torch.device("cpu")), torch.nn.Linear(100, 100)
+        optimizer, kept, weights = torch.optim.AdamW(model.parameters()), [], {}
+        for step in (3, 6, 9):
+            model(torch.randn(2, 100)).sum().backward()
+            optimizer.step()
+            folder = tmp_path / f"step_{step}"
+            dcp.save(collect(model, optimizer, rank), storage_writer=FileSystemWriter(str(folder)))
+            (folder / STATE).write_text(json.dumps(asdict(Progress(step=step))))
+            kept.append(SimpleNamespace(checkpoint=Checkpoint(str(folder)), metrics={"job": "own", "step": step}))
+            weights[step] = model.weight.detach().clone()
+        monkeypatch.setattr("ray.train.get_checkpoint", lambda: kept[-1].checkpoint)
+        monkeypatch.setattr("ray.train.get_all_reported_checkpoints", lambda: kept)
+        checkpointer, unread = Checkpointer("own", CheckpointConfig(every=3), rank), []
+        for file in (tmp_path / "step_9").glob("*.distcp"):
+            os.truncate(file, file.stat().st_size // 2)
+
+        def restored(*damaged):
+            return checkpointer.restore(model, optimizer, damaged, lambda name, reason: unread.append(name))
+
+        assert restored() == Progress(step=6)
+        assert torch.equal(model.weight, weights[6])
+        assert unread == ["step_9"]
+        assert checkpointer.left_out == 1
+        os.truncate(tmp_path / "step_6" / ".metadata", 0)
+        os.truncate(tmp_path / "step_3" / STATE, 5)
+        with pytest.raises(RuntimeError, match=r"^no checkpoint can be read: training begins at step 0$"):
+            restored("step_9")
+        assert unread[1:] == ["step_6", "step_3"]
+        assert checkpointer.left_out == 3
+        assert restored("step_9", "step_6", "step_3") is None
+        monkeypatch.setattr(kept[0].checkpoint, "as_directory", lambda: (_ for _ in ()).throw(OSError("away")))
+        with pytest.raises(OSError, match="away"):  # a storage that can't be reached is no damage
+            restored("step_9", "step_6")
+        assert len(unread) == 3
+    finally:
+        dist.destroy_process_group()
