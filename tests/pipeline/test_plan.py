@@ -161,7 +161,7 @@ def test_pairs_are_held_out_by_whole_prompts(in_root, tmp_path, each, held_out):
 QUESTIONS = """data_test data_train base_samples base_scores sft_questions reference_samples reference_scores
 pair_candidates pairs pair_tokens reference method_dpo method_spo eval_reference health_reference eval_dpo health_dpo
 eval_spo health_spo shift_dpo shift_spo scores comparisons report"""
-PAIRS = """data_test data_train pairs held_out_tokens held_out_pairs pair_tokens reference method_dpo method_spo
+PAIRS = """data_test data_train pairs held_out_tokens pair_tokens held_out_pairs reference method_dpo method_spo
 health_reference health_dpo health_spo shift_dpo shift_spo scores comparisons report"""
 
 
@@ -195,6 +195,8 @@ def test_sft_trains_on_rows_of_its_own(in_root, tmp_path, data):
     ]
     for plan in plans:
         run_job(plan)
+    order = list(plans[0].stages)  # ready pairs that can't be used are refused before SFT
+    assert (order.index("pair_tokens") < order.index("sft")) == ("path" in data)
     first, second = (plan.stages["sft_tokens"].inputs["rows"] for plan in plans)
     assert (first.digest != second.digest, second.path.name) == (True, "sft_examples")
     assert [(s.work.rows, s.inputs["file"].path) for s in plans[1].stages.values() if s.name == "sft_examples"] == [
