@@ -5,6 +5,7 @@ a single operator reads, maps and writes, so that no further worker processes st
 file, so no row is written twice; an interrupted stage resumes with the shards whose files are missing.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from spo_ray.runtime.artifact import REJECTED_PARTS, Artifact, RowCounts, write_
 from spo_ray.runtime.cluster import REPEATED
 from spo_ray.runtime.console import log, progress
 from spo_ray.runtime.heartbeat import beating, watched
+
+warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # restarts have no parameter with a name
 
 Row = dict[str, Any]
 Mapped = tuple[list[Row], list[schema.Rejected]]

@@ -177,7 +177,7 @@ def test_a_finished_run_gets_its_page_again_and_is_compared_without_a_cluster(fi
 
 def test_progress_is_reported_while_sampling_and_training(finished):
     _, _, output = finished
-    assert re.search(r"engine: (vllm|transformers) \(", output)
+    assert re.search(r"engine: answers come from (vllm|transformers) \(", output)
     assert re.search(r"base_samples: done in .*48 rows read, 48 kept", output)
     assert "method_spo: done" in output
 
