@@ -20,7 +20,10 @@ from spo_ray.train.distributed import Distributed
 DRIFT_TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 5e-2}
 """Largest mean difference per token (nats) between the policy before step 0 and the stored reference."""
 CHECKED_PAIRS = 32
-MEANS = ("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy", "both_fell")
+MEANS = (
+    *("logps/chosen", "logps/rejected", "delta_logp_chosen", "delta_logp_rejected", "accuracy", "both_fell"),
+    "delta_logp_chosen_per_token",
+)
 
 
 class Measure:
@@ -30,14 +33,18 @@ class Measure:
         self.model, self.chat, self.config, self.rank = model, chat, config, rank
 
     def pair_logps(self, table: RowTable, numbers: Sequence[int]) -> Tensor:
-        """Return logps of the chosen and the rejected sides and their changes since the reference, [4, N] in nats."""
-        found = torch.zeros(4, len(numbers), dtype=torch.float64, device=self.rank.device)
+        """Return logps of the chosen and the rejected sides and their changes since the reference, [5, N] in nats.
+
+        The last row is the chosen side's change per token.
+        """
+        found = torch.zeros(5, len(numbers), dtype=torch.float64, device=self.rank.device)
         for own, valid in self._batches(range(len(numbers))):
             batch = self.rank.to_device(collate_pairs(table.rows([numbers[i] for i in own]), self.chat.pad_id))
             sides = torch.stack([self._logps(batch, f"{side}_").double() for side in ("chosen", "rejected")])
             before = torch.stack([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
             places = torch.tensor(own, device=self.rank.device)[valid.bool()]
-            found[:, places] = torch.cat([sides, sides - before])[:, valid.bool()]
+            per_token = (sides[:1] - before[:1]) / (batch["chosen_labels"] >= 0).sum(dim=1)
+            found[:, places] = torch.cat([sides, sides - before, per_token])[:, valid.bool()]
         self.rank.all_reduce([found])
         return found
 
@@ -46,9 +53,7 @@ class Measure:
 
         The change of the chosen logps is there per token too, as a mean over pairs.
         """
-        logps = self.pair_logps(table, numbers)
-        tokens = torch.tensor([len(row["chosen_ids"]) for row in table.rows(numbers)], device=logps.device)
-        return means(logps) | {"delta_logp_chosen_per_token": (logps[2] / tokens).mean().item()}
+        return means(self.pair_logps(table, numbers))
 
     def mean_logp(self, table: Sequence[TokenRow]) -> float:
         """Return the mean logp of the completions, in nats."""
@@ -98,7 +103,7 @@ class Measure:
 
 def means(logps: Tensor) -> Metrics:
     """Return the means of :meth:`Measure.pair_means` of what :meth:`Measure.pair_logps` returned."""
-    gain_w, gain_l = logps[2:]
+    gain_w, gain_l = logps[2:4]
     shares = torch.stack([gain_w > gain_l, (gain_w < -FALL) & (gain_l < -FALL)])
-    values = torch.cat([logps, shares.double()]).mean(1)
+    values = torch.cat([logps[:4], shares.double(), logps[4:]]).mean(1)
     return dict(zip(MEANS, values.tolist(), strict=True)) | {"n": logps.shape[1]}

@@ -101,7 +101,7 @@ def run_preference(job: TrainJob, measure: Measure, checkpointer: Checkpointer, 
 def write_changes(path: Path, table: RowTable, logps: Tensor) -> None:
     """Write how each pair's logps changed (:class:`spo_ray.runtime.schema.PairChange`)."""
     kept = table.table.select([name for name in ("id", "ches", "ches_per_token") if name in table.table.column_names])
-    changes = zip(kept.to_pylist(), *logps[2:].tolist(), strict=True)
+    changes = zip(kept.to_pylist(), *logps[2:4].tolist(), strict=True)
     rows = [row | {"delta_logp_chosen": w, "delta_logp_rejected": lost} for row, w, lost in changes]
     write_rows(path, rows, schema.PairChange)
 
