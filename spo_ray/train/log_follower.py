@@ -64,13 +64,14 @@ class JobView:
         config, sft = job.config.preference, job.config.sft
         groups = {"theta": config.theta, "phi": config.phi} if job.method or sft is None else {"theta": sft}
         self.limits = {f"grad_norm/{name}": group.max_grad_norm for name, group in groups.items()}
-        self.moved, self.slowest = time.monotonic(), 0.0
-        """When the last step came, and the longest time between two."""
+        self.moved, self.slowest = 0.0, 0.0
+        """When the last step came or, before one, the first look; and the longest time between two steps."""
         self.still = False
         self.noticed = Counter[str]()
 
     def look(self, update: Update) -> None:
         """Report what was added to the files."""
+        self.moved = self.moved or time.monotonic()
         for record in self.failures.new():
             warn(self.name, _failure(record))
         for record in self.steps.new():

@@ -49,6 +49,16 @@ def test_a_step_says_what_changed_and_how_long_it_takes(in_root, tmp_path, monke
     assert caplog.messages == texts[-1:]  # the last step is always told
 
 
+def test_a_step_is_missed_from_the_start_of_its_training_on(in_root, tmp_path, monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr(log_follower.time, "monotonic", lambda: now[0])
+    one = job(tmp_path, "one")
+    view = JobView(one, "method_dpo", Trackers(Run(one.config)))
+    for now[0] in (1000.0, 1050.0, 1100.0):  # others were trained before it
+        view.look(lambda step, total, text: None)
+    assert caplog.messages == ["no step for 100 s"]
+
+
 def test_a_training_is_told_when_it_starts_and_when_it_ends(in_root, tmp_path, caplog):
     caplog.set_level("INFO", "spo_ray")
     jobs = [job(tmp_path, name) for name in ("a", "b", "c")]
