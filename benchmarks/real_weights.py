@@ -132,7 +132,9 @@ def tables(rows: Sequence[Row]) -> str:
             these = [row for row in own if row["seed"] == seed]
             one = next(row for row in these if "pairs" in row)
             head = f"**{title}, seed {seed}**: {one['pairs']} pairs, {one['steps']} steps."
-            parts += [head, common.table([cells(row) for row in these])]
+            lines = [cells(row) for row in these]
+            told = {key for line in lines for key, text in line.items() if text}
+            parts += [head, common.table([{k: text for k, text in line.items() if k in told} for line in lines])]
             tests = list(paired_tests(these))
             if tests:
                 parts += [f"Paired tests of greedy answers, seed {seed}:", common.table(tests)]
