@@ -105,7 +105,7 @@ def rows_of(task: str, folder: Path) -> Iterator[Row]:
     found = read_finished(folder)
     assert found.evaluation
     config, answers = found.run.config, found.evaluation.answers
-    for name, entry in summarise(found.run, found.methods, found.evaluation)["methods"].items():
+    for name, entry in summarise(found)["methods"].items():
         method = config.methods.get(name)
         row: Row = {"task": task, "seed": config.seed, "method": method.type if method else name}
         if method:

@@ -12,7 +12,7 @@ from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.pipeline.job import run_job
 from spo_ray.pipeline.sweep_job import run_sweep
-from spo_ray.report.finished import Finished, Trials
+from spo_ray.report.summary import Finished, Trials
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.finished_run import FinishedRun
 from spo_ray.runtime.run import Run
@@ -37,7 +37,7 @@ def read_finished(folder: Path, *, verify: bool = False) -> Finished:
     if not (found.root / "results.csv").exists():
         job = run_job(found, until="evaluate")
         methods = {name: _of_configuration(own, name, artifact) for name, artifact in job.methods.items()}
-        return Finished(own, methods, _present(job.evaluation), job.pairs.present(), job.test.present())
+        return Finished(own, methods, _present(job.evaluation), job.test.present(), job.pairs.present())
     if found.config.sweep is None:
         raise UserError(f"{found.root} has a sweep's results.csv, but its {CONFIG} has no section sweep")
     for path in (found.root / "trials").glob(f"*/{ROW}"):
@@ -49,7 +49,7 @@ def read_finished(folder: Path, *, verify: bool = False) -> Finished:
             raise UserError(f"{path} leads out of its folder: it is not followed")
     sweep = run_sweep(found)
     trials = Trials(sweep.trials, rows_of(sweep.trials), sweep.best)
-    return Finished(own, sweep.checkpoints, _present(sweep.evaluation), None, sweep.start.test.present(), trials)
+    return Finished(own, sweep.checkpoints, _present(sweep.evaluation), sweep.start.test.present(), trials=trials)
 
 
 def read_config(folder: Path) -> Config:
@@ -61,9 +61,7 @@ def read_config(folder: Path) -> Config:
     return _validated(folder, _unbuilt(_read(folder)))
 
 
-def _present(evaluation: Evaluation | None) -> Evaluation | None:
-    if evaluation is None:
-        return None
+def _present(evaluation: Evaluation) -> Evaluation:
     answers = {name: artifact.present() for name, artifact in evaluation.answers.items()}
     return Evaluation(evaluation.scores.present(), evaluation.comparisons.present(), answers)
 

@@ -22,6 +22,7 @@ from spo_ray.pipeline import Part
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.plan import expected_of, range_text
 from spo_ray.report.run_page import write_report
+from spo_ray.report.summary import UNMEASURED, Finished
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, external
 from spo_ray.runtime.cluster import connect
@@ -38,8 +39,8 @@ class Job(Prepared):
 
     methods: dict[str, Artifact] = field(default_factory=dict)
     """Trained checkpoints by method."""
-    evaluation: Evaluation | None = None
-    """Metrics and comparisons; None before the evaluation."""
+    evaluation: Evaluation = UNMEASURED
+    """Metrics and comparisons."""
 
 
 def run_job(run: Run, until: Part = "report") -> Job:
@@ -92,7 +93,7 @@ def parts(run: Run, job: Job) -> Iterator[Part]:
         job.evaluation = evaluations.finish(job.test, job.untrained | job.methods)
         yield "evaluate"
 
-        write_report(run, job.methods, job.evaluation, job.pairs, job.test)
+        write_report(Finished(run, job.methods, job.evaluation, job.test, job.pairs))
         yield "report"
 
 

@@ -11,6 +11,7 @@ from spo_ray.errors import UserError
 from spo_ray.evaluate.evaluations import Evaluation, Evaluations
 from spo_ray.pipeline.checks import preflight
 from spo_ray.pipeline.job import prepare
+from spo_ray.report.summary import UNMEASURED
 from spo_ray.report.sweep import write_sweep_report
 from spo_ray.runtime.artifact import Artifact, PlannedArtifact
 from spo_ray.runtime.cluster import connect
@@ -33,8 +34,8 @@ class Sweep:
     """Start of the best point's trials."""
     checkpoints: dict[str, Artifact] = field(default_factory=dict)
     """Trained checkpoints of the best point by trial; empty if no trial finished."""
-    evaluation: Evaluation | None = None
-    """Metrics of these checkpoints on the test split; None if no trial finished."""
+    evaluation: Evaluation = UNMEASURED
+    """Metrics of these checkpoints on the test split, if a trial finished."""
 
 
 def run_sweep(run: Run) -> Sweep:

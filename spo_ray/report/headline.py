@@ -37,7 +37,7 @@ def headline(methods: Methods, compared: Sequence[Mapping[str, Any]], reference:
     """
     trained = {name: entry for name, entry in methods.items() if name not in ("base", reference)}
     start = methods.get(reference, {}).get("accuracy_greedy")
-    found = _accuracies(trained, start, _p_values(compared), reference, words)
+    found = _accuracies(trained, start, p_values(compared), reference, words)
     return [*(found or _reward_accuracies(trained)), *_displacement(trained)]
 
 
@@ -51,7 +51,7 @@ def p_text(p_value: float) -> str:
     return f"{p_value:.2g}" if p_value >= 0.001 else f"{p_value:.0e}".replace("e-0", "e-")
 
 
-def _p_values(compared: Sequence[Mapping[str, Any]]) -> dict[frozenset[str], float]:
+def p_values(compared: Sequence[Mapping[str, Any]]) -> dict[frozenset[str], float]:
     """Return the adjusted p-values of the greedy accuracies by pair of checkpoints."""
     rows = [row for row in compared if row["metric"] == "accuracy_greedy"]
     return {frozenset((row["first"], row["second"])): row["p_adjusted"] for row in rows}

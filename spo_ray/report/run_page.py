@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 
 from spo_ray.core.text_metrics import words_and_marks
 from spo_ray.data.filter import Contamination
-from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.report import figures, scores
 from spo_ray.report.headline import Sentence, headline, plain
 from spo_ray.report.page import Cell, Link, Table, render
 from spo_ray.report.samples import shown_samples
-from spo_ray.report.summary import summarise
+from spo_ray.report.summary import Finished, summarise
 from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place, show
 from spo_ray.runtime.manifest import MANIFEST, manifests
@@ -28,46 +27,23 @@ SHOWN_DROPPED = 20
 """Number of dropped rows that the page lists for each stage and reason."""
 SHARED_WORDS = 13
 """Number of consecutive words shared with a held-out prompt that count as contamination."""
-BATCH = f"The pairs of each step, before the step. Moving average with weight {figures.EMA} on the past."
-DYNAMICS = (
-    "Under the preference loss alone, the green term gives the change of the chosen log-probability and the pink term "
-    "that of the rejected one. Where the green term is negative, the step lowers the log-probability of the chosen "
-    "answers, unless another term of the loss prevents it. Computed from batch-mean gradients."
-)
-CHES = (
-    "Each point is a training pair. Across: its CHES score under the reference model, before training. Up: what "
-    "training did to the log-probability of its chosen answer. A score that tells which pairs displace has a rank "
-    "correlation near -1; near 0, dropping the pairs with the highest scores (pairs.max_ches_quantile) helps no more "
-    "than dropping any others."
-)
-HEALTH = "Answers sampled at temperature 1, to the prompts of some of the probe pairs."
 NOTED = ("requests", "cost", "restarts")
 """Facts of a stage that the table of stages shows."""
 
 
-def write_report(
-    run: Run,
-    methods: dict[str, Artifact],
-    evaluation: Evaluation,
-    pairs: Artifact,
-    held_out: Artifact,
-    samples: int | None = None,
-) -> None:
-    """Write ``report/index.html`` and ``summary.json`` from the finished stages.
-
-    ``pairs`` are the training pairs as text, ``held_out`` the questions or pairs of the evaluation,
-    ``samples`` the number of held-out prompts with answers.
-    """
-    summary = cache(partial(summarise, run, methods, evaluation))
+def write_report(found: Finished, samples: int | None = None) -> None:
+    """Write ``report/index.html`` and ``summary.json``; ``samples``: number of held-out prompts with answers."""
+    run, evaluation, summary = found.run, found.evaluation, cache(partial(summarise, found))
 
     def build(out: Path, row_counts: RowCounts) -> None:
         row_counts.facts["summary"] = "../summary.json"
-        page = render("run.html.j2", **_content(run, summary(), methods, evaluation, pairs, held_out, samples))
+        page = render("run.html.j2", **_content(found, summary(), samples))
         (out / "index.html").write_text(page, encoding="utf-8")
 
-    inputs = {f"method_{k}": v for k, v in methods.items()} | {f"eval_{k}": v for k, v in evaluation.answers.items()}
-    inputs |= {"questions": held_out, "scores": evaluation.scores, "comparisons": evaluation.comparisons}
-    report = run.execute(Stage("report", build, {}, inputs | {"pairs": pairs}, Work(note="a page")))
+    inputs = {f"method_{k}": v for k, v in found.methods.items()}
+    inputs |= {f"eval_{k}": v for k, v in evaluation.answers.items()}
+    inputs |= {"questions": found.held_out, "scores": evaluation.scores, "comparisons": evaluation.comparisons}
+    report = run.execute(Stage("report", build, {}, inputs | {"pairs": found.pairs}, Work(note="a page")))
     if run.mode == "plan":
         return
     write_json(run.root / "summary.json", summary())
@@ -77,46 +53,39 @@ def write_report(
     log("report", place(report.path / "index.html"))
 
 
-def _content(
-    run: Run,
-    summary: dict[str, Any],
-    methods: dict[str, Artifact],
-    evaluation: Evaluation,
-    pairs: Artifact,
-    held_out: Artifact,
-    samples: int | None,
-) -> dict[str, Any]:
+def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> dict[str, Any]:
     """Return the data of ``run.html.j2``."""
-    table, compared, reference = summary["methods"], summary["comparisons"], run.config.reference
-    paths = {name: artifact.path for name, artifact in methods.items()}
-    lines = scores.results(table, compared, reference)
-    cells = [scores.linked(line, run.root, "..", paths.get(line["method"])) for line in lines]
-    alarms = _alarms(run, paths)
+    run, graded, reference = found.run, found.evaluation.answers, found.run.config.reference
+    table, compared = summary["methods"], summary["comparisons"]
+    paths = {name: artifact.path for name, artifact in found.methods.items()}
+    rows, alarms = scores.Rows(run.root, "..", found.methods), _alarms(run, paths)
     return {
         "config": run.config,
         "versions": summary["versions"],
-        "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in methods},
-        "headline": scores.linked_sentences(run_headline(run, summary), run.root, paths),
-        "results": scores.results_table(cells),
+        "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in paths},
+        "headline": [
+            [piece if isinstance(piece, str) else rows.of(*piece) for piece in sentence]
+            for sentence in run_headline(run, summary)
+        ],
+        "results": scores.results_table(scores.results(table, compared, reference, rows)),
         "alarms": _alarm_table(alarms),
         "matrix": scores.matrix(compared),
         "comparisons": scores.comparison_tables(compared),
         "figures": {
-            "accuracy": figures.accuracy_figure(table, reference) if evaluation.answers else None,
+            "accuracy": figures.accuracy_figure(table, reference) if graded else None,
             "displacement": figures.displacement_figure(table),
             "logps": figures.log_probability_figure(paths, alarms),
+            "batch": figures.batch_figure(paths),
+            "dynamics": figures.dynamics_figure(paths),
+            "ches": figures.ches_figure(paths, run.config.pairs.ches),
+            "health": figures.health_figure(paths),
         },
-        "curves": [
-            ("Each step's own pairs", figures.batch_figure(paths), BATCH),
-            ("Gradient terms (Theorem 1)", figures.dynamics_figure(paths), DYNAMICS),
-            ("CHES scores of the training pairs", figures.ches_figure(paths, run.config.pairs.ches), CHES),
-            ("Text health of samples during training", figures.health_figure(paths), HEALTH),
-        ],
-        "suites": scores.other_suites(table, run.root),
+        "smoothing": figures.EMA,
+        "suites": scores.other_suites(table, rows),
         "health": scores.health_strip(table, reference),
-        "samples": shown_samples(_greedy(run, table, evaluation.answers), held_out.rows(), reference, samples),
+        "samples": shown_samples(_greedy(run, table, graded), found.held_out.rows(), reference, samples),
         "reference": reference,
-        "pairs": _pairs(run, pairs, held_out),
+        "pairs": _pairs(found),
         "stages": _stages(run),
         "dropped": _dropped(run),
         "settings": json.dumps(run.config.model_dump(mode="json"), indent=2),
@@ -134,9 +103,8 @@ def _alarms(run: Run, paths: dict[str, Path]) -> list[dict[str, Any]]:
     found = []
     for name, path in paths.items():
         for alarm in json.loads((path / RESULT).read_text()).get("alarms", []):
-            record = {"step": alarm["step"], f"{PREFIX}{alarm['alarm']}": alarm["value"]}
-            told = describe(record, run.config.preference.alarm)
-            found += [{"method": name, "step": alarm["step"], "text": text, "advice": advice} for text, advice in told]
+            told = describe({f"{PREFIX}{alarm['alarm']}": alarm["value"]}, run.config.preference.alarm)
+            found += [{"method": name, "step": alarm["step"], **each._asdict()} for each in told]
     return found
 
 
@@ -165,37 +133,35 @@ def _greedy(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dic
 def _stages(run: Run) -> Table:
     """Return rows, noted facts and seconds of each stage in the order of their end, and the totals."""
     lines: list[list[Cell]] = []
-    wall_s, totals = 0.0, Counter()
+    totals: Counter[str] = Counter()
     for folder, manifest in manifests(run.root):
         rows, facts = manifest["rows"], {key: manifest["facts"].get(key) or 0 for key in NOTED}
+        facts["seconds"] = manifest["wall_s"]
+        totals.update(facts)
         dropped = ", ".join(f"{n} {reason}" for reason, n in rows["dropped"].items())
         name = Link(manifest["stage"], f"../{folder.name}/{MANIFEST}")
-        seconds = f"{manifest['wall_s']:.1f}"
-        lines.append([name, str(rows["read"]), str(rows["kept"]), dropped, _noted(facts), seconds])
-        totals.update(facts)
-        wall_s += manifest["wall_s"]
-    lines.append(["all", "", "", "", _noted(totals), f"{wall_s:.1f}"])
+        lines.append([name, str(rows["read"]), str(rows["kept"]), dropped, *_noted(facts)])
+    lines.append(["all", "", "", "", *_noted(totals)])
     return Table(["stage", "rows read", "rows written", "dropped", "notes", "seconds"], lines)
 
 
-def _noted(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" for key, value in facts.items() if value)
+def _noted(facts: dict[str, Any]) -> list[str]:
+    return [", ".join(f"{key} {facts[key]:.4g}" for key in NOTED if facts[key]), f"{facts['seconds']:.1f}"]
 
 
-def _pairs(run: Run, pairs: Artifact, held_out: Artifact) -> Table:
+def _pairs(found: Finished) -> Table:
     """Return length bias, duplicates and contamination of the training pairs."""
-    rows = pairs.rows()
+    rows, template = found.pairs.rows(), getattr(found.run.config.data, "prompt", "")
     chosen, rejected = ([len(words_and_marks(row[side])) for row in rows] for side in ("chosen", "rejected"))
     longer = sum(one > other for one, other in zip(chosen, rejected, strict=True)) / len(rows)
-    different = Counter((str(row["prompt"]), row["chosen"], row["rejected"]) for row in rows)
-    template = getattr(run.config.data, "prompt", "")
-    clean = list(Contamination(held_out.rows(), SHARED_WORDS, template).keep_clean(rows, RowCounts()))
+    different = {(str(row["prompt"]), row["chosen"], row["rejected"]) for row in rows}
+    clean = list(Contamination(found.held_out.rows(), SHARED_WORDS, template).keep_clean(rows, RowCounts()))
     lines = [
-        ["pairs", Link(f"{len(rows)}", f"../{pairs.path.name}/")],
+        ["pairs", Link(f"{len(rows)}", f"../{found.pairs.path.name}/")],
         ["mean words, chosen", f"{fmean(chosen):.1f}"],
         ["mean words, rejected", f"{fmean(rejected):.1f}"],
         ["chosen longer than rejected", f"{longer:.1%}"],
-        ["different prompts", f"{len({str(row['prompt']) for row in rows})}"],
+        ["different prompts", f"{len({prompt for prompt, *_ in different})}"],
         ["exact duplicates", f"{len(rows) - len(different)}"],
         [f"sharing {SHARED_WORDS} consecutive words, or all, with a held-out prompt", f"{len(rows) - len(clean)}"],
     ]
@@ -206,12 +172,11 @@ def _dropped(run: Run) -> list[tuple[str, Table]]:
     """Return a title and the first dropped rows for each stage and reason."""
     found = []
     for file in (folder / REJECTED for folder, _ in manifests(run.root) if (folder / REJECTED).is_file()):
-        stage = file.parent.name
         reasons: dict[str, list[list[str]]] = {}
         for row in pq.read_table(file).to_pylist():
             reasons.setdefault(row["reason"], []).append([row["id"], row["excerpt"]])
         for reason, rows in reasons.items():
-            shown = rows[:SHOWN_DROPPED]
-            more = "" if shown == rows else f"; the first {len(shown)} of them, all in {stage}/{REJECTED}"
-            found.append((f"{stage}: {len(rows)} {reason}{more}", Table(["row", "excerpt"], shown)))
+            more = f"; the first {SHOWN_DROPPED} of them, all in {file.parent.name}/{REJECTED}"
+            title = f"{file.parent.name}: {len(rows)} {reason}{more if len(rows) > SHOWN_DROPPED else ''}"
+            found.append((title, Table(["row", "excerpt"], rows[:SHOWN_DROPPED])))
     return found

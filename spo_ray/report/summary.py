@@ -1,8 +1,9 @@
-"""``summary.json``: the results of every checkpoint, read from the stages' files."""
+"""Finished runs, and ``summary.json``: the results of every checkpoint, read from the stages' files."""
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spo_ray.evaluate.accuracy import accuracies
 from spo_ray.evaluate.evaluations import Evaluation
@@ -12,33 +13,60 @@ from spo_ray.runtime.manifest import manifests
 from spo_ray.runtime.run import Run
 from spo_ray.train.spec import RESULT
 
+if TYPE_CHECKING:  # Ray Tune, which only sweeps need, takes long to import
+    from spo_ray.sweep.results import Ranked, Row
+
 NO_CHANGE = {"delta_logp_chosen": None, "delta_logp_rejected": None}
+NO_ROWS = Artifact(Path(os.devnull), "")
+UNMEASURED = Evaluation(NO_ROWS, NO_ROWS, {})
+"""Of a sweep of which no trial finished."""
 
 
-def summarise(run: Run, methods: dict[str, Artifact], evaluation: Evaluation) -> dict[str, Any]:
+class Trials(NamedTuple):
+    """The trials of a sweep, which a run does not have."""
+
+    artifact: Artifact
+    rows: "list[Row]"
+    best: "Ranked"
+
+
+class Finished(NamedTuple):
+    """One finished run."""
+
+    run: Run
+    methods: dict[str, Artifact]
+    """Trained checkpoints by their names in the evaluation; of a sweep those of the best point's trials."""
+    evaluation: Evaluation
+    held_out: Artifact
+    """Questions or pairs of the evaluation."""
+    pairs: Artifact = NO_ROWS
+    """Training pairs as text; none for a sweep, whose trials may have different ones."""
+    trials: Trials | None = None
+
+
+def summarise(found: Finished) -> dict[str, Any]:
     """Return the content of ``summary.json``.
 
     ``methods`` has for each checkpoint ``accuracy_greedy`` and ``accuracy_sampled`` (None without graded answers), the
     change of log-probabilities on the training pairs, ``held_out`` with the share of held-out pairs whose chosen
     response gained more than the rejected one, and ``scores`` with all metrics. ``comparisons`` has the paired tests.
     """
-    scores = evaluation.scores.rows()
-    table: dict[str, Any] = {}
-    for name in dict.fromkeys([*(score["checkpoint"] for score in scores), *methods]):
+    evaluation, scores, table = found.evaluation, found.evaluation.scores.rows(), {}
+    for name in dict.fromkeys([*(score["checkpoint"] for score in scores), *found.methods]):
         entry = {"accuracy_greedy": None, "accuracy_sampled": None, **NO_CHANGE}
         if name in evaluation.answers:
             entry |= accuracies(evaluation.answers[name].rows())
-        if name in methods:
-            entry |= _log_probabilities(methods[name].path)
+        if name in found.methods:
+            entry |= _log_probabilities(found.methods[name].path)
         own = [score for score in scores if score["checkpoint"] == name]
-        entry["scores"] = {f"{score['suite']}/{score['metric']}": _figures(score) for score in own}
+        entry["scores"] = {f"{score['suite']}/{score['metric']}": figures(score) for score in own}
         table[name] = entry
     return {
-        "run": run.config.name,
-        "seed": run.config.seed,
+        "run": found.run.config.name,
+        "seed": found.run.config.seed,
         "methods": table,
         "comparisons": evaluation.comparisons.rows(),
-        "versions": versions_of(run),
+        "versions": versions_of(found.run),
     }
 
 
@@ -51,7 +79,7 @@ def versions_of(run: Run) -> dict[str, str]:
     return {name: ", ".join(each) for name, each in found.items()}
 
 
-def _figures(score: dict[str, Any]) -> dict[str, Any]:
+def figures(score: dict[str, Any]) -> dict[str, Any]:
     """Return the value of a score, its interval and counts; without those that it does not have."""
     names = ("value", "low", "high", "std", "n", "seeds")
     return {name: score[name] for name in names if score[name] not in (None, [])}
@@ -60,10 +88,7 @@ def _figures(score: dict[str, Any]) -> dict[str, Any]:
 def _log_probabilities(checkpoint: Path) -> dict[str, Any]:
     result = json.loads((checkpoint / RESULT).read_text())
     found = {key: result["train"][key] for key in NO_CHANGE} | {"pairs": result["train"]["n"], "steps": result["steps"]}
-    if "held_out" in result:
-        held_out = result["held_out"]
-        found["held_out"] = {
-            "reward_accuracy": share(held_out["accuracy"], held_out["n"]),
-            **{key: held_out[key] for key in NO_CHANGE},
-        }
+    if held_out := result.get("held_out"):
+        reward = {"reward_accuracy": share(held_out["accuracy"], held_out["n"])}
+        found["held_out"] = reward | {key: held_out[key] for key in NO_CHANGE}
     return found

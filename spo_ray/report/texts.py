@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 from spo_ray.report import scores
 from spo_ray.report.comparison import lines_of
-from spo_ray.report.finished import Finished
 from spo_ray.report.headline import plain
 from spo_ray.report.run_page import run_headline
-from spo_ray.report.summary import summarise
+from spo_ray.report.summary import Finished, summarise
 
 FIELDS = ("checkpoint", "suite", "metric", "value", "low", "high", "interval", "std", "n")
 
@@ -18,9 +17,8 @@ def as_markdown(runs: Mapping[str, Finished]) -> str:
     """Return each run's headline and one table of the results, for a pull request or a model card."""
     told = []
     for label, found in runs.items():
-        if found.evaluation and not found.trials:
-            sentences = plain(run_headline(found.run, summarise(found.run, found.methods, found.evaluation)))
-            told += [f"**{label}**: {sentences}", ""]
+        if not found.trials:
+            told += [f"**{label}**: {plain(run_headline(found.run, summarise(found)))}", ""]
     lines = [{"run": label} | line for label, found in runs.items() for line in lines_of(found)]
     table = scores.results_table(lines, ("run", "method") if len(runs) > 1 else ("method",))
     rule = ["---" if name in ("run", "method") else "---:" for name in table.header]
@@ -34,6 +32,6 @@ def as_csv(runs: Mapping[str, Finished]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("run", *FIELDS))
     for label, found in runs.items():
-        for row in found.evaluation.scores.rows() if found.evaluation else []:
+        for row in found.evaluation.scores.rows():
             writer.writerow((label, *(row[field] for field in FIELDS)))
     return out.getvalue().rstrip("\n")

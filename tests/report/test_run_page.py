@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from spo_ray.pipeline.finished import read_finished
-from spo_ray.report.finished import rewrite
+from spo_ray.report.comparison import rewrite
 from spo_ray.report.headline import p_text
 from spo_ray.report.run_page import _alarm_table, _alarms, _greedy
 from spo_ray.report.samples import shown_samples
-from spo_ray.report.scores import comparison_tables, other_suites, results, results_table
+from spo_ray.report.scores import Rows, comparison_tables, other_suites, results, results_table
 from spo_ray.report.summary import versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
@@ -131,7 +131,7 @@ def test_scores_lead_to_the_stage_that_has_their_rows(tmp_path):
         "accuracy/x",
     )
     scores = {key: {"value": 0.25} for key in keys}
-    suites = other_suites({"dpo": {"scores": scores}}, tmp_path)
+    suites = other_suites({"dpo": {"scores": scores}}, Rows(tmp_path))
     assert list(suites) == ["health", "alpaca_eval", "lm_eval:arc"]
     cells = {metric: cell for table in suites.values() for metric, cell in table.rows}
     places = {metric: cell.target.removeprefix("../") for metric, cell in cells.items()}

@@ -78,7 +78,7 @@ def _stages(run, output, referenced):
     write_csv(run.root / "results.csv", rows_of(trials), run.config.sweep)
     best = rank(rows_of(trials), run.config.sweep)[0]
     write_best(run, best)
-    write_sweep_report(run, trials, best, None)
+    write_sweep_report(run, trials, best)
     print("FINISHED", flush=True)
     return run, trials
 

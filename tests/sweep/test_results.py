@@ -268,7 +268,7 @@ def test_figures_of_a_score_with_slashes_are_files_in_the_report(tmp_path):
         (folder / SCORES).write_text(json.dumps(record | {objective: {"value": 0.1 * i}}) + "\n")
     close_trials(run, stage, Ended(results, 2))
     trials = run.close(stage)
-    write_sweep_report(run, trials, rank(rows_of(trials), run.config.sweep)[0], None)
+    write_sweep_report(run, trials, rank(rows_of(trials), run.config.sweep)[0])
     names = {path.name for path in (run.root / "report").glob("*.svg")}
     assert names == {
         "health_greedy_repetition_4_against_lambda_sft.svg",
