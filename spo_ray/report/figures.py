@@ -127,8 +127,9 @@ def displacement_figure(methods: Mapping[str, Any]) -> Spec | None:
     """
     records = []
     for method, entry in methods.items():
-        pairs = {"held-out pairs": entry.get("held_out"), "training pairs": entry}
-        changes = {kind: both for kind, measured in pairs.items() if (both := _both(measured or {}))}
+        pairs = {"held-out pairs": entry.get("held_out", {}), "training pairs": entry}
+        sides = {k: [e.get("delta_logp_chosen"), e.get("delta_logp_rejected")] for k, e in pairs.items()}
+        changes = {kind: both for kind, both in sides.items() if None not in both}
         for number, (kind, values) in enumerate(changes.items()):
             row = f"{method}\n{_direction(*next(iter(changes.values())))}"
             own = {"method": method, "row": row, "pairs": kind, "first": not number}
@@ -173,16 +174,8 @@ def ches_figure(trainings: Paths, score: str) -> Spec | None:
     title = ["change of log π of the chosen response, nats", *squeezed]
     x = alt.X("score:Q", title="CHES score", scale=alt.Scale(zero=False))
     drawn = chart(records).mark_point(filled=True, size=25, opacity=0.5, color=SIDES["chosen"])
-    drawn = drawn.encode(x=x, y=alt.Y("value:Q", title=None, axis=axis, scale=scale)).properties(width=220, height=150)
-    panels = drawn.facet(facet=alt.Facet("method:N", title=None, sort=told), columns=3)
-    return spec(
-        panels.properties(title=alt.Title(title, anchor="start")), f"{title[0]}, by CHES score; {'; '.join(told)}."
-    )
-
-
-def _both(entry: Mapping[str, Any]) -> list[float]:
-    """Return the changes of both sides; empty if there are none."""
-    return [entry[key] for key in ("delta_logp_chosen", "delta_logp_rejected") if entry.get(key) is not None]
+    drawn = drawn.encode(x=x, y=alt.Y("value:Q", title=None, axis=axis, scale=scale))
+    return spec(_panels(drawn, told, title), f"{title[0]}, by CHES score; {'; '.join(told)}.")
 
 
 def _direction(chosen: float, rejected: float) -> str:
@@ -273,14 +266,17 @@ def _lines(
         sign = base.transform_filter("datum.text").mark_point(**triangle)
         drawn = drawn + sign.encode(x=x, y=y, tooltip=["method:N", "step:Q", "text:N"])
     text = f"{title or 'Text health'}, at the last measurement: {_told(records)}."
-    heading = {"title": alt.Title([title, *squeezed], anchor="start")} if title else {}
+    heading = [title, *squeezed] if title else []
     if len(order) == 1:
-        return spec(drawn.properties(height=220, **heading), text)
-    panel = drawn.properties(width=220, height=150).facet(
-        facet=alt.Facet("method:N", title=None, sort=order), columns=3
-    )
-    panel = panel.resolve_axis(x="independent").properties(**heading)
-    return spec(panel.resolve_scale(y="independent") if apart else panel, text)
+        return spec(drawn.properties(height=220, title=alt.Title(heading, anchor="start")), text)
+    panels = _panels(drawn, order, heading).resolve_axis(x="independent")
+    return spec(panels.resolve_scale(y="independent") if apart else panels, text)
+
+
+def _panels(drawn: Any, order: Sequence[str], heading: Sequence[str]) -> Any:
+    """Return a small chart for each method, three in a row, under one heading."""
+    panels = drawn.properties(width=220, height=150).facet(alt.Facet("method:N", title=None, sort=order), columns=3)
+    return panels.properties(title=alt.Title(heading, anchor="start")) if heading else panels
 
 
 def _told(records: Iterable[Record]) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from spo_ray.core.text_metrics import words_and_marks
 from spo_ray.data.filter import Contamination
 from spo_ray.report import figures, scores
-from spo_ray.report.headline import Sentence, headline, plain
+from spo_ray.report.headline import headline, pieces, plain
 from spo_ray.report.page import Cell, Link, Table, render
 from spo_ray.report.samples import shown_samples
 from spo_ray.report.summary import Finished, summarise
@@ -64,7 +64,7 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
         "versions": summary["versions"],
         "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in paths},
         "headline": [
-            [piece if isinstance(piece, str) else rows.of(*piece) for piece in sentence]
+            [piece if isinstance(piece, str) else rows.of(*piece) for piece in pieces(sentence)]
             for sentence in run_headline(run, summary)
         ],
         "results": scores.results_table(scores.results(table, compared, reference, rows)),
@@ -92,7 +92,7 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
     }
 
 
-def run_headline(run: Run, summary: dict[str, Any]) -> list[Sentence]:
+def run_headline(run: Run, summary: dict[str, Any]) -> list[str]:
     """Return the results of a run in sentences."""
     words = "the SFT model" if run.config.sft else "the reference model"
     return headline(summary["methods"], summary["comparisons"], run.config.reference, words)

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import altair as alt
@@ -56,7 +56,10 @@ def sensitivity_figures(rows: Sequence[Row], sweep: SweepConfig, found: dict[str
 def sensitivity_figure(rows: Sequence[Row], key: str, sweep: SweepConfig) -> Any:
     """Plot the first objective against one parameter with intervals; lines join points that agree in all others."""
     objective, names = names_of(sweep)[0], short_names(sweep.space)
-    records = [_record(point, key) for point in estimates(rows, objective)]
+    records: list[dict[str, Any]] = []
+    for point in estimates(rows, objective):
+        others = ", ".join(short_text(value, 3) for other, value in point.values.items() if other != key)
+        records.append(point._asdict() | {"x": point.values[key], "others": others})
     groups = {record["others"] for record in records}
     joined = len(records) > 1 and len(groups) <= MOST_LINES
     title = ", ".join(name for other, name in names.items() if other != key) or None
@@ -73,11 +76,6 @@ def sensitivity_figure(rows: Sequence[Row], key: str, sweep: SweepConfig) -> Any
     if joined:
         layers.append(base.mark_line(opacity=0.7).encode(y=y))
     return alt.layer(*layers).properties(width=460, height=260)
-
-
-def _record(point: Estimate, key: str) -> dict[str, Any]:
-    others = ", ".join(short_text(value, 3) for other, value in point.values.items() if other != key)
-    return point._asdict() | {"x": point.values[key], "others": others}
 
 
 def heat_figure(rows: Sequence[Row], first: str, second: str, sweep: SweepConfig) -> Any:
@@ -108,24 +106,26 @@ def _bins(rows: Sequence[Row], key: str, sweep: SweepConfig) -> dict[str, str]:
     ordered = dict(sorted(values.items(), key=lambda item: item[1]))
     if len(ordered) <= MOST_VALUES:
         return {text: short_text(value, 3) for text, value in ordered.items()}
-    scale, back = (math.log, math.exp) if is_log(key, sweep) else (float, float)
-    heights = _heights(ordered, scale)
+    log = is_log(key, sweep)
+    scale, back = (math.log, math.exp) if log else (float, float)
     low, high = scale(min(ordered.values())), scale(max(ordered.values()))
     edges = [f"{back(low + (high - low) * i / BINS):.2g}" for i in range(BINS + 1)]
-    indices = {text: min(BINS - 1, int(BINS * height)) for text, height in heights.items()}
+    indices = {text: min(BINS - 1, int(BINS * height)) for text, height in _heights(ordered, log).items()}
     return {text: f"{edges[i]}–{edges[i + 1]}" for text, i in indices.items()}
 
 
 def parallel_figure(rows: Sequence[Row], sweep: SweepConfig) -> Any:
     """Plot parallel coordinates: a line for each trial over its parameters and objectives."""
-    objective = names_of(sweep)[0]
-    scored = {row["trial"]: row for row in _scored(rows, objective)}
-    columns = _columns(scored, sweep)
+    objective, names = names_of(sweep)[0], short_names(sweep.space)
+    found = {row["trial"]: row for row in _scored(rows, objective)}
+    columns = {n: ({t: row["values"][k] for t, row in found.items()}, is_log(k, sweep)) for k, n in names.items()}
+    for name in names_of(sweep):
+        columns[name] = {t: r["scores"][name]["value"] for t, r in found.items() if name in r["scores"]}, False
     records: list[dict[str, Any]] = [
         {"axis": axis, "height": height, "label": short_text(values[trial], 3), "trial": trial}
-        | {objective: scored[trial]["scores"][objective]["value"]}
-        for axis, (values, heights) in columns.items()
-        for trial, height in heights.items()
+        | {objective: found[trial]["scores"][objective]["value"]}
+        for axis, (values, log) in columns.items()
+        for trial, height in _heights(values, log).items()
     ]
     ticks = {(r["axis"], round(r["height"], 1)): r for r in sorted(records, key=lambda r: r["height"])}
     look = alt.Axis(labelAngle=0, grid=True)
@@ -137,25 +137,10 @@ def parallel_figure(rows: Sequence[Row], sweep: SweepConfig) -> Any:
     return (lines + marks).properties(width=130 * len(columns), height=280, usermeta={"fixed": True})
 
 
-def _columns(scored: Mapping[str, Row], sweep: SweepConfig) -> dict[str, tuple[dict[str, Any], dict[str, float]]]:
-    """Return values and heights by trial for each axis of the parallel coordinates."""
-    columns = {}
-    for key, name in short_names(sweep.space).items():
-        values = places = {trial: row["values"][key] for trial, row in scored.items()}
-        scale = math.log if is_log(key, sweep) else float
-        if not is_number(key, list(scored.values())):
-            order = list(dict.fromkeys(map(str, values.values())))
-            scale, places = float, {trial: order.index(str(value)) for trial, value in values.items()}
-        columns[name] = values, _heights(places, scale)
-    for name in names_of(sweep):
-        scores = {trial: row["scores"][name]["value"] for trial, row in scored.items() if name in row["scores"]}
-        columns[name] = scores, _heights(scores, float)
-    return columns
-
-
-def _heights(values: Mapping[str, Any], scale: Callable[[Any], float]) -> dict[str, float]:
-    """Return a height between 0 and 1 for each value."""
-    places = {key: scale(value) for key, value in values.items()}
+def _heights(values: Mapping[str, Any], log: bool) -> dict[str, float]:
+    """Return a height between 0 and 1 for each value; values that are no numbers stand in their order."""
+    numbers, order = all(map(_is_number, values.values())), list(dict.fromkeys(map(str, values.values())))
+    places = {k: (math.log(v) if log else v) if numbers else order.index(str(v)) for k, v in values.items()}
     low, high = min(places.values(), default=0.0), max(places.values(), default=1.0)
     return {key: (place - low) / ((high - low) or 1.0) for key, place in places.items()}
 
@@ -185,8 +170,7 @@ def _estimate(group: list[Row], objective: str) -> Estimate:
     if std is None:
         low, high = scores[0].get("low", mean), scores[0].get("high", mean)
     else:
-        half = scipy.stats.t.ppf(0.975, len(scores) - 1) * std / math.sqrt(len(scores))
-        low, high = mean - half, mean + half
+        low, high = scipy.stats.t.interval(0.95, len(scores) - 1, mean, std / math.sqrt(len(scores)))
     finished = all(row["status"] == "finished" for row in group)
     return Estimate(group[0]["values"], mean, low, high, len(scores), finished)
 

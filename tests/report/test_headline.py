@@ -3,7 +3,7 @@
 import pytest
 
 from spo_ray.evaluate.statistics import compare, share
-from spo_ray.report.headline import Fact, headline, p_text, plain
+from spo_ray.report.headline import Fact, headline, p_text, pieces, plain
 
 
 def results(rights, n, **changes):
@@ -96,7 +96,8 @@ def test_wording(kind):
 
 def test_every_number_names_its_rows():
     methods, compared = results({"sft": 100, "spo": 200, "dpo": 20}, 320, spo=0.5)
-    facts = [piece for each in headline(methods, compared, "sft", "it") for piece in each if isinstance(piece, Fact)]
+    told = headline(methods, compared, "sft", "it")
+    facts = [piece for sentence in told for piece in pieces(sentence) if isinstance(piece, Fact)]
     assert [(fact.stage, fact.name) for fact in facts] == [
         *(("eval", "spo"), ("eval", "sft"), ("comparisons", "spo")),
         *(("eval", "dpo"), ("comparisons", "dpo"), ("method", "spo")),
