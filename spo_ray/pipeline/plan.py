@@ -26,6 +26,7 @@ from spo_ray.errors import UserError
 from spo_ray.model.adapter import ModelSource
 from spo_ray.model.completion import choose_engine
 from spo_ray.model.memory import Device, MemoryEstimate, estimate_memory
+from spo_ray.runtime.console import in_units
 from spo_ray.runtime.manifest import MANIFEST, UnreadableError, read_manifest
 from spo_ray.runtime.run import PlannedRun, PlannedStage, Work
 from spo_ray.sweep.space import listed_points, short_text, sweep_of
@@ -43,11 +44,6 @@ START_S = (2.0, 10.0)
 """Seconds of a stage for the start of its processes, which several stages share."""
 VLLM_BYTES = 2 * 2**30
 """Memory of vLLM's process on a CPU beside weights and cache; 1.9 GiB were measured with a model of 135M."""
-UNITS = {
-    "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
-    "bytes": ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB")),
-    "seconds": ((3600.0, " h"), (60.0, " min"), (1.0, " s")),
-}
 
 
 @dataclass(frozen=True)
@@ -184,10 +180,10 @@ def _cells(stage: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
         stage.name,
         stage.state,
         "?" if stage.work.rows is None else f"{stage.work.rows:,}",
-        _shown(stage.work.tokens, "count"),
-        _shown(estimate.memory, "bytes"),
-        _shown(estimate.disk, "bytes"),
-        "?" if estimate.seconds is None else f"{seconds}{_shown(estimate.seconds, 'seconds') or '0 s'}",
+        in_units(stage.work.tokens, "count"),
+        in_units(estimate.memory, "bytes"),
+        in_units(estimate.disk, "bytes"),
+        "?" if estimate.seconds is None else f"{seconds}{in_units(estimate.seconds, 'seconds') or '0 s'}",
     )
 
 
@@ -217,17 +213,17 @@ def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence
     tokens, disk = sum(s.work.tokens or 0 for s, _ in left), sum(e.disk for _, e in left)
     most = max((e.checkpoints for _, e in left), default=0)
     yield (
-        f"Left to do: {len(left)} of {len(planned)} stages, at most {_shown(tokens, 'count') or 0} tokens, "
+        f"Left to do: {len(left)} of {len(planned)} stages, at most {in_units(tokens, 'count') or 0} tokens, "
         f"{range_text(expected_seconds(left))}"
     )
     if needs := [(e.memory * s.work.actors, s.name) for s, e in left if e.memory and s.work.actors]:
         most_memory, name = max(needs)
-        there = _shown(psutil.virtual_memory().total, "bytes")
-        yield f"Memory: up to {_shown(most_memory, 'bytes')} at a time, in {name}; this machine has {there}"
+        there = in_units(psutil.virtual_memory().total, "bytes")
+        yield f"Memory: up to {in_units(most_memory, 'bytes')} at a time, in {name}; this machine has {there}"
     room = free_bytes(config.output)
     yield (
-        f"Disk: {_shown(disk, 'bytes') or '0 KiB'}, and up to {_shown(most, 'bytes') or '0 KiB'} of checkpoints while "
-        f"a method trains; {_shown(room, 'bytes')} are free"
+        f"Disk: {in_units(disk, 'bytes') or '0 KiB'}, and up to {in_units(most, 'bytes') or '0 KiB'} of checkpoints "
+        f"while a method trains; {in_units(room, 'bytes')} are free"
     )
     if disk + most > room:
         yield f"Too little space in {config.output.absolute()}: set output=, or lower train.checkpoint.keep"
@@ -254,16 +250,8 @@ def expected_of(plan: PlannedRun) -> tuple[float, float]:
 
 def range_text(seconds: tuple[float, float]) -> str:
     """Return a range of seconds in words."""
-    low, high = (_shown(value, "seconds") or "0 s" for value in seconds)
+    low, high = (in_units(value, "seconds") or "0 s" for value in seconds)
     return low if low == high else f"{low} to {high}"
-
-
-def _shown(value: float | None, kind: str) -> str:
-    """Return a value in its largest unit; an empty text for 0 and None."""
-    if not value:
-        return ""
-    size, unit = next(((s, u) for s, u in UNITS[kind] if value >= s), UNITS[kind][-1])
-    return f"{value / size:.0f}{unit}" if unit == "" else f"{value / size:.1f}{unit}"
 
 
 def _operations(config: Config, work: Work) -> float:

@@ -15,7 +15,7 @@ from spo_ray.report import figures, scores
 from spo_ray.report.headline import headline, pieces, plain
 from spo_ray.report.page import Cell, Link, Table, render
 from spo_ray.report.samples import shown_samples
-from spo_ray.report.summary import Finished, summarise
+from spo_ray.report.summary import Finished, origin, summarise
 from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place, show
 from spo_ray.runtime.manifest import MANIFEST, manifests
@@ -61,6 +61,7 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
     rows, alarms = scores.Rows(run.root, "..", found.methods), _alarms(run, paths)
     return {
         "config": run.config,
+        "origin": origin(run),
         "versions": summary["versions"],
         "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in paths},
         "headline": [

@@ -2,15 +2,20 @@
 
 import json
 import os
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spo_ray import __version__
 from spo_ray.evaluate.accuracy import accuracies
 from spo_ray.evaluate.evaluations import Evaluation
 from spo_ray.evaluate.statistics import share
 from spo_ray.runtime.artifact import Artifact
+from spo_ray.runtime.console import in_units
 from spo_ray.runtime.manifest import manifests
 from spo_ray.runtime.run import Run
+from spo_ray.runtime.status import STATUS, read_status, seconds_of
 from spo_ray.train.spec import RESULT
 
 if TYPE_CHECKING:  # Ray Tune, which only sweeps need, takes long to import
@@ -68,6 +73,21 @@ def summarise(found: Finished) -> dict[str, Any]:
         "comparisons": evaluation.comparisons.rows(),
         "versions": versions_of(found.run),
     }
+
+
+def origin(run: Run) -> str:
+    """Return a sentence that says when a run was made, with which version, on what hardware, and how long it took.
+
+    The day and the time are those of ``status.json``, and left out without one.
+    """
+    status, day, took = read_status(run.root / STATUS), "", ""
+    with suppress(LookupError, TypeError, ValueError, OverflowError, OSError):
+        day = f" on {datetime.fromtimestamp(status['started'], UTC):%-d %B %Y}"
+        took = f"; took {in_units(seconds_of(status), 'seconds') or '0 s'}"
+    took += " in several attempts" if took and status.get("earlier_s") else ""
+    used = [manifest.get("conditions", {}).get("hardware") for _, manifest in manifests(run.root)]
+    hardware = " and ".join(dict.fromkeys(filter(None, used))) or "unknown hardware"
+    return f"Made{day} with spo_ray {versions_of(run).get('spo_ray', __version__)} on {hardware}{took}."
 
 
 def versions_of(run: Run) -> dict[str, str]:

@@ -13,7 +13,7 @@ from spo_ray.evaluate.statistics import in_words
 from spo_ray.report.figures import spec, svg
 from spo_ray.report.page import Table, render
 from spo_ray.report.scores import with_interval
-from spo_ray.report.summary import UNMEASURED, figures
+from spo_ray.report.summary import UNMEASURED, figures, origin
 from spo_ray.report.sweep_figures import importances, sensitivity_figures
 from spo_ray.runtime.artifact import Artifact, RowCounts, versions, write_json
 from spo_ray.runtime.console import log, place
@@ -84,6 +84,7 @@ def _content(run: Run, rows: Sequence[Row], summary: dict[str, Any]) -> dict[str
     test = [[f"test, {line[0]}", *line[1:]] for line in _test_lines(summary)]
     return {
         "config": run.config,
+        "origin": origin(run),
         "sweep": sweep,
         "summary": summary,
         "versions": summary["versions"],

@@ -8,17 +8,17 @@ from spo_ray.report import scores
 from spo_ray.report.comparison import lines_of
 from spo_ray.report.headline import plain
 from spo_ray.report.run_page import run_headline
-from spo_ray.report.summary import Finished, summarise
+from spo_ray.report.summary import Finished, origin, summarise
 
 FIELDS = ("checkpoint", "suite", "metric", "value", "low", "high", "interval", "std", "n")
 
 
 def as_markdown(runs: Mapping[str, Finished]) -> str:
-    """Return each run's headline and one table of the results, for a pull request or a model card."""
+    """Return each run's headline and origin, and one table of the results, for a pull request or a model card."""
     told = []
     for label, found in runs.items():
-        if not found.trials:
-            told += [f"**{label}**: {plain(run_headline(found.run, summarise(found)))}", ""]
+        sentences = "" if found.trials else f"{plain(run_headline(found.run, summarise(found)))} "
+        told += [f"**{label}**: {sentences}{origin(found.run)}", ""]
     lines = [{"run": label} | line for label, found in runs.items() for line in lines_of(found)]
     table = scores.results_table(lines, ("run", "method") if len(runs) > 1 else ("method",))
     rule = ["---" if name in ("run", "method") else "---:" for name in table.header]

@@ -39,6 +39,12 @@ KNOWN = re.compile(r"\b(hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{12,}")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that act on a terminal instead of being shown: all controls but tabs and line feeds, marks that turn the
 direction of writing, separators of lines, and surrogates, which no encoding has."""
+UNITS = {
+    "count": ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")),
+    "bytes": ((2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB")),
+    "seconds": ((3600.0, " h"), (60.0, " min"), (1.0, " s")),
+}
+"""Units of counts, bytes and seconds, each with its size."""
 Update = Callable[[int, int, str], None]
 """Reports progress: (done, total, text)."""
 
@@ -51,6 +57,14 @@ def log(stage: str, text: str) -> None:
 def warn(stage: str, text: str) -> None:
     """Log one line about a stage at level WARNING, which ``--quiet`` shows too."""
     LOGGER.warning(text, extra={"stage": stage})
+
+
+def in_units(value: float | None, kind: str) -> str:
+    """Return a value in its largest unit of ``UNITS[kind]``; an empty text for 0 and None."""
+    if not value:
+        return ""
+    size, unit = next(((s, u) for s, u in UNITS[kind] if value >= s), UNITS[kind][-1])
+    return f"{value / size:.0f}{unit}" if unit == "" else f"{value / size:.1f}{unit}"
 
 
 def redact(text: str) -> str:

@@ -41,12 +41,13 @@ def recorded(run: Run) -> Generator[None]:
     """Keep ``status.json`` current while a run's stages are executed, and record there how the run ended.
 
     ``state`` is ``running``, ``finished``, ``failed``, ``refused`` (bad input) or ``stopped`` (Ctrl-C, SIGTERM,
-    SIGHUP). A run in state ``running`` was killed if :func:`is_alive` is False. ``exit_code`` is that of the process,
-    which ``ray job submit`` does not pass on: it ends with 1, or with 0 after ``ray job stop``. The run's lock must be
-    held.
+    SIGHUP). A run in state ``running`` was killed if :func:`is_alive` is False. ``earlier_s`` are the seconds of
+    earlier attempts. ``exit_code`` is that of the process, which ``ray job submit`` does not pass on: it ends with 1,
+    or with 0 after ``ray job stop``. The run's lock must be held.
     """
     file = run.root / STATUS
-    _log_stale(read_status(file))
+    earlier = read_status(file)
+    _log_stale(earlier)
     status: dict[str, Any] = {
         "state": "running",
         "command": command_line(),
@@ -54,6 +55,7 @@ def recorded(run: Run) -> Generator[None]:
         "process_started": psutil.Process().create_time(),
         "host": socket.gethostname(),
         "started": time.time(),
+        "earlier_s": seconds_of(earlier),
     }
     lock = threading.Lock()  # stages begin and end in several threads
 
@@ -112,6 +114,13 @@ def read_status(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def seconds_of(status: dict[str, Any]) -> float:
+    """Return the seconds that a run has taken in all its attempts, by its status; 0 if it does not say."""
+    with suppress(LookupError, TypeError, ValueError):
+        return float(status["updated"]) - float(status["started"]) + float(status.get("earlier_s", 0.0))
+    return 0.0
 
 
 def is_alive(status: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from html import unescape
 
 import pytest
 
+from spo_ray import __version__
 from spo_ray.evaluate.statistics import holm, mcnemar, wilson
 from spo_ray.pipeline import cli
 
@@ -241,8 +242,9 @@ def test_runs_of_the_same_name_are_told_apart(folder, copy, tmp_path):
 
 def test_results_as_markdown_and_csv(folder, capsys):
     assert report(folder / "a", folder / "s", "--markdown") == 0
-    told, table = capsys.readouterr().out.split("\n\n")
-    assert told.startswith("**a**: No method is shown to be better than the SFT model, which solves 50.0% of the 12 ")
+    *told, table = capsys.readouterr().out.split("\n\n")
+    assert told[1].startswith(f"**s**: Made with spo_ray {__version__} on ")
+    assert told[0].startswith("**a**: No method is shown to be better than the SFT model, which solves 50.0% of the 12 ")
     lines = [line.split(" | ") for line in table.strip().strip("|").splitlines()]
     assert [line[:3] for line in lines[:1] + lines[-1:]] == [
         [" run", "method", "greedy, 95%"],

@@ -1,17 +1,19 @@
 """Sections of a run's own page, from made-up stages."""
 
 import json
+import re
 import shutil
 
 import pytest
 
+from spo_ray import __version__
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.comparison import rewrite
 from spo_ray.report.headline import p_text
 from spo_ray.report.run_page import _alarm_table, _alarms, _greedy
 from spo_ray.report.samples import shown_samples
 from spo_ray.report.scores import Rows, comparison_tables, other_suites, results, results_table
-from spo_ray.report.summary import versions_of
+from spo_ray.report.summary import origin, versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
 from spo_ray.runtime.run import Stage
@@ -151,6 +153,25 @@ def test_versions_are_those_of_the_stages(run):
         file = run.root / name / "manifest.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"versions": {"torch": version}}))
     assert set(versions_of(run)["torch"].split(", ")) >= {"1.0", "2.0"}
+
+
+def test_the_page_says_when_where_and_how_long(run):
+    """27 November 2026, 10:00 to 10:05:15 UTC, after an attempt of an hour."""
+    assert re.fullmatch(rf"Made with spo_ray {re.escape(__version__)} on .*, \d+ cores.*\.", origin(run))
+    status = {"started": 1795773600.0, "updated": 1795773915.0, "state": "finished"}
+    write_json(run.root / "status.json", status)
+    for stage in ("sft", "pairs"):
+        file = run.root / stage / "manifest.json"
+        manifest = json.loads(file.read_text()) | {"conditions": {"hardware": f"machine of {stage}"}}
+        file.write_text(json.dumps(manifest))
+    told = origin(run)
+    assert told.startswith(f"Made on 27 November 2026 with spo_ray {__version__} on ")
+    assert "machine of sft and machine of pairs" in told
+    assert told.endswith("; took 5.2 min.")
+    write_json(run.root / "status.json", status | {"earlier_s": 3600.0})
+    assert origin(run).endswith("; took 1.1 h in several attempts.")
+    write_json(run.root / "status.json", {"started": "yesterday"})
+    assert origin(run).startswith("Made with spo_ray")
 
 
 def test_figures_without_an_interval_are_shown_by_themselves():
