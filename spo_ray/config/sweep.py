@@ -10,7 +10,10 @@ from spo_ray.config.base import ConfigModel
 from spo_ray.config.keys import with_values
 
 Value = bool | int | float | str | None
-FROM_LOG = ("delta_logp_chosen", "delta_logp_rejected", "reward_accuracy", "held_out_reward_accuracy")
+FROM_LOG = (
+    *("delta_logp_chosen", "delta_logp_chosen_per_token", "delta_logp_rejected"),
+    *("reward_accuracy", "held_out_reward_accuracy"),
+)
 """Scores that every trial has from its step log; all others come from the suites in ``eval``."""
 
 
@@ -83,8 +86,9 @@ class SweepConfig(ConfigModel):
     which is the best; the others break ties."""
     score_at: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[0.25, 0.5, 1.0], min_length=1)
     """Shares of a trial's steps after which it is scored and waits for the scheduler; rising, and the last is 1."""
-    max_fall: PositiveFloat | None = 3.0
-    """Largest fall of the probe pairs' mean log pi(y_w), in nats; a trial beyond it is stopped; None: no limit."""
+    max_fall: PositiveFloat | None = 0.15
+    """Largest fall of the probe pairs' log pi(y_w), in nats per token, as ``preference.alarm.max_fall``, which only
+    warns and is lower; a trial that falls further is stopped; None: no limit."""
     validation: ValidationConfig = ValidationConfig()
     keep: PositiveInt = 1
     """Number of best points whose checkpoints are kept; of all other trials logs and scores stay."""

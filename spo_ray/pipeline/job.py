@@ -115,10 +115,10 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
     if validation and has_pairs:  # before SFT, which learns the chosen responses
         job.chosen, held_out = hold_out(run, job.chosen, "pairs", validation.pairs, schema.Pair)
         job.validation = held_out
-    ready: list[Artifact] = []
-    if has_pairs:  # before SFT, so that pairs of which none can be used are refused at once
-        assert held_out is not None
-        ready = [tokenise_pairs(run, "held_out_tokens", held_out), tokenise_pairs(run, "pair_tokens", job.chosen)]
+    held_out_tokens = pair_tokens = None
+    if has_pairs and held_out is not None:  # before SFT, so that pairs of which none can be used are refused at once
+        held_out_tokens = tokenise_pairs(run, "held_out_tokens", held_out)
+        pair_tokens = tokenise_pairs(run, "pair_tokens", job.chosen)
     yield "sample"
 
     job.policy = job.base
@@ -133,10 +133,10 @@ def prepare(run: Run, job: Prepared, validation: ValidationConfig | None = None)
     yield "pairs"
 
     if held_out is not None:
-        tokens = ready[0] if ready else tokenise_pairs(run, "held_out_tokens", held_out)
-        job.held_out = reference_logps(run, "held_out_pairs", job.policy, tokens)
-    tokens = ready[1] if ready else tokenise_pairs(run, "pair_tokens", job.pairs)
-    job.reference = without_displacement(run, reference_logps(run, "reference", job.policy, tokens))
+        held_out_tokens = held_out_tokens or tokenise_pairs(run, "held_out_tokens", held_out)
+        job.held_out = reference_logps(run, "held_out_pairs", job.policy, held_out_tokens)
+    pair_tokens = pair_tokens or tokenise_pairs(run, "pair_tokens", job.pairs)
+    job.reference = without_displacement(run, reference_logps(run, "reference", job.policy, pair_tokens))
     yield "reference"
 
 

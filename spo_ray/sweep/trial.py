@@ -16,7 +16,7 @@ from typing import Any
 
 from ray import tune
 
-from spo_ray.config.sweep import SweepConfig, names_of
+from spo_ray.config.sweep import FROM_LOG, SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
 from spo_ray.evaluate.actors import EvaluatorHandle
 from spo_ray.evaluate.evaluations import suite_of
@@ -215,10 +215,10 @@ class Trial:
         return record
 
     def _stop_reason(self, found: Scores) -> str | None:
-        fall, limit = -found["delta_logp_chosen"]["value"], self.sweep.max_fall
+        fall, limit = -found["delta_logp_chosen_per_token"]["value"], self.sweep.max_fall
         if limit is None or fall <= limit:
             return None
-        return f"collapse: log pi(y_w) fell by {fall:.2f} nats, more than sweep.max_fall={limit:g}"
+        return f"collapse: log pi(y_w) fell by {fall:.2f} nats per token, more than sweep.max_fall={limit:g}"
 
 
 def steps_of(sweep: SweepConfig, total: int) -> dict[int, float]:
@@ -268,7 +268,7 @@ def score_texts(run: Run, actor: Any, kind: str, name: str, checkpoint: Artifact
 def score_log(out: Path, step: int) -> Scores:
     """Return the scores of a step that are in the step log: log-probabilities of the probe and the held-out pairs."""
     line = read_lines(out / STEP_LOG)[step]
-    found: Scores = {key: {"value": line[f"probe/{key}"]} for key in ("delta_logp_chosen", "delta_logp_rejected")}
+    found: Scores = {key: {"value": line[f"probe/{key}"]} for key in FROM_LOG if key.startswith("delta")}
     for name, pairs in (("reward_accuracy", "probe"), ("held_out_reward_accuracy", "held_out")):
         if f"{pairs}/n" in line:
             found[name] = share(line[f"{pairs}/accuracy"], round(line[f"{pairs}/n"]))

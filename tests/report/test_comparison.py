@@ -244,7 +244,9 @@ def test_results_as_markdown_and_csv(folder, capsys):
     assert report(folder / "a", folder / "s", "--markdown") == 0
     *told, table = capsys.readouterr().out.split("\n\n")
     assert told[1].startswith(f"**s**: Made with spo_ray {__version__} on ")
-    assert told[0].startswith("**a**: No method is shown to be better than the SFT model, which solves 50.0% of the 12 ")
+    assert told[0].startswith(
+        "**a**: No method is shown to be better than the SFT model, which solves 50.0% of the 12 "
+    )
     lines = [line.split(" | ") for line in table.strip().strip("|").splitlines()]
     assert [line[:3] for line in lines[:1] + lines[-1:]] == [
         [" run", "method", "greedy, 95%"],

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from spo_ray.config.load import load
+from spo_ray.config.train import AlarmConfig
 from spo_ray.errors import UserError
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
@@ -20,6 +21,7 @@ from spo_ray.sweep.space import start_key
 from spo_ray.sweep.trial import FAILED, SCORES, Context, Trial, percent, steps_of
 from spo_ray.sweep.tuner import _scheduler
 from spo_ray.train import launch
+from spo_ray.train.alarm import Alarm
 from spo_ray.train.score_gate import StoppedError, decide, decision, rung_folder, wait_for_decision
 
 from .driver import prepare, prepared, small_run
@@ -61,7 +63,7 @@ def stage(tmp_path, monkeypatch, in_root):
 
     def score(out, step):
         found.scored.append(step)
-        return {"delta_logp_chosen": {"value": -found.falls[step]}}
+        return {"delta_logp_chosen_per_token": {"value": -found.falls[step]}}
 
     monkeypatch.setattr(launch, "fit", train)
     monkeypatch.setattr(module, "score_log", score)
@@ -152,8 +154,17 @@ def test_a_collapse_ends_the_training_before_it_is_reported(stage):
     Trial(POINT, stage.context, "00000").run()
     assert [report["done"] for report in stage.reports] == [False, True]
     record = json.loads((stage.context.folder / "00000" / SCORES).read_text().splitlines()[-1])
-    assert record["stopped"] == "collapse: log pi(y_w) fell by 3.50 nats, more than sweep.max_fall=3"
+    assert record["stopped"] == "collapse: log pi(y_w) fell by 3.50 nats per token, more than sweep.max_fall=3"
     assert not (stage.context.folder / "00000" / "training" / "result.json").exists()
+
+
+def test_a_fall_counts_per_token_as_the_alarm_counts_it(tmp_path):
+    line = {"step": 0, "probe/delta_logp_chosen": -5.0, "probe/delta_logp_chosen_per_token": -0.1}
+    line["probe/delta_logp_rejected"] = -1.0
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    fall = -module.score_log(tmp_path, 0)["delta_logp_chosen_per_token"]["value"]
+    assert Alarm(AlarmConfig(max_fall=0.09)).check(line) == {"alarm/chosen": fall}
+    assert Alarm(AlarmConfig(max_fall=fall)).check(line) == {}
 
 
 def test_an_error_of_the_training_is_the_trials_own_and_stays(stage, monkeypatch):

@@ -194,12 +194,12 @@ def test_ctrl_c_leaves_a_sweep_that_the_same_command_goes_on_with(finished, refe
 
 def test_asha_and_the_rule_of_collapse_stop_trials_and_say_so(referenced, tmp_path):
     """Under a tiny ``max_fall`` whatever lowers log pi(y_w) collapses; of the others ASHA stops some."""
-    overrides = [*SIX, "sweep.scheduler=asha", "sweep.max_fall=0.02", "preference.theta.lr=1e-3"]
+    overrides = [*SIX, "sweep.scheduler=asha", "sweep.max_fall=0.001", "preference.theta.lr=1e-3"]
     run = finish(start(tmp_path, referenced, "4", *overrides), tmp_path)
     found = rows(run)
     assert len(found) == 6
     for row in found:
-        fell = -row["scores"]["delta_logp_chosen"]["value"] > 0.02 and row["share"] < 1
+        fell = -row["scores"]["delta_logp_chosen_per_token"]["value"] > 0.001 and row["share"] < 1
         assert row["reason"].startswith("collapse: log pi(y_w) fell by") == fell
         assert (row["status"] == "finished") == (row["share"] == 1.0)
         log = (run / "trials" / row["trial"] / "training" / "log.jsonl").read_text().splitlines()
