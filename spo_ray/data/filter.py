@@ -88,9 +88,10 @@ def without_displacement(run: Run, pairs: Artifact) -> Artifact:
                 reason = f"CHES score above the quantile pairs.max_ches_quantile={share}"
                 counts.reject(row["id"], reason, f"{row['ches_per_token']:.4g}, the limit is {limit:.4g}")
         counts.read, counts.kept, counts.facts[f"max_{score}"] = len(table), len(kept), limit
+        counts.keep_lengths(pairs)
         write_rows(out / "part-0.parquet", kept, schema.ChesPair)
 
-    work = Work(pairs.max_rows, note=f"the {share:.0%} of the pairs with the lowest CHES scores")
+    work = Work(pairs.max_rows, lengths=pairs.lengths, note=f"the {share:.0%} of the pairs with the lowest CHES scores")
     return run.execute(
         Stage(f"{pairs.path.name}_kept", build, {"quantile": share, "score": score}, {"pairs": pairs}, work)
     )

@@ -1,19 +1,36 @@
 """Turns text into token ids: the last stages before training."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import pyarrow.parquet as pq
+
+from spo_ray.config.data import PreferenceData
 from spo_ray.config.model import TemplateConfig
 from spo_ray.data.grade import ROWS_PER_SHARD
-from spo_ray.errors import UserError
+from spo_ray.data.sources import read_pair, sourced_rows
+from spo_ray.errors import RowRejectedError, UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import Artifact, RowCounts, external, require_rows
+from spo_ray.runtime.artifact import (
+    ROW_TOKENS,
+    Artifact,
+    Lengths,
+    PlannedArtifact,
+    RowCounts,
+    external,
+    require_rows,
+)
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
 from spo_ray.runtime.run import Run, Stage, Work, times
 from spo_ray.runtime.schema import SIDES
 
+SAMPLED = 200
+"""Rows whose texts a plan tokenises."""
 RESPONSE = {"response": "completion_ids"}
 """Column of a response, and the column of its token ids."""
 
@@ -44,6 +61,7 @@ def _tokenise(
         map_shards(name, source, out, counts, mapper=tokeniser, kind=kind, batch_size=ROWS_PER_SHARD)
         written = Artifact(out, "")
         require_rows(written.count, f"rows that fit into train.max_length={limit}", counts)
+        counts.facts[ROW_TOKENS] = _row_tokens(written, sides)
         differ = sum(written.column("template_differs"))
         counts.facts["template_differs"] = differ
         if differ > config.max_template_mismatch * written.count:
@@ -55,8 +73,46 @@ def _tokenise(
 
     settings = {"max_length": limit, "template": config.template_settings, "every_turn": every}
     bound = None if every else source.max_rows  # only reading the rows tells how many turns they have
-    work = Work(bound, times(bound, rows_per_input), cpus=1, note=f"token ids, up to {limit} a row")
+    lengths = _sampled(run, source, sides, model.path, every) if run.mode == "plan" else None
+    work = Work(bound, times(bound, rows_per_input), lengths=lengths, cpus=1, note=f"token ids, up to {limit} a row")
     return run.execute(Stage(name, build, settings, {"rows": source, "model": model}, work, resumable=True))
+
+
+def _row_tokens(written: Artifact, sides: Mapping[str, str]) -> float:
+    """Return the mean tokens that a model reads of a row: its prompt with each completion."""
+    total = 0
+    for part in written.parts:
+        for column in ("prompt_ids", *sides.values()):
+            chunks = pq.read_table(part, columns=[column])[column].chunks
+            total += sum(len(chunk.flatten()) for chunk in chunks) * (len(sides) if column == "prompt_ids" else 1)
+    return total / written.count
+
+
+def _sampled(run: Run, source: Artifact, sides: Mapping[str, str], tokenizer: Path, every: bool) -> Lengths | None:
+    """Return the tokens of a row by some texts: of the rows if they are there, else of ready pairs; None: neither."""
+    from spo_ray.model.tokenizer import ChatTokenizer, tokenise_row
+
+    config, data, limit = run.config, run.config.data, run.config.train.max_length
+    rows: list[Row] = []
+    if not isinstance(source, PlannedArtifact):
+        rows = next(pq.ParquetFile(source.parts[0]).iter_batches(SAMPLED)).to_pylist()
+    elif isinstance(data, PreferenceData) and source.path.name != "sft_examples":
+        for number, raw in islice(sourced_rows(data, "train", SAMPLED), SAMPLED):
+            with suppress(RowRejectedError):
+                rows.append(read_pair(raw, data.sources[number], data, config.seed)._asdict() | {"id": ""})
+    if not rows:
+        return None
+    try:
+        chat, found = ChatTokenizer.load(str(tokenizer), config.model), []
+    except Exception:  # of any kind: the check before every run says what is wrong with the tokenizer
+        return None
+    if sides == RESPONSE:
+        rows = [single for row in rows for single in _single_responses(row, every)]
+    for row in rows:
+        with suppress(RowRejectedError):
+            ids = tokenise_row(chat, row, sides, limit)
+            found.append(sum(len(ids["prompt_ids"]) + len(ids[column]) for column in sides.values()))
+    return Lengths(fmean(found), sampled=True) if found else None
 
 
 def _tokeniser(

@@ -145,7 +145,7 @@ class Estimator:
 def plan_text(plan: PlannedRun, full: bool = False) -> str:
     """Return a table of the stages, for a terminal; ``full``: after the resolved configuration.
 
-    Rows and tokens are upper bounds. Memory is per worker or engine; disk is what stays.
+    Rows are upper bounds. Memory is per worker or engine; disk is what stays.
     """
     config, estimator = plan.config, Estimator(plan.config)
     estimates = [estimator.of(stage) for stage in plan.planned]
@@ -180,11 +180,18 @@ def _cells(stage: PlannedStage, estimate: Estimate) -> tuple[str, ...]:
         stage.name,
         stage.state,
         "?" if stage.work.rows is None else f"{stage.work.rows:,}",
-        in_units(stage.work.tokens, "count"),
+        _tokens([stage.work]),
         in_units(estimate.memory, "bytes"),
         in_units(estimate.disk, "bytes"),
         "?" if estimate.seconds is None else f"{seconds}{in_units(estimate.seconds, 'seconds') or '0 s'}",
     )
+
+
+def _tokens(works: Sequence[Work]) -> str:
+    """Return the tokens of stages, with ~ unless all are counted; empty without tokens."""
+    counted = all(work.lengths and not work.lengths.sampled for work in works if work.tokens)
+    text = in_units(sum(work.tokens or 0 for work in works), "count")
+    return text if counted or not text else f"~{text}"
 
 
 def _resources(work: Work, device: Device) -> str:
@@ -210,10 +217,10 @@ def _reasons(planned: Sequence[PlannedStage]) -> Iterator[str]:
 
 def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence[Estimate]) -> Iterator[str]:
     left = [(s, e) for s, e in zip(planned, estimates, strict=True) if s.state != "reused"]
-    tokens, disk = sum(s.work.tokens or 0 for s, _ in left), sum(e.disk for _, e in left)
+    disk = sum(e.disk for _, e in left)
     most = max((e.checkpoints for _, e in left), default=0)
     yield (
-        f"Left to do: {len(left)} of {len(planned)} stages, at most {in_units(tokens, 'count') or 0} tokens, "
+        f"Left to do: {len(left)} of {len(planned)} stages, {_tokens([s.work for s, _ in left]) or 0} tokens, "
         f"{range_text(expected_seconds(left))}"
     )
     if needs := [(e.memory * s.work.actors, s.name) for s, e in left if e.memory and s.work.actors]:
@@ -227,6 +234,7 @@ def _totals(config: Config, planned: Sequence[PlannedStage], estimates: Sequence
     )
     if disk + most > room:
         yield f"Too little space in {config.output.absolute()}: set output=, or lower train.checkpoint.keep"
+    yield "Tokens without ~ are counted, those with ~ are estimated from some texts or from the longest allowed length."
     yield "Times without ~ are those of an earlier run with the same model, data, lengths, precision and hardware; "
     yield "those with ~ are computed. The sum has the start of engines and workers too, 2 to 10 seconds a stage."
 

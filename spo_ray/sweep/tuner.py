@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from spo_ray.config.sweep import LogUniform, SweepConfig, mode_of, names_of
 from spo_ray.errors import UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.model.completion import choose_engine
-from spo_ray.runtime.artifact import Artifact, write_json
+from spo_ray.runtime.artifact import Artifact, PlannedArtifact, write_json
 from spo_ray.runtime.cluster import REPEATED, engine_gpus, uses_gpu
 from spo_ray.runtime.console import log
 from spo_ray.runtime.heartbeat import watched
-from spo_ray.runtime.run import Run, Stage, Work, never_built, times
+from spo_ray.runtime.run import Run, Stage, Work, never_built, reading, times
 from spo_ray.sweep.results import Progress, close_trials
 from spo_ray.sweep.space import distributions, listed_points, run_for, shared_values, start_key, sweep_of, trial_count
 from spo_ray.sweep.trial import PROGRESS, Context, percent, trial
@@ -100,12 +101,15 @@ def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run],
 
 def _work(config: Config, known: Mapping[str, Prepared]) -> Work:
     sweep, trials = sweep_of(config), trial_count(config)
-    bounds = [start.reference.max_rows or 0 for start in known.values()]
-    rows = max(bounds) * trials if all(bounds) and bounds else None
-    tokens = times(rows, 2 * config.train.max_length * config.preference.epochs)
+    pairs = [start.reference for start in known.values()]
+    most = max(
+        pairs, key=lambda rows: inf if rows.max_rows is None else rows.max_rows, default=PlannedArtifact(Path(), "")
+    )
+    read = reading(most, 2 * config.train.max_length, trials * config.preference.epochs)
     stops = ", ".join(f"{share:.0%}" for share in sweep.score_at)
     note = f"{trials} trials, scored after {stops} of their steps, scheduler {sweep.scheduler}"
-    return Work(rows, tokens=tokens, trains=sweep.method, note=note)
+    rows = times(most.max_rows, trials)
+    return Work(rows, tokens=read["tokens"], lengths=most.lengths, trains=sweep.method, note=note)
 
 
 def _room_of_start(config: Config, folder: Path, nodes: Sequence[Mapping[str, Any]], room: int) -> int:

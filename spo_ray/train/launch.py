@@ -29,7 +29,7 @@ from spo_ray.runtime.console import log
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.parallel import run_parallel
-from spo_ray.runtime.run import TOLD, OpenStage, Run, Stage, Work, never_built, times
+from spo_ray.runtime.run import TOLD, OpenStage, Run, Stage, Work, never_built, reading
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
 from spo_ray.train.entry import RecordFailures, train_loop
@@ -107,11 +107,11 @@ def train_methods(
 
 def _work(config: Config, rows: Artifact, trains: str, batch: int, epochs: int) -> Work:
     bound, sft = rows.max_rows, trains == "sft"
+    read = reading(rows, config.train.max_length * (1 if sft else 2), epochs)
     what = "supervised fine-tuning" if sft else getattr(config.methods[trains], "loss", config.methods[trains].type)
     steps = "" if bound is None else f", at most {ceil(bound / batch) * epochs:,} steps"
-    tokens = times(bound, config.train.max_length * epochs * (1 if sft else 2))
     groups = 1 if sft else min(config.train.parallel_methods, len(config.methods))
-    return worker_work(config, f"{what}{steps}", groups, trains, rows=bound, tokens=tokens)
+    return worker_work(config, f"{what}{steps}", groups, trains, **read)
 
 
 def _name(stages: Sequence[OpenStage | Artifact]) -> str:

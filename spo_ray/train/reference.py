@@ -14,7 +14,7 @@ from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import Artifact, RowCounts
 from spo_ray.runtime.cluster import uses_gpu, worker_work
 from spo_ray.runtime.map_rows import Mapped, Pool, Row, map_shards
-from spo_ray.runtime.run import Run, Stage, times
+from spo_ray.runtime.run import Run, Stage, reading
 
 
 def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Artifact:
@@ -27,6 +27,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
     with_ches = config.pairs.max_ches_quantile is not None
 
     def build(out: Path, counts: RowCounts) -> None:
+        counts.keep_lengths(pairs)
         map_shards(
             name,
             pairs,
@@ -44,8 +45,7 @@ def reference_logps(run: Run, name: str, model: Artifact, pairs: Artifact) -> Ar
         )
 
     settings = {"precision": config.train.precision} | ({"ches": True} if with_ches else {})
-    tokens = times(pairs.max_rows, 2 * config.train.max_length)
-    work = worker_work(config, "reference log-probabilities", rows=pairs.max_rows, tokens=tokens)
+    work = worker_work(config, "reference log-probabilities", **reading(pairs, 2 * config.train.max_length))
     return run.execute(Stage(name, build, settings, {"model": model, "pairs": pairs}, work, resumable=True))
 
 

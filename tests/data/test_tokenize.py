@@ -168,4 +168,6 @@ def test_a_template_that_changes_answers_is_counted_and_refused(local_ray, in_ro
         tokenise_pairs(Run(short), "pair_tokens", Artifact(tmp_path / "in", "in"))
     artifact = tokenise(0.5)
     assert artifact.manifest["facts"]["template_differs"] == 2
+    lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in artifact.rows()]
+    assert artifact.lengths == (pytest.approx(sum(lengths) / len(lengths)), False)
     assert [row["template_differs"] for row in artifact.rows()] == [False, True, True, False]

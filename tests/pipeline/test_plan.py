@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from math import ceil
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from spo_ray.config.load import load
 from spo_ray.data.sources import load_data
 from spo_ray.errors import UserError
+from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.pipeline import sweep_job
 from spo_ray.pipeline.cli import show_plan
 from spo_ray.pipeline.job import plan_job, run_job
@@ -156,6 +159,41 @@ def test_pairs_are_held_out_by_whole_prompts(in_root, tmp_path, each, held_out):
     config = load("configs/preferences.yaml", [f"output={tmp_path}", f"data={data}"])
     for split in ("train", "test"):
         assert load_data(PlannedRun(config), split).max_rows == load_data(Run(config), split).count
+
+
+def test_tokens_are_counted_once_the_lengths_are_there(in_root, tmp_path, toy_base):
+    """Before that they are those of a sample of the texts: here of all ten pairs, four of which are held out."""
+    rows = [{"prompt": f"Question {i}?", "chosen": "yes " * (i + 1), "rejected": "no"} for i in range(10)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"data={{type: preference, path: {tmp_path}, held_out: from_train, test_pairs: 4}}"
+    config = small_config(tmp_path, "sft=null", "eval.suites=[health]", data)
+    plan = Captured(config)
+    run_job(plan)
+    chat = ChatTokenizer.load(toy_base, config.model)
+    read = [2 * len(chat.prompt_ids(r["prompt"])) + len(chat.answer_ids(r["prompt"], r["rejected"])) for r in rows]
+    read = [n + len(chat.answer_ids(r["prompt"], r["chosen"])) for n, r in zip(read, rows, strict=True)]
+    expected = sum(read) / len(read)
+    method = plan.stages["method_dpo"].work
+    assert method.lengths == (pytest.approx(expected), True)
+    assert method.tokens == ceil(6 * expected)
+    assert f"~{method.tokens}" in tokens_of(plan, "method_dpo")
+
+    def counted(out, counts):
+        counts.facts["row_tokens"] = 50.0
+        row = {"id": "a", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "template_differs": False}
+        write_rows(out / "part-0.parquet", [row] * 5, schema.TokenisedPair)
+
+    Run(config).execute(replace(plan.stages["pair_tokens"], build=counted))
+    plan = Captured(config)
+    run_job(plan)
+    for stage in ("reference", "method_dpo"):
+        assert (plan.stages[stage].work.tokens, plan.stages[stage].work.lengths) == (250, (50.0, False))
+        assert tokens_of(plan, stage) == "250"
+
+
+def tokens_of(plan, stage):
+    (line,) = [line.split() for line in plan_text(plan).splitlines() if line.startswith(f"{stage} ")]
+    return line[3]
 
 
 QUESTIONS = """data_test data_train base_samples base_scores sft_questions reference_samples reference_scores

@@ -63,7 +63,7 @@ def stage(tmp_path, monkeypatch, in_root):
 
     def score(out, step):
         found.scored.append(step)
-        return {"delta_logp_chosen_per_token": {"value": -found.falls[step]}}
+        return {key: {"value": -found.falls[step]} for key in ("delta_logp_chosen", "delta_logp_chosen_per_token")}
 
     monkeypatch.setattr(launch, "fit", train)
     monkeypatch.setattr(module, "score_log", score)
