@@ -29,7 +29,8 @@ MOST_POINTS = 120
 MOST_PAIRS = 1000
 """Largest number of pairs in a panel; of more, evenly many along their scores are shown."""
 WIDE = 5.0
-"""Largest absolute value on an axis from which it is compressed, so that small changes stay visible."""
+"""Largest absolute value on an axis that is linear: with larger ones its ends are logarithmic, so that small changes
+stay visible."""
 Paths = Mapping[str, Path]
 """Folders of trainings by method."""
 Record = dict[str, Any]
@@ -214,7 +215,7 @@ def _smoothed(records: list[Record]) -> list[Record]:
 
 
 def _axis(values: Sequence[float]) -> tuple[Any, Any, list[str]]:
-    """Return axis, scale and words about it: values beyond ``WIDE`` are compressed, symmetrically about 0."""
+    """Return axis, scale and words about it: beyond ``WIDE`` the axis is logarithmic on both sides of 0."""
     most = max(map(abs, values))
     if most <= WIDE:
         return alt.Axis(tickCount=5), alt.Scale(padding=8), []
@@ -223,7 +224,7 @@ def _axis(values: Sequence[float]) -> tuple[Any, Any, list[str]]:
     steps = [2**i for i in range(12)] if decades < 2 else [10**i for i in range(3)]
     ticks = [sign * unit * step for step in steps if unit * step <= 1.5 * most for sign in (1, -1)]
     scale = alt.Scale(type="symlog", constant=unit, padding=8)
-    return alt.Axis(values=[0, *ticks]), scale, [f"(compressed beyond ±{unit:,})"]
+    return alt.Axis(values=[0, *ticks]), scale, [f"(logarithmic beyond ±{unit:,})"]
 
 
 def _lines(

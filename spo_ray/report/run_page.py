@@ -164,7 +164,10 @@ def _pairs(found: Finished) -> Table:
         ["chosen longer than rejected", f"{longer:.1%}"],
         ["different prompts", f"{len({prompt for prompt, *_ in different})}"],
         ["exact duplicates", f"{len(rows) - len(different)}"],
-        [f"sharing {SHARED_WORDS} consecutive words, or all, with a held-out prompt", f"{len(rows) - len(clean)}"],
+        [
+            f"share {SHARED_WORDS} words in a row, or the whole prompt, with a held-out prompt",
+            f"{len(rows) - len(clean)}",
+        ],
     ]
     return Table(["", ""], lines)
 

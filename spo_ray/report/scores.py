@@ -67,7 +67,7 @@ def with_interval(entry: Mapping[str, Any] | None, form: str = ".1%") -> str:
 
 
 def _sampled(entry: Mapping[str, Any]) -> str:
-    spread = "" if entry["std"] is None else f" ± {entry['std']:.1%}"
+    spread = "" if entry["std"] is None else f" ±\N{NO-BREAK SPACE}{entry['std']:.1%}"
     value, *interval = with_interval(entry).partition(" (")
     return "".join([value, spread, *interval])
 
@@ -124,7 +124,7 @@ def comparison_tables(compared: Tests) -> list[tuple[str, Table]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in compared:
         found.setdefault(row["metric"], []).append(row)
-    titles = {metric: f"{metric}: {len(rows)} comparisons, {rows[-1]['test']}" for metric, rows in found.items()}
+    titles = {metric: f"Paired tests of {metric} ({len(rows)}, {rows[-1]['test']})" for metric, rows in found.items()}
     return [(titles[metric], Table(header, list(map(_tested, rows)))) for metric, rows in found.items()]
 
 

@@ -116,4 +116,4 @@ def _trial_table(rows: Sequence[Row], space: Iterable[str]) -> Table:
 
 def values_in_words(values: Mapping[str, Any]) -> str:
     """Return a point of the search space as text."""
-    return ", ".join(f"{key} {short_text(value)}" for key, value in values.items())
+    return ", ".join(f"{key} = {short_text(value)}" for key, value in values.items())

@@ -139,7 +139,7 @@ def test_curves_are_overlaid_by_run(compared):
 def test_a_page_of_its_own_for_a_sweep(folder, tmp_path):
     sweep = shutil.copytree(folder / "s", tmp_path / "s")
     assert report(sweep) == 0
-    assert "lambda_sft 30" in text_of((sweep / "report" / "index.html").read_text())
+    assert "lambda_sft = 30" in text_of((sweep / "report" / "index.html").read_text())
     assert (
         json.loads((sweep / "summary.json").read_text())["test"]["trial_00003"]["accuracy_greedy"]["value"] == 11 / 12
     )
@@ -149,7 +149,7 @@ def test_a_sweep_of_which_nothing_finished(in_root, folder, tmp_path):
     sweep = made_up_sweep(tmp_path, "lost", 0, finish=False)
     assert report(folder / "a", sweep, "--out", tmp_path / "here.html") == 0
     text = text_of((tmp_path / "here.html").read_text())
-    assert "lost is a sweep of spo: no trial finished, so nothing was measured." in text
+    assert "lost is a sweep of spo: no trial finished, so nothing was measured. Best at the last score: " in text
     assert "a and lost: no paired test is possible, lost has no graded answers" in text
 
 

@@ -178,9 +178,13 @@ def test_figures_without_an_interval_are_shown_by_themselves():
     greedy, sampled = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": 0.5, "std": 0.0}
     changes = dict.fromkeys(("delta_logp_chosen", "delta_logp_rejected"))
     (line,) = results({"dpo": {"accuracy_greedy": greedy, "accuracy_sampled": sampled, **changes}}, [], "sft")
-    assert line == {"method": "dpo", "greedy, 95%": "50.0% (40.0 – 60.0)", "sampled ± sd, 95%": "50.0% ± 0.0%"}
+    assert line == {
+        "method": "dpo",
+        "greedy, 95%": "50.0% (40.0 – 60.0)",
+        "sampled ± sd, 95%": "50.0% ±\N{NO-BREAK SPACE}0.0%",
+    }
     row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
     row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
     ((title, table),) = comparison_tables([row])
-    assert title == "m: 1 comparisons, t"
+    assert title == "Paired tests of m (1, t)"
     assert table.rows[0][1:4] == ["+1", "", "3 : 0"]
