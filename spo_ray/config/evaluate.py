@@ -116,14 +116,14 @@ class EvalConfig(GenerationConfig):
             if name not in SUITES and not re.fullmatch(rf"{LM_EVAL}[\w.-]+", name):
                 raise ValueError(f"no suite {name!r}: there are {', '.join(SUITES)} and {LM_EVAL}TASK")
         if value and len(set(value)) < len(value):
-            raise ValueError("a suite stands there twice")
+            raise ValueError("a suite is listed twice")
         return value
 
     @field_validator("seeds")
     @classmethod
     def _differ(cls, value: list[int]) -> list[int]:
         if len(set(value)) < len(value):
-            raise ValueError("a seed stands there twice: its answers would be the same")
+            raise ValueError("a seed is listed twice: its answers would be the same")
         return value
 
     @model_validator(mode="after")

@@ -316,7 +316,7 @@ def base_loss(method: Any) -> Any:
 
 def _not_reserved(name: str) -> str:
     if name in {"base", "sft"}:
-        raise ValueError(f"{name!r} is the name of a checkpoint that every run has")
+        raise ValueError(f"{name!r} is reserved for a checkpoint of every run: choose another name")
     return name
 
 

@@ -165,5 +165,5 @@ def _value(parts: re.Match[str]) -> Fraction:
 def _decimal(digits: str) -> Fraction:
     """Return the value of digits with a decimal point and separators of thousands."""
     if not _GROUPED.fullmatch(digits):
-        raise ValueError("the separators make no groups")
+        raise ValueError("the separators do not divide the digits into groups")
     return Fraction(digits.replace(".", "") if digits.count(".") > 1 else digits.replace(",", ""))

@@ -94,7 +94,7 @@ def _pairer(config: PairsConfig, seed: int, stage: str) -> Mapper:
             seed=f"{seed}:{row['id']}",
         )
         if not found:
-            raise RowRejectedError("no wrong sample that ends by itself")
+            raise RowRejectedError("no wrong sample with an end token")
         return [
             {
                 "id": f"{row['id']}-{i}",

@@ -89,7 +89,7 @@ def _read_json(file: Path) -> Iterator[Raw]:
         with _opened(file) as stream:
             text = stream.read(LONGEST_JSON)
         if len(text) == LONGEST_JSON:
-            raise UserError(f"{file} has {LONGEST_JSON:,} characters or more: make JSON Lines of it")
+            raise UserError(f"{file} has {LONGEST_JSON:,} characters or more: convert it to JSON Lines")
         rows = json.loads(text)
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file} can't be read as JSON: {error}") from error

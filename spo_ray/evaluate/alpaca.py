@@ -145,7 +145,7 @@ def _judge(
         if annotator.verdict != "weighted" or reply.logps:  # a reply without a verdict is asked for again
             cache.put(keys[missing[index]], reply)
 
-    log(f"judge {annotator.name}", f"{len(missing)} requests, {known} are known")
+    log(f"judge {annotator.name}", f"{len(missing)} requests to send, {known} answers are known from before")
     failed = ask([prompts[request] for request in missing], keep) if missing else {}
     cache.close()
     reasons = {missing[index]: reason for index, reason in failed.items()}

@@ -69,7 +69,7 @@ class Evaluations:
                 for name, checkpoint in checkpoints.items():
                     self._measure(data, name, checkpoint, node)
             except Exception as error:  # finish tries again, and raises it if it lasts
-                warn("evaluate", f"failed beside other stages, and is put off: {error}")
+                warn("evaluate", f"failed while other stages ran, and is tried again later: {error}")
 
         self.background = threading.Thread(target=work, daemon=True)
         self.background.start()

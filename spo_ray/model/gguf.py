@@ -183,6 +183,6 @@ def _check_tokenizer(file: Path, read: Any, saved: Any) -> None:
     ids = read(TEXT, add_special_tokens=False)["input_ids"]
     again = read.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if again.strip() != TEXT.strip():
-        raise UserError(f"{file}: its tokenizer does not give a text back, but {again!r} for {TEXT!r}")
+        raise UserError(f"{file}: its tokenizer does not restore a text: {again!r} instead of {TEXT!r}")
     if saved(TEXT, add_special_tokens=False)["input_ids"] != ids or saved.chat_template != read.chat_template:
         raise UserError(f"{file}: the saved tokenizer differs from the file's")

@@ -125,7 +125,9 @@ def _attention(config: Any, choice: str, compute: str) -> str | None:
             return "flash_attention_2"
         return "eager" if capped else None
     if choice == "flash_attention_2" and not flash:
-        raise UserError("model.attention=flash_attention_2 needs the package flash-attn and a GPU; auto does without")
+        raise UserError(
+            "model.attention=flash_attention_2 needs the package flash-attn and a GPU; auto works without them"
+        )
     if choice == "flash_attention_2" and compute != "bfloat16":
         raise UserError(f"model.attention=flash_attention_2 computes in bfloat16 only, not in {compute}")
     if choice == "sdpa" and capped:

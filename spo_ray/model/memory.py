@@ -328,7 +328,7 @@ def check_memory(estimate: MemoryEstimate, available: int, what: str) -> None:
     advice = [f"  {_text(changes)}: {_gib(other.total)}" for changes, other in _advice(estimate, available)]
     how = ["it would fit with", *advice] if advice else ["no setting that was tried makes it fit"]
     need = f"{what} needs {_gib(estimate.total)} of memory per worker, and there are {_gib(available)}"
-    raise UserError("\n".join([need, estimate.table(), *how, "train.memory_check=false starts it all the same"]))
+    raise UserError("\n".join([need, estimate.table(), *how, "train.memory_check=false skips this check"]))
 
 
 def _advice(estimate: MemoryEstimate, available: int) -> list[tuple[Changes, MemoryEstimate]]:

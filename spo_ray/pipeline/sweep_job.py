@@ -94,7 +94,7 @@ def evaluate_best(run: Run, sweep: Sweep) -> None:
     """Evaluate the best point's trials and the checkpoint that they start from on the test split."""
     best, trials = sweep.best, sweep.trials
     if not best.finished:  # they have no checkpoints
-        log("best", "no trial finished: the test split stays untouched")
+        log("best", "no trial finished, so nothing is measured on the test split")
         return
     sweep.checkpoints = {
         f"trial_{row['trial']}": Artifact(trials.path / row["trial"] / TRAINING, f"{trials.digest}/{row['trial']}")

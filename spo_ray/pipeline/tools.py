@@ -174,6 +174,6 @@ def alpaca_eval(annotations: Path, *, lc: Literal["minimal", "v1"] = "v1") -> in
         if unjudged:
             show(f"{unjudged} records without a preference are left out", error=True)
         if not result["lc_method"].endswith(lc):
-            show("the table of v1 can't be downloaded: length-controlled by the minimal formula, not by v1", error=True)
+            show("v1's table can't be downloaded: the length-controlled win rate uses the minimal formula", error=True)
 
     return guarded(work)

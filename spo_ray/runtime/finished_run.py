@@ -33,9 +33,7 @@ class FinishedRun(Run):
         if manifest is None:
             return MissingArtifact(folder, "", self._unfinished(f"it has no stage {stage.name}"))
         if manifest["stage"] != stage.name:
-            raise UserError(
-                f"{folder / MANIFEST} is the manifest of {manifest['stage']!r}: nothing that it names is followed"
-            )
+            raise UserError(f"{folder / MANIFEST} is the manifest of {manifest['stage']!r}: it is not read")
         for path in (folder, *folder.iterdir()):
             if not path.resolve().is_relative_to(self.root):
                 raise UserError(f"{path} leads out of the run's folder, to {path.resolve()}: it is not followed")

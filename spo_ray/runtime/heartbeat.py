@@ -181,7 +181,7 @@ class Watch:
         last = self.seen.get(file)
         if last is None or last.touched != touched:
             if self.still.pop(file, None):
-                warn("job", f"{_name(process)} moves again")
+                warn("job", f"{_name(process)} responds again")
             self.seen[file] = _Seen(touched, now)
         elif now - last.at > STILL_S and not _on_its_node(_exists, process):
             file.unlink()  # it ended, or was ended by Ray, without a word
@@ -194,11 +194,11 @@ class Watch:
         if seconds > LOST_S:
             if isinstance(key, Path):
                 key.unlink()
-            warn("job", f"{name} is ended; if Ray can start it again, its work is repeated")
+            warn("job", f"{name} is stopped; if Ray can restart it, its work is repeated")
             end()
         elif seconds > STILL_S and key not in self.still:
             self.still[key] = name
-            warn("job", f"{name} has stood still for {STILL_S:g} s")
+            warn("job", f"{name} has given no sign of life for {STILL_S:g} s")
 
 
 def _name(process: dict[str, Any]) -> str:

@@ -136,8 +136,8 @@ def _log_stale(status: dict[str, Any]) -> None:
     """Log that an earlier run was killed, if its status says that it is running although nobody holds the lock."""
     if status.get("state") == "running" and not is_alive(status):
         stages = status.get("stages")
-        at = ", ".join(map(str, stages)) if isinstance(stages, list) and stages else "no stage"
-        log("job", f"the last attempt (process {status.get('pid')} on {status.get('host')}) was killed in {at}")
+        at = f"in {', '.join(map(str, stages))}" if isinstance(stages, list) and stages else "between stages"
+        log("job", f"the last attempt (process {status.get('pid')} on {status.get('host')}) was killed {at}")
 
 
 def _room(root: Path) -> str:

@@ -196,8 +196,8 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
     ended, count = results.num_terminated + results.num_errors, max(len(results), trial_count(run.config))
     if ended < count:
         raise RuntimeError(
-            f"Ray Tune was interrupted: {ended} of {count} trials have ended; nothing is lost, the same command goes "
-            "on with the others"
+            f"Ray Tune was interrupted: {ended} of {count} trials have ended; nothing is lost, the same command "
+            "runs the others"
         )
     for result in results:
         config = result.config or {}
@@ -207,7 +207,9 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
         error = json.loads(failed.read_text())["error"] if failed.exists() else _last_line(result.error)
         rows.append(row_of(folder, sweep, config["point"], result.error is not None, error))
     if not any(row["scores"] for row in rows):
-        raise UserError(f"no trial could be scored, the first: {rows[0]['reason'] if rows else 'there was none'}")
+        raise UserError(
+            f"no trial could be scored; the first one failed with: {rows[0]['reason'] if rows else 'there was none'}"
+        )
     prune(stage.scratch, rows, rank(rows, sweep)[: sweep.keep])
     for row in rows:
         folder = stage.scratch / row["trial"]

@@ -104,7 +104,9 @@ def trial_config(config: Config, values: Mapping[str, Value], seed: int) -> Conf
     try:
         return with_values(config.model_copy(update={"sweep": None}), {**values, "seed": seed})
     except ValidationError as error:
-        raise UserError(f"sweep.space allows {dict(values)}: {error.errors()[0]['msg']}") from error
+        raise UserError(
+            f"sweep.space contains {dict(values)}, which is no valid configuration: {error.errors()[0]['msg']}"
+        ) from error
 
 
 def distributions(sweep: SweepConfig) -> dict[str, Any]:

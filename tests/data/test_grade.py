@@ -117,7 +117,7 @@ def test_pairs_can_be_traced(run, tmp_path):
         ("q2-1", "d", "#### 9", "gold", "sft_samples:1"),
     ]
     assert pairs.rows()[0]["prompt"] == [{"role": "user", "content": "0 + 1?", "extra": None}]
-    assert pairs.manifest["rows"]["dropped"] == {"no wrong sample that ends by itself": 1}
+    assert pairs.manifest["rows"]["dropped"] == {"no wrong sample with an end token": 1}
     for row in pairs.rows():
         stage, index = row["rejected_source"].split(":")
         origin = next(r for r in Artifact(tmp_path / stage, "").rows() if r["id"] == row["source_id"])

@@ -81,7 +81,7 @@ def test_a_line_that_would_fill_the_memory_is_quarantined(tmp_path, monkeypatch)
     assert [raw.defect for raw in found if raw.defect] == ["longer than 1,000 characters"] * 2
     monkeypatch.setattr("spo_ray.data.read.LONGEST_JSON", 1000)
     (tmp_path / "more.json").write_text("[" + ", ".join(lines) + "]")
-    with pytest.raises(UserError, match=r"more\.json has 1,000 characters or more: make JSON Lines of it$"):
+    with pytest.raises(UserError, match=r"more\.json has 1,000 characters or more: convert it to JSON Lines$"):
         list(raw_rows(PreferenceData(path=tmp_path / "more.json"), "train"))
 
 

@@ -188,7 +188,7 @@ def lead_out(run):
         (remove("eval_dpo"), "is not finished"),
         (change("method_dpo", digest="another"), "is not finished, eval_dpo is older than what it was made from"),
         (change("eval_spo", digest="another"), "is not finished, scores is older than what it was made from"),
-        (change("pairs", stage="../../elsewhere"), "nothing that it names is followed"),
+        (change("pairs", stage="../../elsewhere"), "is the manifest of '../../elsewhere': it is not read"),
         (lead_out, "leads out of the run's folder"),
         (lambda run: (run / "sft" / "manifest.json").write_text("{"), "can't be read"),
         (

@@ -100,7 +100,7 @@ def test_with_rounds_the_page_says_where_the_last_one_started(in_root, tmp_path)
     rewrite(read_finished(folder))
     page = " ".join((folder / "report" / "index.html").read_text().partition("<script type=module>")[0].split())
     for text in (
-        "in 2 rounds: from the second on each goes on from its own last checkpoint",
+        "in 2 rounds: from the second on each method continues from its own last checkpoint",
         "Training pairs of the first",
     ):
         assert text in page

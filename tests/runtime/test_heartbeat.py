@@ -55,8 +55,8 @@ def test_a_stopped_process_is_named_and_ended_and_one_that_moves_is_not(fast, tm
     name = f"an engine (process {stopped.pid} on {heartbeat.socket.gethostname()})"
     told = [message for message in caplog.messages if str(stopped.pid) in message]
     assert told == [
-        f"{name} has stood still for 0.5 s",
-        f"{name} is ended; if Ray can start it again, its work is repeated",
+        f"{name} has given no sign of life for 0.5 s",
+        f"{name} is stopped; if Ray can restart it, its work is repeated",
     ]
     assert [name] in still and still[-1] == []
     assert not watched()
@@ -70,8 +70,8 @@ def test_a_stopped_process_that_gives_no_signs_of_life_is_ended_too(fast, tmp_pa
         process.send_signal(signal.SIGSTOP)
         assert process.wait(20) == -signal.SIGKILL
     name = f"sleep (process {process.pid})"
-    ended = f"{name} is ended; if Ray can start it again, its work is repeated"
-    assert caplog.messages == [f"{name} has stood still for 0.5 s", ended]
+    ended = f"{name} is stopped; if Ray can restart it, its work is repeated"
+    assert caplog.messages == [f"{name} has given no sign of life for 0.5 s", ended]
 
 
 def test_processes_that_were_stopped_together_with_their_watcher_are_left_alone(fast, tmp_path, caplog, monkeypatch):

@@ -82,7 +82,7 @@ def test_every_row_comes_out_of_grading_and_pairing_once(local_ray, in_root, tmp
     assert Counter(pairs.column("rejected")) == Counter(f"#### {i + 1}" for i in paired)
     manifest = json.loads((pairs.path / "manifest.json").read_text())
     assert manifest["rows"] == {
-        "read": count, "kept": len(paired), "dropped": {"no wrong sample that ends by itself": count - len(paired)}
+        "read": count, "kept": len(paired), "dropped": {"no wrong sample with an end token": count - len(paired)}
     }  # fmt: skip
 
 

@@ -221,7 +221,9 @@ def test_a_sweep_is_not_closed_while_trials_are_under_way(tmp_path):
     for i, result in enumerate(results):
         trial(stage.scratch, i, result.config["point"]["values"], accuracy=0.5)
     for known, ended, errors in ((results, 1, 0), (results[:1], 1, 0), (results, 0, 1)):
-        with pytest.raises(RuntimeError, match=r"interrupted: 1 of 2 trials have ended; .*same command goes on"):
+        with pytest.raises(
+            RuntimeError, match=r"interrupted: 1 of 2 trials have ended; .*same command runs the others"
+        ):
             close_trials(run, stage, Ended(known, ended, errors))
     assert not list(stage.scratch.glob(f"*/{ROW}"))
     assert len(close_trials(run, stage, Ended(results, 1, 1))) == 2

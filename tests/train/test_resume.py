@@ -210,7 +210,7 @@ def test_resume_after_a_lone_worker_that_stands_still(referenced, tmp_path):
     finish(process, tmp_path)
     assert time.monotonic() - stopped > 120
     output = (tmp_path / "output.txt").read_text()
-    assert re.search(r"training worker 0 \(process \d+ on .*\) has stood still for 60 s", output)
+    assert re.search(r"training worker 0 \(process \d+ on .*\) has given no sign of life for 60 s", output)
     assert "method_spo: no step for 6" in output
     assert "method_spo: worker 0 failed (" in output
 
