@@ -8,8 +8,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from benchmarks.study import __main__ as study
-from benchmarks.study import training
+from benchmarks.study import run, training
 from benchmarks.study import world as worlds
 from benchmarks.study.jobs import METHODS, PARTS, best, candidates, jobs, spo
 from benchmarks.study.page import PAGE, PairedTest, area, verdicts, written
@@ -156,4 +155,4 @@ def test_a_verdict_needs_the_adjusted_p_value():
 
 def test_the_page_is_that_of_the_committed_rows():
     page = PAGE.read_text("utf-8")
-    assert written(page, study.read_rows()) == page
+    assert written(page, run.read_rows()) == page
