@@ -13,13 +13,13 @@ from benchmarks.study import world as worlds
 from benchmarks.study.jobs import METHODS, PARTS, best, candidates, jobs, spo
 from benchmarks.study.page import PAGE, PairedTest, area, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
-from benchmarks.study.world import REGIMES, Start, is_right
+from benchmarks.study.world import REGIMES, ROOT, Start, is_right
 from spo_ray.config.methods import MethodConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.core.losses import PairLogps
 from spo_ray.data.toy import problems
 from spo_ray.model.collate import collate
-from spo_ray.model.load import parameter_groups
+from spo_ray.model.load import load_model, parameter_groups
 from spo_ray.train.method_state import Method
 
 SIZES = {"TRAIN": 24, "VALIDATION": 4, "HELD_OUT": 6, "TEST": 4, "SAMPLES": 4}
@@ -30,7 +30,7 @@ def made():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SIZES.items():
             patch.setattr(worlds, name, value)
-        yield worlds.make(Start(seed=3, regime="flipped 30%", sft_epochs=0))
+        yield worlds.make(Start(seed=3, regime="flipped 30%", sft_epochs=1))
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,8 @@ def test_the_dial_and_the_way_between_end_at_the_models_that_they_join(made, tra
 
     policy, start = logps(trained.policy), logps(made.reference)
     assert (policy - start).abs().min() > 1e-2
+    torch.testing.assert_close(logps(made.policy(0)), start, rtol=1e-4, atol=1e-4)
+    assert (logps(load_model(ROOT / made.start.model)) - start).abs().min() > 1e-2  # SFT has moved the reference
     torch.testing.assert_close(logps(interpolated(made, trained.policy, 0.0)), start, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logps(interpolated(made, trained.policy, 1.0)), policy, rtol=1e-4, atol=1e-4)
     with trained.policy.disable_adapter():
@@ -127,13 +129,13 @@ def test_the_area_under_a_front_is_the_mean_of_the_best_so_far():
     assert area(divergences, "kl", "greedy") == pytest.approx(6 * 0.6 / 8)
 
 
-def test_every_method_has_six_valid_settings_and_every_training_a_key_of_its_own():
+def test_every_method_has_eight_valid_settings_and_every_training_a_key_of_its_own():
     check = TypeAdapter(MethodConfig).validate_python
     for name in ("nll", *METHODS):
         settings = [check(method) for method in candidates(name)]
-        assert len(settings) == 6 and len({method.model_dump_json() for method in settings}) == 6
+        assert len(settings) == 8 and len({method.model_dump_json() for method in settings}) == 8
     keys = [json.dumps(job.key, sort_keys=True) for part in PARTS for job in jobs(part, ["gold", "own"], [])]
-    assert len(keys) == len(set(keys)) > 2 * 6 * (1 + len(METHODS))
+    assert len(keys) == len(set(keys)) > 2 * 8 * (1 + len(METHODS))
 
 
 def test_the_best_settings_are_those_with_the_highest_mean_accuracy():

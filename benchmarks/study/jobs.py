@@ -11,8 +11,10 @@ from benchmarks.study.world import REGIMES, Start
 Row = dict[str, Any]
 TUNING_SEED = 100
 SEEDS = (0, 1, 2, 3, 4)
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 """Peak learning rates of theta and phi that every method is tried with."""
+NLL_RATES = (3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 8e-4, 1e-3)
+"""NLL has no second setting."""
 BASES = {"": "dpo", "_simpo": "simpo", "_alpha_dpo": "alpha_dpo"}
 REGION = {"epsilon": 0.0, "lr": 0.1}
 METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
@@ -28,7 +30,7 @@ METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
         for name, base in BASES.items()
     },
 }
-"""Each method's two settings of its own, beside three rates: six runs each."""
+"""Each method's two settings of its own, beside four rates: eight runs each."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,16 @@ class Job:
 
 
 def candidates(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the six settings that a method is tried with."""
+    """Yield the eight settings that a method is tried with."""
     if name == "nll":
-        yield from ({"type": "nll", "lr": rate} for rate in (5e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3))
+        yield from ({"type": "nll", "lr": rate} for rate in NLL_RATES)
     else:
         kind = "spo" if name.startswith("spo") else name
         yield from ({"type": kind, "lr": rate, **own} for rate, own in product(RATES, METHODS[name]))
 
 
 def tune(regime: str) -> Iterator[Job]:
-    """Yield every method's six settings on a seed of their own; the measure is accuracy on validation questions."""
+    """Yield every method's eight settings on a seed of their own; the measure is accuracy on validation questions."""
     start = Start(seed=TUNING_SEED, regime=regime)
     yield Job("tune", start, "reference", None)
     for name in ("nll", *METHODS):
