@@ -111,7 +111,7 @@ def test_the_dial_and_the_way_between_end_at_the_models_that_they_join(made, tra
     policy, start = logps(trained.policy), logps(made.reference)
     assert (policy - start).abs().min() > 1e-2
     torch.testing.assert_close(logps(made.policy(0)), start, rtol=1e-4, atol=1e-4)
-    assert (logps(load_model(ROOT / made.start.model)) - start).abs().min() > 1e-2  # SFT has moved the reference
+    assert (logps(load_model(ROOT / made.start.model)) - start).abs().max() > 0.1  # SFT has moved the reference
     torch.testing.assert_close(logps(interpolated(made, trained.policy, 0.0)), start, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logps(interpolated(made, trained.policy, 1.0)), policy, rtol=1e-4, atol=1e-4)
     with trained.policy.disable_adapter():
