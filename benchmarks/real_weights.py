@@ -4,20 +4,24 @@
     python -m benchmarks.real_weights tables
 
 ``run`` needs ``make models/smollm2-135m``, and for UltraFeedback SPO_SHARED_DATA with ultrafeedback/train.jsonl. Each
-task and seed is one run of the pipeline, in ``runs``. It takes its methods in blocks, and resumes like any run; after
-each block the finished checkpoints' rows stand in ``real_weights.jsonl``. ``tables`` writes the tables from these rows.
+task and seed is one run of the pipeline, in ``runs``. All tasks and seeds take the first block of methods, then all the
+next, and resume like any run; after each block the finished checkpoints' rows stand in ``real_weights.jsonl``.
+``tables`` writes the tables from these rows. Seeds change the training data, the samples and the order; the held-out
+questions are the same.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks import common
-from spo_ray.evaluate.statistics import compare, holm, share
+from spo_ray.evaluate.statistics import compare, holm, mean_interval
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.headline import p_text
 from spo_ray.report.summary import summarise
@@ -26,11 +30,22 @@ ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = ROOT / "docs" / "results.md"
 START, END = "<!-- made by: python -m benchmarks.real_weights tables -->", "<!-- end of the made part -->"
-RATES = (5e-5, 1e-5)
+RATES = (1e-5, 5e-5)
 """Peak learning rates of theta and phi; the first is that of configs/smollm2."""
-BLOCKS = (("nll", "dpo", "dpo_nll", "simpo", "spo"), ("dpop", "ipo"))
-"""Types of methods, with their defaults; the first block is that of word_problems.yaml."""
+FIRST = {kind: {"type": kind} for kind in ("nll", "dpo", "dpo_nll", "simpo", "spo")}
+"""The methods of word_problems.yaml, with their defaults."""
+MORE = {kind: {"type": kind} for kind in ("dpop", "ipo")} | {
+    "dpo_nll_01": {"type": "dpo_nll", "mu": 0.1},
+    "spo_01": {"type": "spo", "lambda_sft": 0.1},
+}
+BLOCKS = (
+    FIRST,
+    MORE,
+    *({f"{name}_5e05": method | {"lr": RATES[1]} for name, method in block.items()} for block in (FIRST, MORE)),
+)
 KEPT = ("pairs", "steps", "delta_logp_chosen", "delta_logp_rejected", "held_out", "accuracy_greedy", "accuracy_sampled")
+WEIGHTS = ("mu", "lambda_sft")
+"""Fields with the weight of the SFT loss."""
 STARTS = ("sft", "reference")
 """Checkpoints that methods start from, with SFT and without."""
 Row = dict[str, Any]
@@ -44,7 +59,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "word_problems": Task("Word problems", ("eval.suites=[accuracy]",)),
+    "word_problems": Task("Word problems", ()),
     "ultrafeedback": Task(
         "UltraFeedback",
         (
@@ -60,27 +75,25 @@ TASKS = {
 }
 
 
-def run(task: str, seed: int, output: Path) -> None:
-    """Run a task with a seed, block after block, and write its rows after each.
+def run(task: str, seed: int, block: int, output: Path) -> None:
+    """Run a task with a seed and the methods up to a block, of which earlier ones are reused, and write its rows.
 
     Raises:
-        subprocess.CalledProcessError: a run fails; the same command resumes.
+        subprocess.CalledProcessError: the run fails; the same command resumes.
     """
-    for overrides in blocks(task, seed, output):
-        command = [sys.executable, "-m", "spo_ray", "run", "--config", f"configs/smollm2/{task}.yaml", *overrides]
-        subprocess.run(command, cwd=ROOT, check=True)
-        add_rows(task, output / _name(task, seed))
+    overrides = overrides_of(task, seed, block, output)
+    command = [sys.executable, "-m", "spo_ray", "run", "--config", f"configs/smollm2/{task}.yaml", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True)
+    add_rows(task, output / _name(task, seed))
 
 
-def blocks(task: str, seed: int, output: Path) -> Iterator[list[str]]:
-    """Yield the overrides of each block's run; a block has the methods of those before it, which are reused."""
+def overrides_of(task: str, seed: int, block: int, output: Path) -> list[str]:
+    """Return what a run changes of the task's configuration."""
     methods: dict[str, Any] = {}
-    for rate in RATES:
-        own = {} if rate == RATES[0] else {"lr": rate}
-        for block in BLOCKS:
-            methods |= {f"{kind}_{rate:g}".replace("-", "") if own else kind: {"type": kind} | own for kind in block}
-            settings = (f"name={_name(task, seed)}", f"seed={seed}", f"output={output}")
-            yield [*TASKS[task].overrides, *settings, f"methods={json.dumps(methods)}"]
+    for earlier in BLOCKS[: block + 1]:
+        methods |= earlier
+    settings = (f"name={_name(task, seed)}", f"seed={seed}", f"output={output}")
+    return [*TASKS[task].overrides, *settings, f"methods={json.dumps(methods)}"]
 
 
 def _name(task: str, seed: int) -> str:
@@ -110,6 +123,8 @@ def rows_of(task: str, folder: Path) -> Iterator[Row]:
         row: Row = {"task": task, "seed": config.seed, "method": method.type if method else name}
         if method:
             row |= {"lr": method.lr or config.preference.theta.lr}
+            weights = [weight for key, weight in method if key in WEIGHTS and weight != 1]
+            row |= {"weight": weights[0]} if weights else {}
             row |= {"seconds": found.methods[name].present().manifest["wall_s"]}
         row |= {key: entry[key] for key in KEPT if entry.get(key) is not None}
         row["health"] = {
@@ -127,80 +142,103 @@ def tables(rows: Sequence[Row]) -> str:
     """Return the made part of the page."""
     parts: list[str] = []
     for task, (title, _) in TASKS.items():
-        own = [row for row in rows if row["task"] == task]
-        for seed in dict.fromkeys(row["seed"] for row in own):
-            these = [row for row in own if row["seed"] == seed]
-            one = next(row for row in these if "pairs" in row)
-            head = f"**{title}, seed {seed}**: {one['pairs']} pairs, {one['steps']} steps."
-            lines = [cells(row) for row in these]
-            told = {key for line in lines for key, text in line.items() if text}
-            parts += [head, common.table([{k: text for k, text in line.items() if k in told} for line in lines])]
-            tests = list(paired_tests(these))
-            if tests:
-                parts += [f"Paired tests of greedy answers, seed {seed}:", common.table(tests)]
+        groups: dict[Any, list[Row]] = {}
+        for row in rows:
+            if row["task"] == task:
+                groups.setdefault((row.get("lr", 0), row["method"], row.get("weight")), []).append(row)
+        if not groups:
+            continue
+        ordered = [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+        trained = next(group for group in ordered if "pairs" in group[0])
+        pairs, steps = (", ".join(str(row[key]) for row in trained) for key in ("pairs", "steps"))
+        lines = [cells(group) for group in ordered]
+        told = {key for line in lines for key, text in line.items() if text}
+        seeds = ", ".join(str(row["seed"]) for row in trained)
+        parts += [f"**{title}**, seeds {seeds}: {pairs} pairs; {steps} steps."]
+        parts += [common.table([{key: line[key] for key in lines[0] if key in told} for line in lines])]
+        tests = list(paired_tests(ordered))
+        if tests:
+            parts += ["Paired tests of greedy answers:", common.table(tests)]
     return "\n\n".join(parts)
 
 
-def cells(row: Row) -> dict[str, str]:
-    """Return one line of a table; a cell without a measurement is empty."""
-    held_out, health = row.get("held_out", {}), row["health"]
-    found = {"method": row["method"], "learning rate": f"{row['lr']:g}" if "lr" in row else ""}
-    if "accuracy_greedy" in row:
-        found |= {"greedy %": _share(row["accuracy_greedy"]), "T 0.7 %": f"{row['accuracy_sampled']['value']:.1%}"[:-1]}
-    found |= {f"Δ log π {side}": _signed(row.get(f"delta_logp_{side}")) for side in common.SIDES}
-    if health:
-        found |= {f"held out: {side}": _signed(held_out.get(f"delta_logp_{side}")) for side in common.SIDES}
-        accuracy = held_out.get("reward_accuracy")
-        found["held out: in order %"] = _share(accuracy) if accuracy else ""
-        kl = health.get("kl_checkpoint_to_reference")
-        found["KL to the reference"] = "" if kl is None else f"{kl:.1f}"
-        found["tokens an answer"] = f"{health['greedy/length']:.0f}"
-        found["repeated 4-grams %"] = f"{health['greedy/repetition_4']:.1%}"[:-1]
-    return found
+def cells(group: Sequence[Row]) -> dict[str, str]:
+    """Return one line of a table, from a method's rows of all seeds; a cell without a measurement is empty."""
+
+    def each(value: Callable[[Row], float | None], form: str = "{:+.2f}") -> str:
+        found = [value(row) for row in group]
+        return " / ".join("" if number is None else form.format(number) for number in found if found != [None])
+
+    def held_out(key: str, factor: float = 1) -> Callable[[Row], float | None]:
+        return lambda row: None if key not in row.get("held_out", {}) else factor * _value(row["held_out"][key])
+
+    def health(key: str, factor: float = 1) -> Callable[[Row], float | None]:
+        return lambda row: None if key not in row["health"] else factor * row["health"][key]
+
+    first = group[0]
+    right = [fmean(found) for found in zip(*(map(int, row.get("right", "")) for row in group), strict=True)]
+    interval = mean_interval(right, "questions", shares=True) if right else None
+    return {
+        "method": _label(first),
+        "learning rate": f"{first['lr']:g}" if "lr" in first else "",
+        "greedy %": f"{100 * fmean(right):.1f}{_ends(interval.low, interval.high)}" if interval else "",
+        "by seed": each(lambda row: 100 * _value(row["accuracy_greedy"]), "{:.0f}") if right else "",
+        "T 0.7 %": each(lambda row: 100 * _value(row["accuracy_sampled"]), "{:.0f}") if right else "",
+        **{f"Δ log π {side}": each(lambda row, side=side: row.get(f"delta_logp_{side}")) for side in common.SIDES},
+        **{f"held out: {side}": each(held_out(f"delta_logp_{side}")) for side in common.SIDES},
+        "held out: in order %": each(held_out("reward_accuracy", 100), "{:.0f}"),
+        "KL to the reference": each(health("kl_checkpoint_to_reference"), "{:.1f}"),
+        "tokens an answer": each(health("greedy/length"), "{:.0f}"),
+        "repeated 4-grams %": each(health("greedy/repetition_4", 100), "{:.1f}"),
+    }
 
 
-def paired_tests(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
     """Yield SPO against each other method with its rate, and each method against the checkpoint that it starts from.
 
-    The p-values of one task and seed are adjusted together, by Holm's method.
+    A question's value is its mean over the seeds that both have; with one seed the test is McNemar's, else a
+    permutation of signs. The p-values of one task are adjusted together, by Holm's method.
     """
-    graded = [row for row in rows if "right" in row]
-    start = [row for row in graded if row["method"] in STARTS]
-    trained = [row for row in graded if "lr" in row]
-    found = [(row, base) for row in trained for base in start]
-    found += [(spo, row) for spo in trained if spo["method"] == "spo" for row in trained if _rival(spo, row)]
+    graded = [group for group in groups if "right" in group[0]]
+    start = [group for group in graded if group[0]["method"] in STARTS]
+    trained = [group for group in graded if "lr" in group[0]]
+    found = [(group, base) for group in trained for base in start]
+    found += [(spo, group) for spo in trained if _label(spo[0]) == "spo" for group in trained if _rival(spo, group)]
     compared = [_compared(*pair) for pair in found]
-    adjusted = holm([test["p_value"] for test in compared])
-    for (first, second), test, p_value in zip(found, compared, adjusted, strict=True):
-        ends = "" if test["low"] is None else f" ({100 * test['low']:.1f} to {100 * test['high']:.1f})"
+    adjusted = holm([test["p_value"] for _, test in compared])
+    for (first, second), (seeds, test), p_value in zip(found, compared, adjusted, strict=True):
         yield {
-            "compared": f"{first['method']} − {second['method']}",
-            "learning rate": f"{first['lr']:g}",
-            "difference": f"{100 * test['difference']:+.1f}{ends}",
+            "compared": f"{_label(first[0])} − {_label(second[0])}",
+            "learning rate": f"{first[0]['lr']:g}",
+            "seeds": seeds,
+            "difference": f"{100 * test['difference']:+.1f}{_ends(test['low'], test['high'], ' to ')}",
             "adjusted p": p_text(p_value),
         }
 
 
-def _rival(spo: Row, row: Row) -> bool:
-    return row["lr"] == spo["lr"] and row is not spo
+def _rival(spo: Sequence[Row], group: Sequence[Row]) -> bool:
+    return group[0]["lr"] == spo[0]["lr"] and group is not spo
 
 
-def _compared(first: Row, second: Row) -> dict[str, Any]:
-    items = {name: _items(row["right"]) for name, row in (("first", first), ("second", second))}
-    return compare("accuracy_greedy", items)[0]
+def _compared(first: Sequence[Row], second: Sequence[Row]) -> tuple[str, dict[str, Any]]:
+    shared = sorted({row["seed"] for row in first} & {row["seed"] for row in second})
+    items = {}
+    for name, group in (("first", first), ("second", second)):
+        rights = [map(int, row["right"]) for row in group if row["seed"] in shared]
+        items[name] = {str(i): fmean(found) for i, found in enumerate(zip(*rights, strict=True))}
+    return ", ".join(map(str, shared)), compare("accuracy_greedy", items)[0]
 
 
-def _items(right: str) -> dict[str, float]:
-    return {str(number): float(digit) for number, digit in enumerate(right)}
+def _label(row: Row) -> str:
+    return f"{row['method']}, weight {row['weight']:g}" if "weight" in row else row["method"]
 
 
-def _share(found: dict[str, float]) -> str:
-    given = found if "low" in found else share(found["value"], int(found["n"]))
-    return f"{100 * found['value']:.1f} ({100 * given['low']:.1f}–{100 * given['high']:.1f})"
+def _value(found: Any) -> float:
+    return found["value"] if isinstance(found, dict) else found
 
 
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f}"
+def _ends(low: float | None, high: float | None, to: str = "–") -> str:
+    return "" if low is None or high is None else f" ({100 * low:.1f}{to}{100 * high:.1f})"
 
 
 def written(page: str, rows: Sequence[Row]) -> str:
@@ -218,9 +256,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs")
     options = parser.parse_args(None if arguments is None else list(arguments))
     if options.what == "run":
-        for seed in options.seeds:
-            for task in options.tasks:
-                run(task, seed, options.output)
+        for block, task, seed in product(range(len(BLOCKS)), options.tasks, options.seeds):
+            run(task, seed, block, options.output)
     PAGE.write_text(written(PAGE.read_text("utf-8"), read_rows()), encoding="utf-8")
 
 

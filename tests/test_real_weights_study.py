@@ -1,13 +1,13 @@
 """The study on real weights: its rows from a finished run, and the tables on the page from the committed rows."""
 
 from collections import Counter
-from itertools import chain, pairwise, product
+from itertools import pairwise, product
 from math import comb
 
 import pytest
 
 from benchmarks import real_weights
-from benchmarks.real_weights import BLOCKS, PAGE, RATES, TASKS, blocks, read_rows, rows_of, tables, written
+from benchmarks.real_weights import BLOCKS, PAGE, RATES, TASKS, overrides_of, read_rows, rows_of, tables, written
 from spo_ray.config.load import load
 
 from .report.made_up import made_up_run
@@ -23,14 +23,15 @@ def rows(in_root, tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_each_block_is_a_configuration_with_the_methods_of_those_before_it(in_root, tmp_path, task):
     file = f"configs/smollm2/{task}.yaml"
-    configs = [load(file, overrides) for overrides in blocks(task, 1, tmp_path)]
+    configs = [load(file, overrides_of(task, 1, block, tmp_path)) for block in range(len(BLOCKS))]
     for before, after in pairwise(configs):
         assert before.methods.items() < after.methods.items()
         assert before.model_copy(update={"methods": after.methods}) == after
     rate = configs[0].preference.theta.lr
     assert rate == configs[0].preference.phi.lr == RATES[0]
     rates = Counter((method.type, method.lr or rate) for method in configs[-1].methods.values())
-    assert rates == Counter(product(chain(*BLOCKS), RATES))
+    each = {"nll": 1, "dpo": 1, "dpo_nll": 2, "simpo": 1, "spo": 2, "dpop": 1, "ipo": 1}
+    assert rates == Counter({(kind, rate): count for kind, count in each.items() for rate in RATES})
     assert load(file).methods.items() <= configs[0].methods.items()
 
 
@@ -44,19 +45,34 @@ def test_a_row_has_what_the_run_measured(rows):
     ]
 
 
-def test_the_tables_have_wilsons_intervals_and_mcnemars_tests_after_holm(rows):
-    lines = tables(rows).splitlines()
-    low = 12 / (12 + 1.959964**2)  # Wilson's lower end for 12 of 12
-    assert f"| spo | 0.0003 | 100.0 ({100 * low:.1f}–100.0) | 100.0 | +1.00 | -4.00 |" in lines
+def test_one_seed_is_tested_by_mcnemars_test_after_holm(rows):
     # only the first is right on 6 and 8 questions; the differences: dpo - sft (2 lost), spo - sft, spo - dpo
     sft, dpo = (2 * comb(n, 0) / 2**n for n in (6, 8))
-    tests = [line.split(" | ") for line in lines if "−" in line]
-    assert [(cells[0], cells[2].split(" (")[0]) for cells in tests] == [
-        ("| dpo − sft", "-16.7"),
-        ("| spo − sft", "+50.0"),
-        ("| spo − dpo", "+66.7"),
+    tests = [line.split(" | ") for line in tables(rows).splitlines() if "−" in line]
+    assert [(cells[0], cells[2], cells[3].split(" (")[0]) for cells in tests] == [
+        ("| dpo − sft", "0", "-16.7"),
+        ("| spo − sft", "0", "+50.0"),
+        ("| spo − dpo", "0", "+66.7"),
     ]
-    assert [cells[3] for cells in tests] == ["0.5 |", f"{2 * sft:.2g} |", f"{3 * dpo:.2g} |"]
+    assert [cells[4] for cells in tests] == ["0.5 |", f"{2 * sft:.2g} |", f"{3 * dpo:.2g} |"]
+
+
+def test_seeds_are_joined_by_the_mean_of_each_question(rows):
+    second = [row | {"seed": 1} for row in rows]
+    second[-1] |= {"right": "0" * 6 + "1" * 6, "delta_logp_chosen": -0.5, "accuracy_greedy": {"value": 0.5}}
+    lines = [line.split(" | ") for line in tables([*rows, *second]).splitlines()]
+    spo = next(cells for cells in lines if cells[0] == "| spo")
+    assert spo[2].startswith("75.0 (") and spo[3:6] == ["100 / 50", "100 / 100", "+1.00 / -0.50"]
+    low, high = (float(end) for end in spo[2].removeprefix("75.0 (").removesuffix(")").split("–"))
+    normal = 100 * 1.96 * 0.25 / 12**0.5  # a half of the questions has 0.5, the other 1
+    assert (75 - low, high - 75) == pytest.approx((normal, normal), abs=3)
+    (test,) = (cells for cells in lines if cells[0] == "| spo − sft")
+    # six questions have 1 - 0.5 less than sft's 1, and six 1 more than its 0: signs of 12 swapped, 4,096 ways
+    values = [-0.5] * 6 + [1.0] * 6
+    ways = [abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((1, -1), repeat=12)]
+    p_value = sum(way >= sum(values) for way in ways) / len(ways)
+    assert test[2:4] == ["0, 1", "+25.0 " + test[3].partition(" ")[2]]
+    assert float(test[4].removesuffix(" |")) == pytest.approx(2 * p_value, rel=0.1)
 
 
 def test_rows_of_a_run_are_replaced_and_those_of_others_stay(rows, monkeypatch, tmp_path):

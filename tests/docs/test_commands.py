@@ -4,7 +4,6 @@ Commands that look at something run as they are. Those that train are read here 
 slow tests on small data; names of files in the pages stand for files made here.
 """
 
-import importlib
 import json
 import re
 import runpy
@@ -52,6 +51,7 @@ LISTED = {
     "make real": "half an hour of real weights; tests/model has the import and the real weights in parts",
     "python scripts/fetch_smollm2.py": "fetches 93 MB; the tests with real weights do it",
     "spo-ray run --config configs/smollm2/word_problems.yaml": "as make real",
+    "make study": "hours of trainings; tests/test_study.py has its parts",
     "make bench": "40 minutes of measurements",
     "make soak": "many hours of faults; tests/soak has its parts",
     "python scripts/compare_vllm.py": "asks a package index; tests/test_security.py makes a wheel for it",
@@ -208,7 +208,7 @@ def test_commands_that_the_text_names_exist(capsys, command):
 def test_benchmarks_have_help(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(name).main()
+        runpy.run_module(name, run_name="__main__")
     assert ended.value.code == 0
     assert name in capsys.readouterr().out
 

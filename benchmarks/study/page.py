@@ -1,0 +1,252 @@
+"""The made part of docs/study.md: tables of the rows, tests and verdicts."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+import scipy
+
+from benchmarks.common import table
+from benchmarks.study.jobs import DIAL, METHODS, Row
+from benchmarks.study.world import REGIMES
+from spo_ray.evaluate.statistics import LEVEL, holm, mean_interval, paired_bootstrap, sign_flip
+from spo_ray.report.headline import p_text
+
+PAGE = Path(__file__).parents[2] / "docs" / "study.md"
+START, END = "<!-- made by: python -m benchmarks.study tables -->", "<!-- end of the made part -->"
+LOWEST = -8.0
+"""Change of held-out log pi, and minus the divergence, at which an area under a front begins."""
+Group = list[Row]
+"""A training's rows of all seeds."""
+
+
+class PairedTest(NamedTuple):
+    """One paired test of a hypothesis."""
+
+    hypothesis: str
+    what: str
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float
+    seeds: int
+
+
+def write_page(rows: Sequence[Row]) -> None:
+    """Write the tables into the page."""
+    PAGE.write_text(written(PAGE.read_text("utf-8"), rows), encoding="utf-8")
+
+
+def written(page: str, rows: Sequence[Row]) -> str:
+    """Return the page with its made part written anew."""
+    before, _, rest = page.partition(START)
+    return f"{before}{START}\n\n{results(rows)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def results(rows: Sequence[Row]) -> str:
+    """Return the made part of the page."""
+    failed = [row for row in rows if "error" in row]
+    hours = sum(row.get("seconds", 0) for row in rows) / 3600
+    told = f"{len(rows)} trainings and references, {len(failed)} of them failed"
+    parts = [f"{told}; {hours:.1f} hours of training on one core each."]
+    good = [row for row in rows if "error" not in row]
+    for regime in REGIMES:
+        parts += final(regime, good)
+    tests = [test for ask in (dial, lower, anchor, hinge, ches) for test in ask(good)]
+    if tests:
+        parts += ["### Hypotheses", table(list(verdicts(tests)))]
+    effects = lower_table(good)
+    return "\n\n".join([*parts, *(["Lower levels, means over the seeds:", table(effects)] if effects else [])])
+
+
+def groups(rows: Iterable[Row], part: str, regime: str | None = None) -> dict[str, Group]:
+    """Return a part's rows by their names, each in the order of seeds."""
+    found: dict[str, Group] = {}
+    for row in sorted(rows, key=lambda row: row["start"]["seed"]):
+        if row["part"] == part and regime in (None, row["start"]["regime"]):
+            found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def final(regime: str, rows: Sequence[Row]) -> list[str]:
+    """Return the table of a regime's methods at their best settings, and the paired tests."""
+    found = groups(rows, "final", regime)
+    if "reference" not in found:
+        return []
+    ordered = sorted(found, key=lambda name: -_mean(found[name], "greedy"))
+    lines = [_line(name, found[name]) for name in ordered]
+    rivals = [(name, other) for name in found if name.startswith("spo") for other in ("nll", "dpo_nll", _base(name))]
+    tests = [_questions("", f"{a} − {b}", found[a], found[b]) for a, b in rivals if b in found]
+    head = f"### Pairs: {regime}"
+    return [head, table(lines), "SPO against its rivals, greedy accuracy:", table(list(verdicts(tests, told=False)))]
+
+
+def _base(name: str) -> str:
+    return name.removeprefix("spo").removesuffix("_region").removeprefix("_") or "dpo"
+
+
+def _line(name: str, group: Group) -> dict[str, str]:
+    recipe = group[0].get("recipe", {}).get("method", {})
+    own = {key for settings in METHODS.get(name, ()) for key in settings if key not in ("base", "safe_region")}
+    low, high, _ = mean_interval(_pooled(group), "questions", shares=True)
+    ends = "" if low is None or high is None else f" ({100 * low:.0f}–{100 * high:.0f})"
+    line = {"method": name, "rate": f"{recipe['lr']:g}" if recipe else ""}
+    line["own"] = ", ".join(f"{key} {recipe[key]:g}" for key in sorted(own) if key in recipe)
+    line["greedy %"] = f"{100 * _mean(group, 'greedy'):.1f}{ends}"
+    line |= {"T 0.7 %": f"{100 * _mean(group, 'sampled'):.1f}", "pass@8 %": f"{100 * _mean(group, 'pass@8'):.1f}"}
+    for key, form in COLUMNS.items():
+        line[key] = form(group)
+    return line
+
+
+def _number(key: str, form: str, factor: float = 1) -> Callable[[Group], str]:
+    return lambda group: form.format(factor * _mean(group, key))
+
+
+COLUMNS = {
+    "Δ log π chosen": _number("train/chosen", "{:+.2f}"),
+    "rejected": _number("train/rejected", "{:+.2f}"),
+    "held out: chosen": _number("held_out/chosen", "{:+.2f}"),
+    "in order %": _number("held_out/in_order", "{:.0f}", 100),
+    "KL from SFT": _number("kl_reference_to_policy", "{:.2f}"),
+    "KL to SFT": _number("kl_policy_to_reference", "{:.2f}"),
+    "entropy": _number("entropy", "{:.2f}"),
+    "repeated 4-grams %": _number("repetition", "{:.1f}", 100),
+    "s": lambda group: f"{fmean(row.get('seconds', 0) for row in group):.0f}",
+}
+
+
+def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H1: areas under the fronts of one dialled training against those of trainings with six weights."""
+    for regime in REGIMES:
+        found = groups(rows, "dial", regime)
+        weights = [group for name, group in found.items() if name.startswith("dpo_nll")]
+        shares = next((group for group in weights if "shares" in group[0]), [])
+        for name in ("spo", "spo, theta by SFT alone"):
+            if name not in found or not shares:
+                continue
+            own = [_front(row, "scales") for row in found[name]]
+            trained = [[group[i]["measured"] for group in weights] for i in range(len(own))]
+            between = [_front(row, "shares") for row in shares]
+            for other, fronts in (("trained weights", trained), ("weights between", between)):
+                for measure, (x, y) in FRONTS.items():
+                    values = [area(a, x, y) - area(b, x, y) for a, b in zip(own, fronts, strict=True)]
+                    yield _seeds("H1", f"{regime}: {name} dialled − {other}, {measure}", values)
+
+
+FRONTS = {
+    "order against retained log π": ("held_out/chosen", "held_out/in_order"),
+    "accuracy against KL": ("kl_policy_to_reference", "greedy"),
+}
+
+
+def _front(row: Row, kind: str) -> list[Row]:
+    return [row["measured"], *(row[kind][str(value)] for value in DIAL if str(value) in row[kind])]
+
+
+def area(points: Sequence[Row], x: str, y: str) -> float:
+    """Return the mean over x, from :data:`LOWEST` to the reference's 0, of the best y at that x or a better one.
+
+    x is a change of log pi, or a divergence with its sign turned, so that higher is better; above 0 it counts as 0.
+    """
+    sign = -1 if x.startswith("kl") else 1
+    sorted_points = sorted(((min(0.0, sign * point[x]), point[y]) for point in points), reverse=True)
+    total, best, last = 0.0, 0.0, 0.0
+    for value, height in sorted_points:
+        value = max(value, LOWEST)
+        total, best, last = total + best * (last - value), max(best, height), value
+    return (total + best * (last - LOWEST)) / -LOWEST
+
+
+def lower(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H2: accuracy with each lower level against none."""
+    found = groups(rows, "lower")
+    yield from (
+        _questions("H2", f"{name} − K 0", group, found["K 0"]) for name, group in found.items() if name != "K 0"
+    )
+
+
+def lower_table(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return how far the lower level moves L_SFT, and what comes of it."""
+    lines = []
+    for name, group in groups(rows, "lower").items():
+        share, size = (
+            fmean(row["steps"].get(key, 0.0) for row in group) for key in ("spo/inner_gap_share", "spo/term_b_over_a")
+        )
+        lines.append(
+            {
+                "lower level": name,
+                "lowers L_SFT by %": f"{100 * share:.2g}",
+                "term (b) / term (a)": f"{size:.2g}",
+                "greedy %": f"{100 * _mean(group, 'greedy'):.1f}",
+                "Δ log π chosen": f"{_mean(group, 'train/chosen'):+.2f}",
+                "KL to SFT": f"{_mean(group, 'kl_policy_to_reference'):.2f}",
+            }
+        )
+    return lines
+
+
+def anchor(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H3: the SFT model's own samples as the anchor against the preferred answers."""
+    for regime in REGIMES:
+        if found := groups(rows, "anchor", regime):
+            yield _questions("H3", f"{regime}: own samples − preferred answers", found["own"], found["chosen"])
+
+
+def hinge(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H4: the SFT loss of fallen pairs alone against that of all."""
+    for regime in REGIMES:
+        found = groups(rows, "hinge", regime)
+        for name in (name for name in found if name.startswith("hinge")):
+            yield from (_questions("H4", f"{regime}: {name} − {o}", found[name], found[o]) for o in ("spo", "dpo_nll"))
+
+
+def ches(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H5: DPO on filtered pairs against SPO on all, and SPO on filtered ones."""
+    found = groups(rows, "ches")
+    for share in ("25%", "50%") if found else ():
+        for name in ("dpo", "spo"):
+            filtered = f"{name}, without {share}"
+            yield _questions("H5", f"{filtered} − spo with all", found[filtered], found["spo, without 0%"])
+
+
+def verdicts(tests: Sequence[PairedTest], *, told: bool = True) -> Iterable[dict[str, str]]:
+    """Yield a line for each test, with p-values adjusted over all of them."""
+    adjusted = holm([test.p_value for test in tests])
+    for test, p_value in zip(tests, adjusted, strict=True):
+        ends = "" if test.low is None else f" ({test.low:+.1f} to {test.high:+.1f})"
+        verdict = "not shown" if p_value >= LEVEL else "better" if test.difference > 0 else "worse"
+        line = {"hypothesis": test.hypothesis} if told else {}
+        line |= {"compared": test.what, "seeds": str(test.seeds), "difference": f"{test.difference:+.1f}{ends}"}
+        yield line | {"adjusted p": p_text(p_value), "verdict": verdict}
+
+
+def _questions(hypothesis: str, what: str, first: Group, second: Group) -> PairedTest:
+    """PairedTest greedy accuracy on the seeds that both have; in points."""
+    shared = {row["start"]["seed"] for row in first} & {row["start"]["seed"] for row in second}
+    values = [_pooled([row for row in group if row["start"]["seed"] in shared]) for group in (first, second)]
+    differences = [100 * (a - b) for a, b in zip(*values, strict=True)]
+    low, high = paired_bootstrap(differences)
+    return PairedTest(hypothesis, what, fmean(differences), low, high, sign_flip(differences), len(shared))
+
+
+def _seeds(hypothesis: str, what: str, values: Sequence[float]) -> PairedTest:
+    """PairedTest a difference of areas over seeds; in points."""
+    scaled = [100 * value for value in values]
+    if len(scaled) < 2 or stdev(scaled) == 0:
+        return PairedTest(hypothesis, what, fmean(scaled), None, None, 1.0, len(scaled))
+    found = scipy.stats.ttest_1samp(scaled, 0.0)
+    ends = found.confidence_interval()
+    return PairedTest(
+        hypothesis, what, fmean(scaled), float(ends.low), float(ends.high), float(found.pvalue), len(scaled)
+    )
+
+
+def _pooled(group: Group) -> list[float]:
+    """Return each question's mean over the seeds."""
+    return [fmean(map(int, digits)) for digits in zip(*(row["measured"]["right"] for row in group), strict=True)]
+
+
+def _mean(group: Group, key: str) -> float:
+    return fmean(row["measured"][key] for row in group)
