@@ -137,7 +137,7 @@ class _Bars:
         with self.lock:
             if self.progress is None:
                 columns = (_text("{task.description}"), BarColumn(20), _text("{task.fields[text]}"))
-                times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+                times = (TextColumn("for"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
                 self.progress = Progress(*columns, *times, console=terminal, transient=True)
                 self.progress.start()
             shown = self.progress
