@@ -13,7 +13,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from spo_ray.config.base import is_secret
 
@@ -121,6 +122,15 @@ def _text(template: str) -> TextColumn:
     return TextColumn(template, markup=False)
 
 
+class _Left(TimeRemainingColumn):
+    """The time that is left, with the word behind it; empty while it is unknown."""
+
+    def render(self, task: Task) -> Text:
+        """See :class:`rich.progress.TimeRemainingColumn`."""
+        found = super().render(task)
+        return found.append(" left") if found.plain.strip("-:") else Text()
+
+
 class _Bars:
     """Progress bars of the stages under way, shown as long as there is one."""
 
@@ -137,7 +147,7 @@ class _Bars:
         with self.lock:
             if self.progress is None:
                 columns = (_text("{task.description}"), BarColumn(20), _text("{task.fields[text]}"))
-                times = (TextColumn("for"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+                times = (TimeElapsedColumn(), _Left())
                 self.progress = Progress(*columns, *times, console=terminal, transient=True)
                 self.progress.start()
             shown = self.progress
