@@ -39,6 +39,7 @@ from spo_ray.core.logps import LOGITS_PER_CHUNK
 from spo_ray.errors import UserError
 from spo_ray.model.fsdp import decoder_layers
 from spo_ray.model.load import build_policy, parameter_groups
+from spo_ray.runtime.console import in_units
 
 Device = Literal["cpu", "cuda"]
 Changes = dict[str, Any]
@@ -76,12 +77,13 @@ class MemoryEstimate:
 
     def sentence(self) -> str:
         """Return the memory of a worker and what it trains as one line for the log."""
-        workers, count = self.config.train.num_workers, self.parameters
-        phi = f" and {count['phi'] / 1e6:.1f}M LoRA" if count["phi"] else ""
-        frozen = f"{count['frozen'] / 1e6:.1f}M are" if count["frozen"] else "none is"
+        workers = self.config.train.num_workers
+        count = {name: in_units(number, "count") for name, number in self.parameters.items()}
+        phi = f" and {count['phi']} LoRA" if count["phi"] else ""
+        frozen = f"{count['frozen']} are" if count["frozen"] else "none is"
         return (
             f"{workers} worker{'s' if workers > 1 else ''} of {_gib(self.total)}. "
-            f"Trains {count['theta'] / 1e6:.1f}M backbone{phi} parameters; {frozen} frozen."
+            f"Trains {count['theta'] or 0} backbone{phi} parameters; {frozen} frozen."
         )
 
     def table(self) -> str:
