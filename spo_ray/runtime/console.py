@@ -11,9 +11,11 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from spo_ray.config.base import is_secret
@@ -118,8 +120,8 @@ class _Json(logging.Formatter):
         return json.dumps(fields)
 
 
-def _text(template: str) -> TextColumn:
-    return TextColumn(template, markup=False)
+def _text(template: str, **options: Any) -> TextColumn:
+    return TextColumn(template, markup=False, table_column=Column(no_wrap=True, **options))
 
 
 class _Left(TimeRemainingColumn):
@@ -146,9 +148,9 @@ class _Bars:
         """Show one stage's bar while the block runs."""
         with self.lock:
             if self.progress is None:
-                columns = (_text("{task.description}"), BarColumn(20), _text("{task.fields[text]}"))
-                times = (TimeElapsedColumn(), _Left())
-                self.progress = Progress(*columns, *times, console=terminal, transient=True)
+                text = _text("{task.fields[text]}", ratio=1, overflow="ellipsis")  # cut before names and times are
+                columns = (_text("{task.description}"), BarColumn(20), text, TimeElapsedColumn(), _Left())
+                self.progress = Progress(*columns, console=terminal, transient=True, expand=True)
                 self.progress.start()
             shown = self.progress
             task = shown.add_task(stage, total=None, text="")

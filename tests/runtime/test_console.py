@@ -1,5 +1,6 @@
 """Log lines, JSON and bars: on a terminal, off it, and where spo_ray is only imported."""
 
+import io
 import json
 import logging
 import os
@@ -7,12 +8,15 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from datetime import datetime
 
 import pytest
+from rich.console import Console
 
 from spo_ray.errors import UserError
 from spo_ray.pipeline.cli import Output, guarded
+from spo_ray.runtime import console
 from spo_ray.runtime.console import CONTROL, LOGGER, log, show, warn
 
 from ..conftest import ROOT
@@ -66,6 +70,19 @@ def test_a_live_view_on_a_terminal():
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
     assert re.search(r"\] other: a \[line\] beside it :key:\r?\n", plain)
     assert re.search(r"\] sft: done\r?\n", plain)
+
+
+def test_a_narrow_terminal_cuts_the_text_not_the_name_nor_the_time():
+    terminal, name = Console(file=io.StringIO(), force_terminal=True, width=80), "method_spo_simpo"
+    bars = console._Bars()
+    with bars.bar(name, terminal) as update:
+        for step in range(3):
+            update(step, 9, "step 2/9, loss 0.6387, chosen +0.19, rejected -0.06, margin +0.13, accuracy 75%")
+            time.sleep(0.1)
+        shown = terminal.render_lines(bars.progress.get_renderable(), pad=False)
+    (line,) = ["".join(segment.text for segment in line) for line in shown]
+    assert re.fullmatch(rf"{name} [━╺╸]+ step 2/9, .*… 0:00:00 0:00:0\d left ?", line)
+    assert len(line) <= 80
 
 
 def test_nothing_is_printed_where_spo_ray_is_only_imported():
