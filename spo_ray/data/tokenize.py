@@ -95,8 +95,8 @@ def _sampled(run: Run, source: Artifact, sides: Mapping[str, str], tokenizer: Pa
     config, data, limit = run.config, run.config.data, run.config.train.max_length
     rows: list[Row] = []
     if not isinstance(source, PlannedArtifact):
-        first = islice(pq.ParquetFile(source.parts[0]).iter_batches(SAMPLED), 1)
-        rows = [row for batch in first for row in batch.to_pylist()]
+        batches = (batch for part in source.parts[:1] for batch in pq.ParquetFile(part).iter_batches(SAMPLED))
+        rows = [row for batch in islice(batches, 1) for row in batch.to_pylist()]
     elif isinstance(data, PreferenceData) and source.path.name != "sft_examples":
         for number, raw in islice(sourced_rows(data, "train", SAMPLED), SAMPLED):
             with suppress(RowRejectedError):
