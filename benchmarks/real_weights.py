@@ -66,7 +66,7 @@ TASKS = {
             f"data.path={common.DATA / 'ultrafeedback' / 'train.jsonl'}",
             "data.train_split=train",
             "data.train_pairs=256",
-            "data.test_pairs=200",
+            "data.test_pairs=300",
             "train.max_length=256",
             "eval.health_prompts=16",
             "eval.max_tokens=96",
@@ -167,13 +167,14 @@ def cells(group: Sequence[Row]) -> dict[str, str]:
 
     def each(value: Callable[[Row], float | None], form: str = "{:+.2f}") -> str:
         found = [value(row) for row in group]
-        return " / ".join("" if number is None else form.format(number) for number in found if found != [None])
+        told = [form.format(number) for number in found if number is not None]
+        return " / ".join(told) if len(told) == len(found) else ""
 
     def held_out(key: str, factor: float = 1) -> Callable[[Row], float | None]:
         return lambda row: None if key not in row.get("held_out", {}) else factor * _value(row["held_out"][key])
 
     def health(key: str, factor: float = 1) -> Callable[[Row], float | None]:
-        return lambda row: None if key not in row["health"] else factor * row["health"][key]
+        return lambda row: next((factor * row["health"][k] for k in row["health"] if k in _starts(key)), None)
 
     first = group[0]
     right = [fmean(found) for found in zip(*(map(int, row.get("right", "")) for row in group), strict=True)]
@@ -187,10 +188,15 @@ def cells(group: Sequence[Row]) -> dict[str, str]:
         **{f"Δ log π {side}": each(lambda row, side=side: row.get(f"delta_logp_{side}")) for side in common.SIDES},
         **{f"held out: {side}": each(held_out(f"delta_logp_{side}")) for side in common.SIDES},
         "held out: in order %": each(held_out("reward_accuracy", 100), "{:.0f}"),
-        "KL to the reference": each(health("kl_checkpoint_to_reference"), "{:.1f}"),
+        "KL from the start": each(health("kl_START_to_checkpoint"), "{:.1f}"),
+        "KL to the start": each(health("kl_checkpoint_to_START"), "{:.1f}"),
         "tokens an answer": each(health("greedy/length"), "{:.0f}"),
         "repeated 4-grams %": each(health("greedy/repetition_4", 100), "{:.1f}"),
     }
+
+
+def _starts(key: str) -> list[str]:
+    return [key.replace("START", start) for start in STARTS]
 
 
 def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
@@ -211,7 +217,7 @@ def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
             "compared": f"{_label(first[0])} − {_label(second[0])}",
             "learning rate": f"{first[0]['lr']:g}",
             "seeds": seeds,
-            "difference": f"{100 * test['difference']:+.1f}{_ends(test['low'], test['high'], ' to ')}",
+            "difference": f"{round(100 * test['difference'], 1) + 0.0:+.1f}{_ends(test['low'], test['high'], ' to ')}",
             "adjusted p": p_text(p_value),
         }
 

@@ -12,6 +12,7 @@ from threading import Timer
 from typing import Any
 
 import ray.data
+from ray._private import auto_init_hook
 
 from spo_ray.config.data import EndpointConfig, EngineConfig
 from spo_ray.config.schema import Config
@@ -55,6 +56,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     else:
         cpus = config.ray.num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
         start_local(config.ray.start_timeout_s, num_cpus=cpus, include_dashboard=False, **quiet)
+    auto_init_hook.enable_auto_connect = False  # else a thread that outlives the cluster starts or joins another one
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are on the failure card
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

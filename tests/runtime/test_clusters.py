@@ -37,7 +37,13 @@ def look():
 seen, described = ray.get(look.remote())
 names = ("HF_ENDPOINT", "MY_SWITCH", "NCCL_DEBUG")
 there = {n: seen.get(n) for n in names}
-print(json.dumps({"there": there, "leaks": [k for k, v in seen.items() if "averysecret" in v], "described": described}))
+ray.shutdown()
+try:
+    look.remote()
+except Exception:
+    pass
+found = {"leaks": [k for k, v in seen.items() if "averysecret" in v], "described": described}
+print(json.dumps({"there": there, "again": ray.is_initialized(), **found}))
 """
 SIZE = """
 import os
@@ -106,6 +112,7 @@ def test_workers_get_the_allowed_variables_and_no_secret(cluster):
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["there"] == {"HF_ENDPOINT": "http://hub", "MY_SWITCH": None, "NCCL_DEBUG": None}
+    assert not seen["again"]  # nothing joins a cluster by itself after the run's end
     assert seen["leaks"] == []
     assert "averysecret" not in seen["described"]
 
