@@ -154,7 +154,7 @@ def tables(rows: Sequence[Row]) -> str:
         lines = [cells(group) for group in ordered]
         told = {key for line in lines for key, text in line.items() if text}
         seeds = ", ".join(str(row["seed"]) for row in trained)
-        parts += [f"**{title}**, seeds {seeds}: {pairs} pairs; {steps} steps."]
+        parts += [f"**{title}**, seed{'s' * (len(trained) > 1)} {seeds}: {pairs} pairs; {steps} steps."]
         parts += [common.table([{key: line[key] for key in lines[0] if key in told} for line in lines])]
         tests = list(paired_tests(ordered))
         if tests:
