@@ -1,4 +1,4 @@
-.PHONY: setup quickstart real study test test-slow soak bench check docs format lock clean
+.PHONY: setup quickstart real study site test test-slow soak bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -45,6 +45,9 @@ check: setup ## Format, lint and types, without changing anything
 	@.venv/bin/ruff check .
 	@.venv/bin/ty check
 	@$(PY) scripts/configuration.py --check
+
+site: setup ## Build the documentation as a site in the folder site
+	@.venv/bin/uvx --from mkdocs==1.6.1 mkdocs build --strict
 
 docs: setup ## Write docs/configuration.md from the schema
 	@$(PY) scripts/configuration.py

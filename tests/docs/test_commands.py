@@ -47,6 +47,7 @@ LISTED = {
     "make check": ".ci/run does it",
     "make lock": "asks package registries for new versions",
     "make docs": "rewrites a page; tests/test_docs.py does it elsewhere",
+    "make site": "fetches mkdocs; a slow test in tests/docs/test_pages.py builds it",
     "make test": "these tests",
     "make real": "half an hour of real weights; tests/model has the import and the real weights in parts",
     "python scripts/fetch_smollm2.py": "fetches 93 MB; the tests with real weights do it",

@@ -4,6 +4,8 @@ import importlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import get_args
@@ -125,9 +127,20 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(there), f"{page}: {target}"
 
 
-def test_every_page_is_in_the_index():
+def test_every_page_is_in_the_index_and_in_the_sites_navigation():
+    pages = sorted(Path(page).name for page in PAGES if page.startswith("docs/"))
     linked = {target.partition("#")[0] for target in LINK.findall(text_of("docs/README.md"))}
-    assert {Path(page).name for page in PAGES if page.startswith("docs/")} - {"README.md"} <= linked
+    assert set(pages) - {"README.md"} <= linked
+    assert sorted(re.findall(r"[\w-]+\.md", text_of("mkdocs.yml"))) == pages
+
+
+@pytest.mark.slow
+def test_the_site_has_every_page_and_no_dead_link(tmp_path):
+    """``--strict`` ends with 1 if a link or an anchor leads nowhere."""
+    command = [Path(sys.executable).parent / "uvx", "--from", "mkdocs==1.6.1", "mkdocs", "build", "--strict"]
+    subprocess.run([*command, "-d", tmp_path], cwd=ROOT, check=True, capture_output=True, text=True)
+    built = {file.parent.name for file in tmp_path.glob("*/index.html")}
+    assert {Path(page).stem for page in PAGES if page.startswith("docs/")} - {"README"} <= built
 
 
 def sections(annotation):
