@@ -41,7 +41,7 @@ def headline(methods: Methods, compared: Sequence[Mapping[str, Any]], reference:
     trained = {name: entry for name, entry in methods.items() if name not in ("base", reference)}
     start = methods.get(reference, {}).get("accuracy_greedy")
     found = list(_accuracies(trained, start, p_values(compared), reference, words))
-    return [*(found or _reward_accuracies(trained)), *_displacement(trained)]
+    return [*(found or _reward_accuracies(trained)), *_alike(trained, compared), *_displacement(trained)]
 
 
 def pieces(sentence: str) -> list[str | Fact]:
@@ -113,6 +113,14 @@ def _also_better(better: Sequence[str], solved: Mapping[str, str], p_values: PVa
         p_facts = {name: _p_fact(p_values, name, first) for name in behind}
         told.append(f"{_listed(behind, p_facts)} {_be(behind)} behind {first}")
     yield "; ".join(told) + "."
+
+
+def _alike(trained: Methods, compared: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence about methods whose greedy answers are right on the same questions."""
+    greedy = [row for row in compared if row["metric"] == "accuracy_greedy"]
+    pairs = [(row["first"], row["second"]) for row in greedy if not row["wins"] + row["losses"]]
+    told = ["/".join(pair) for pair in pairs if set(pair) <= trained.keys()]
+    return [f"The very same questions are solved by {_joined(told)}."] if told else []
 
 
 def _reward_accuracies(trained: Methods) -> list[str]:

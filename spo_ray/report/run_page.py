@@ -20,6 +20,7 @@ from spo_ray.runtime.artifact import REJECTED, Artifact, RowCounts, write_json
 from spo_ray.runtime.console import log, place, show
 from spo_ray.runtime.manifest import MANIFEST, manifests
 from spo_ray.runtime.run import Run, Stage, Work
+from spo_ray.runtime.status import STATUS, read_status
 from spo_ray.train.alarm import PREFIX, describe
 from spo_ray.train.spec import RESULT
 
@@ -63,7 +64,9 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
         "config": run.config,
         "origin": origin(run),
         "versions": summary["versions"],
-        "methods": {name: str(type(run.config.methods[name]).__doc__).splitlines()[0] for name in paths},
+        "command": read_status(run.root / STATUS).get("command", ""),
+        "trained_on": next((table[name] for name in paths if name in table), {}),
+        "methods": {name: _meaning(run.config.methods[name]) for name in paths},
         "headline": [
             [piece if isinstance(piece, str) else rows.of(*piece) for piece in pieces(sentence)]
             for sentence in run_headline(run, summary)
@@ -93,6 +96,13 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
     }
 
 
+def _meaning(method: Any) -> str:
+    """Return what a method is, with its settings that are not the defaults."""
+    own = method.model_dump(mode="json", exclude_defaults=True, exclude={"type"})
+    told = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())
+    return str(type(method).__doc__).splitlines()[0] + (f" Here with {told}." if told else "")
+
+
 def run_headline(run: Run, summary: dict[str, Any]) -> list[str]:
     """Return the results of a run in sentences."""
     words = "the SFT model" if run.config.sft else "the reference model"
@@ -118,7 +128,7 @@ def _alarm_table(alarms: list[dict[str, Any]]) -> Table:
         [method, ", ".join(str(alarm["step"]) for alarm in found), found[0]["text"], advice]
         for (method, advice), found in kinds.items()
     ]
-    return Table(["method", "steps", "what happened first", "what to do"], lines)
+    return Table(["method", "at steps", "what happened first", "what to do"], lines)
 
 
 def _greedy(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dict[str, dict[str, Any]]:

@@ -152,7 +152,8 @@ def _tested_cell(row: Mapping[str, Any] | None) -> Shade:
         return Shade("")
     difference, p_value = -row["difference"], row["p_adjusted"]
     level = 0 if p_value >= LEVEL else 1 if p_value >= LEVEL / 50 else 2
-    return Shade(f"{100 * difference:+.1f} (p {p_text(p_value)})", level if difference > 0 else -level)
+    points = round(100 * difference, 1) + 0.0  # never -0.0
+    return Shade(f"{points:+.1f} (p {p_text(p_value)})", level if difference > 0 else -level)
 
 
 def health_strip(methods: Methods, reference: str) -> Table:

@@ -38,14 +38,14 @@ RULES = {
         "max_fall",
         "probe/delta_logp_chosen_per_token",
         "preferred answers lost {value:.2f} nats per token (limit {limit:g})",
-        "use spo or dpo_nll, or lower the learning rate",
+        "lower the learning rate; an SFT term helps too (spo)",
         lambda value, start: -value,
     ),
     "both_fell": Rule(
         "max_both_fell",
         "probe/both_fell",
         "both log-probabilities fell in {value:.0%} of pairs (limit {limit:.0%})",
-        "use spo or dpo_nll; drop pairs with nearly equal sides",
+        "drop similar pairs; an SFT term helps too (spo)",
     ),
     "repetition": Rule(
         "max_repetition",

@@ -46,6 +46,12 @@ KINDS = {
         "spo (62.8%) and dpo (62.2%) can't be told apart from it. On the training pairs the preferred answers' "
         "log-probability rose with dpo (+0.30 nats) and did not change with spo.",
     ),
+    "alike": (
+        results({"sft": 200, "spo": 201, "dpo_nll": 201}, 320),
+        "No method is shown to be better than the SFT model, which solves 62.5% of the 320 held-out questions. "
+        "spo (62.8%) and dpo_nll (62.8%) can't be told apart from it. "
+        "The very same questions are solved by spo/dpo_nll.",
+    ),
     "one method": (
         results({"sft": 200, "spo": 250}, 320, spo=1.0),
         "spo solves 78.1% of the 320 held-out questions, 15.6 points more than the SFT model (62.5%, p = 2e-15). "

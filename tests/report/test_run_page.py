@@ -7,10 +7,11 @@ import shutil
 import pytest
 
 from spo_ray import __version__
+from spo_ray.config.load import load
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.comparison import rewrite
 from spo_ray.report.headline import p_text
-from spo_ray.report.run_page import _alarm_table, _alarms, _greedy
+from spo_ray.report.run_page import _alarm_table, _alarms, _greedy, _meaning
 from spo_ray.report.samples import shown_samples
 from spo_ray.report.scores import Rows, comparison_tables, other_suites, results, results_table
 from spo_ray.report.summary import origin, versions_of
@@ -36,6 +37,15 @@ def test_alarms_are_told(run):
         ["dpo", "20, 60", "preferred answers lost 1.50 nats per token (limit 0.05)"],
         ["dpo", "40", "both log-probabilities fell in 75% of pairs (limit 50%)"],
     ]
+
+
+def test_a_methods_name_is_explained_with_the_settings_that_are_its_own(in_root):
+    one, other = load(
+        "configs/quickstart.yaml",
+        ["methods={one: {type: dpo}, other: {type: spo, base: {type: simpo}, lambda_sft: 0.1}}"],
+    ).methods.values()
+    assert _meaning(one) == "DPO: direct preference optimization."
+    assert _meaning(other).endswith('a base loss. Here with base={"type": "simpo"}, lambda_sft=0.1.')
 
 
 def test_ungraded_answers_come_from_text_health(run):

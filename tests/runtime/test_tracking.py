@@ -149,7 +149,7 @@ def test_alarms_and_repeated_steps(in_root, trained, tmp_path, caplog):
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     start = messages.index("ALARM at step 3: preferred answers lost 1.50 nats per token (limit 0.05).")
     assert messages[start + 1 :] == [
-        "Use spo or dpo_nll, or lower the learning rate. See docs/failures.md.",
+        "Lower the learning rate; an SFT term helps too (spo). See docs/failures.md.",
         "Training ends at step 3, because on_alarm is stop.",
     ]
     assert all(len(f"[12:00:00] method_dpo: {message}") <= 100 for message in messages)

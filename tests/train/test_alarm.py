@@ -69,7 +69,7 @@ def test_what_it_says_has_numbers_and_advice():
     first, second = describe(record, config)
     assert first == (
         "preferred answers lost 1.25 nats per token (limit 0.05)",
-        "use spo or dpo_nll, or lower the learning rate",
+        "lower the learning rate; an SFT term helps too (spo)",
     )
     assert second.text == "both log-probabilities fell in 75% of pairs (limit 50%)"
 
