@@ -97,7 +97,9 @@ class Config(ConfigModel):
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
         if self.reference in self.methods:
-            raise ValueError(f"{self.reference!r} is the name of a checkpoint that a run without SFT has")
+            raise ValueError(
+                f"{self.reference!r} is reserved for a checkpoint of runs without SFT: choose another name"
+            )
         if self.sft_data.pass_k > self.sampling.samples:
             raise ValueError(f"sft_data.pass_k={self.sft_data.pass_k} needs as many sampling.samples")
         if self.rounds > 1 and isinstance(self.data, PreferenceData):

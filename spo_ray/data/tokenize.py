@@ -23,6 +23,7 @@ from spo_ray.runtime.artifact import (
     PlannedArtifact,
     RowCounts,
     external,
+    on_hub,
     require_rows,
 )
 from spo_ray.runtime.map_rows import Mapper, Row, each_row, map_shards
@@ -97,7 +98,11 @@ def _sampled(run: Run, source: Artifact, sides: Mapping[str, str], tokenizer: Pa
     if not isinstance(source, PlannedArtifact):
         batches = (batch for part in source.parts[:1] for batch in pq.ParquetFile(part).iter_batches(SAMPLED))
         rows = [row for batch in islice(batches, 1) for row in batch.to_pylist()]
-    elif isinstance(data, PreferenceData) and source.path.name != "sft_examples":
+    elif (
+        isinstance(data, PreferenceData)
+        and source.path.name != "sft_examples"
+        and not any(on_hub(place.path) for place in data.sources)
+    ):
         for number, raw in islice(sourced_rows(data, "train", SAMPLED), SAMPLED):
             with suppress(RowRejectedError):
                 rows.append(read_pair(raw, data.sources[number], data, config.seed)._asdict() | {"id": ""})

@@ -49,7 +49,7 @@ def test_every_shipped_config_can_be_dry_run(in_root, tmp_path, path):
     text = plan_text(plan_job(config), full=True)
     assert f'"name": "{config.name}"' in text
     for name, method in config.methods.items():
-        assert re.search(rf"^method_{name} +build +[\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
+        assert re.search(rf"^method_{name} +build +[~\d,?]+ .* {method.type}[, ]", text, re.MULTILINE)
 
 
 def test_every_field_is_explained_on_the_generated_page():
@@ -116,8 +116,8 @@ def test_mistakes_on_the_command_line_are_told_from_those_in_the_file(tmp_path):
         (["methods.new={type: sop}"], "did you mean 'spo'?"),
         (["seed"], "must look like key.sub=value"),
         (["name.x=1"], "holds a value, not a section"),
-        (["methods.sft={type: dpo}"], "'sft' is the name of a checkpoint"),
-        (["sft=null", "methods.reference={type: dpo}"], "'reference' is the name of a checkpoint"),
+        (["methods.sft={type: dpo}"], "'sft' is reserved for a checkpoint"),
+        (["sft=null", "methods.reference={type: dpo}"], "'reference' is reserved for a checkpoint"),
         (["methods.new={type: ppo}"], "methods.new"),
         (["train.checkpoint.best={metrik: 1}"], "best.metrik: unknown key; did you mean 'metric'?"),
         (["sampling.smaples=3"], "did you mean 'samples'"),

@@ -210,7 +210,7 @@ def test_score_alpaca_eval_prints_json_and_names_what_is_left_out(tmp_path, caps
     }
     assert "1 records without a preference are left out" in printed.err
     assert call("score", "alpaca-eval", str(file)) == 0  # tests run without the hub
-    assert "by the minimal formula, not by v1" in capsys.readouterr().err
+    assert "the length-controlled win rate uses the minimal formula" in capsys.readouterr().err
     assert call("score", "alpaca-eval", str(tmp_path / "absent.json")) == 2
 
 
