@@ -10,7 +10,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -316,3 +316,14 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return "" if value is None else " ".join(str(value).split()).replace("|", "/")
+
+
+def with_made_part(page: str, start: str, end: str, text: str) -> str:
+    """Return a page with what stands between the lines ``start`` and ``end`` replaced by a text."""
+    before, _, rest = page.partition(start)
+    return f"{before}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+
+
+def question_means(rights: Iterable[str]) -> list[float]:
+    """Return each question's mean over trainings, each of which has a digit for every question, 1 for a right one."""
+    return [statistics.fmean(map(int, digits)) for digits in zip(*rights, strict=True)]

@@ -177,7 +177,7 @@ def cells(group: Sequence[Row]) -> dict[str, str]:
         return lambda row: next((factor * row["health"][k] for k in row["health"] if k in _starts(key)), None)
 
     first = group[0]
-    right = [fmean(found) for found in zip(*(map(int, row.get("right", "")) for row in group), strict=True)]
+    right = common.question_means(row.get("right", "") for row in group)
     interval = mean_interval(right, "questions", shares=True) if right else None
     return {
         "method": _label(first),
@@ -230,8 +230,8 @@ def _compared(first: Sequence[Row], second: Sequence[Row]) -> tuple[str, dict[st
     shared = sorted({row["seed"] for row in first} & {row["seed"] for row in second})
     items = {}
     for name, group in (("first", first), ("second", second)):
-        rights = [map(int, row["right"]) for row in group if row["seed"] in shared]
-        items[name] = {str(i): fmean(found) for i, found in enumerate(zip(*rights, strict=True))}
+        means = common.question_means(row["right"] for row in group if row["seed"] in shared)
+        items[name] = {str(i): mean for i, mean in enumerate(means)}
     return ", ".join(map(str, shared)), compare("accuracy_greedy", items)[0]
 
 
@@ -249,8 +249,7 @@ def _ends(low: float | None, high: float | None, to: str = "–") -> str:
 
 def written(page: str, rows: Sequence[Row]) -> str:
     """Return the page with its made part written anew."""
-    before, _, rest = page.partition(START)
-    return f"{before}{START}\n\n{tables(rows)}\n\n{END}{rest.partition(END)[2]}"
+    return common.with_made_part(page, START, END, tables(rows))
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import scipy
 
-from benchmarks.common import table
+from benchmarks.common import question_means, table, with_made_part
 from benchmarks.study.jobs import DIAL, METHODS, Row
 from benchmarks.study.world import REGIMES
 from spo_ray.evaluate.statistics import LEVEL, holm, mean_interval, paired_bootstrap, sign_flip
@@ -40,8 +40,7 @@ def write_page(rows: Sequence[Row]) -> None:
 
 def written(page: str, rows: Sequence[Row]) -> str:
     """Return the page with its made part written anew."""
-    before, _, rest = page.partition(START)
-    return f"{before}{START}\n\n{results(rows)}\n\n{END}{rest.partition(END)[2]}"
+    return with_made_part(page, START, END, results(rows))
 
 
 def results(rows: Sequence[Row]) -> str:
@@ -245,7 +244,7 @@ def _seeds(hypothesis: str, what: str, values: Sequence[float]) -> PairedTest:
 
 def _pooled(group: Group) -> list[float]:
     """Return each question's mean over the seeds."""
-    return [fmean(map(int, digits)) for digits in zip(*(row["measured"]["right"] for row in group), strict=True)]
+    return question_means(row["measured"]["right"] for row in group)
 
 
 def _mean(group: Group, key: str) -> float:

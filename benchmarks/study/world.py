@@ -123,7 +123,7 @@ def sft_rows(model: nn.Module, chat: ChatTokenizer, train: Sequence[Problem], se
 
 
 def sft(model: nn.Module, chat: ChatTokenizer, rows: Sequence[TokenRow], start: Start) -> None:
-    """Train all weights on the rows, with the quickstart's batch size, rate and schedule."""
+    """Train all weights on the rows, with the quickstart's batch size and rate, and a linear decay without warm-up."""
     config = settings().sft
     assert config
     size = config.batch_size
