@@ -39,10 +39,11 @@ Spec = dict[str, Any]
 CONFIG = {
     "background": None,
     "view": {"stroke": "#8884"},
-    "axis": {"labelColor": "currentColor", "titleColor": "currentColor", "gridColor": "#8883", "domainColor": "#8888"},
-    "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "orient": "top"},
-    "header": {"labelColor": "currentColor", "labelFontWeight": "bold"},
-    "title": {"color": "currentColor", "fontSize": 12, "fontWeight": "normal"},
+    "axis": {"labelColor": "currentColor", "titleColor": "currentColor", "gridColor": "#8883", "domainColor": "#8888"}
+    | {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal"},
+    "legend": {"labelColor": "currentColor", "titleColor": "currentColor", "orient": "top", "labelFontSize": 13},
+    "header": {"labelColor": "currentColor", "labelFontWeight": "bold", "labelFontSize": 13},
+    "title": {"color": "currentColor", "fontSize": 13, "fontWeight": "normal"},
 }
 """Colours of the page, also in dark mode."""
 

@@ -87,6 +87,7 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
         "smoothing": figures.EMA,
         "suites": scores.other_suites(table, rows),
         "health": scores.health_strip(table, reference),
+        "health_verdict": " ".join(scores.health_verdict(table, reference)),
         "samples": shown_samples(_greedy(run, table, graded), found.held_out.rows(), reference, samples),
         "reference": reference,
         "pairs": _pairs(found),

@@ -28,6 +28,8 @@ HEALTH = {
     "kl_checkpoint_to_{}": ("KL(checkpoint ‖ {}), nats", ".2f"),
 }
 """Metrics of text health that are shown coloured, with their names and formats; {} is the reference."""
+DEGENERATE = tuple(HEALTH)[:4]
+"""Metrics of text health that are larger in degenerate text."""
 PART = "part-0.parquet"
 Methods = Mapping[str, Any]
 """Results by checkpoint; ``methods`` of ``summary.json``."""
@@ -80,7 +82,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "held-out reward accuracy, 95%": ("method", with_interval),
     "Δ log π chosen": ("method", "{:+.2f}".format),
     "Δ log π rejected": ("method", "{:+.2f}".format),
-    "sampled ± sd, 95%": ("eval", _sampled),
+    "sampled, 95%": ("eval", _sampled),
 }
 """Columns of the results: kind of stage with their rows, and how a value is written."""
 
@@ -170,11 +172,44 @@ def health_strip(methods: Methods, reference: str) -> Table:
 def _departure(entry: Mapping[str, Any] | None, usual: Mapping[str, Any], form: str) -> Shade:
     if entry is None:
         return Shade("")
+    level = _level(entry, usual)
+    arrow = "" if not level else " ▲" if level > 0 else " ▼"
+    return Shade(f"{entry['value']:{form}}{arrow}", level)
+
+
+def _level(entry: Mapping[str, Any], usual: Mapping[str, Any]) -> int:
+    """Return how far a value is from another, in widths of both intervals: from -2 to 2."""
     widths = [(each.get("high", each["value"]) - each.get("low", each["value"])) / 2 for each in (entry, usual)]
     difference, room = entry["value"] - usual["value"], math.hypot(*widths)
     level = (abs(difference) > room) + (abs(difference) > 2 * room)
-    arrow = "" if not level else " ▲" if difference > 0 else " ▼"
-    return Shade(f"{entry['value']:{form}}{arrow}", level if difference > 0 else -level)
+    return level if difference > 0 else -level
+
+
+def health_verdict(methods: Methods, reference: str) -> list[str]:
+    """Return two sentences: whose samples show signs of degenerate text, and whose are furthest from the start."""
+    scores = {name: entry["scores"] for name, entry in methods.items() if "health/entropy" in entry["scores"]}
+    usual, told, distance = scores.get(reference), [], f"kl_checkpoint_to_{reference}"
+    trained = {name: found for name, found in scores.items() if name not in ("base", reference)}
+    if not usual or not trained:
+        return []
+    for name, found in trained.items():
+        pairs = {HEALTH[key]: (found[f"health/{key}"], usual[f"health/{key}"]) for key in DEGENERATE}
+        grown = {title: pair for title, pair in pairs.items() if _level(*pair) > 0}
+        values = [f"{t}: {a['value']:{f}} against {b['value']:{f}}" for (t, f), (a, b) in grown.items()]
+        told += [f"{name} ({', '.join(values)})"] if values else []
+    signs = f"longer, more repetitive or more often cut off than {reference}'s"
+    sentences = [
+        f"Samples {signs}, beyond noise: {'; '.join(told)}."
+        if told
+        else f"No method's samples are {signs}, beyond noise."
+    ]
+    far = {
+        name: found[f"health/{distance}"]["value"] for name, found in trained.items() if f"health/{distance}" in found
+    }
+    if far:
+        last = max(far, key=far.__getitem__)
+        sentences.append(f"Furthest from {reference} is {last}: KL {far[last]:.2f} nats per answer.")
+    return sentences
 
 
 def other_suites(methods: Methods, rows: Rows) -> dict[str, Table]:

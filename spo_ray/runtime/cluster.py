@@ -12,12 +12,12 @@ from threading import Timer
 from typing import Any
 
 import ray.data
-from ray._private import auto_init_hook
+from ray._private import auto_init_hook, worker
 
 from spo_ray.config.data import EndpointConfig, EngineConfig
 from spo_ray.config.schema import Config
 from spo_ray.errors import UserError
-from spo_ray.runtime.console import log, redact, warn
+from spo_ray.runtime.console import LOGGER, log, redact, warn
 from spo_ray.runtime.failure import TOO_SLOW
 from spo_ray.runtime.run import PlannedStage, Work
 
@@ -45,6 +45,8 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # output of Ray's C++ code
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if not config.ray.worker_logs:  # the raylet's warnings would be printed all the same
+        worker.print_to_stdstream = lambda data, **_: LOGGER.debug("%s", data["lines"])
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:

@@ -13,7 +13,15 @@ from spo_ray.report.comparison import rewrite
 from spo_ray.report.headline import p_text
 from spo_ray.report.run_page import _alarm_table, _alarms, _greedy, _meaning
 from spo_ray.report.samples import shown_samples
-from spo_ray.report.scores import Rows, comparison_tables, other_suites, results, results_table
+from spo_ray.report.scores import (
+    Rows,
+    comparison_tables,
+    health_strip,
+    health_verdict,
+    other_suites,
+    results,
+    results_table,
+)
 from spo_ray.report.summary import origin, versions_of
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import write_json, write_rows
@@ -191,10 +199,42 @@ def test_figures_without_an_interval_are_shown_by_themselves():
     assert line == {
         "method": "dpo",
         "greedy, 95%": "50.0% (40.0 – 60.0)",
-        "sampled ± sd, 95%": "50.0% ±\N{NO-BREAK SPACE}0.0%",
+        "sampled, 95%": "50.0% ±\N{NO-BREAK SPACE}0.0%",
     }
     row = {"metric": "m", "first": "a", "second": "b", "difference": 1.0, "low": None, "high": None, "wins": 3}
     row |= {"losses": 0, "n": 3, "p_value": 0.25, "p_adjusted": 0.25, "test": "t"}
     ((title, table),) = comparison_tables([row])
     assert title == "Paired tests of m (1, t)"
     assert table.rows[0][1:4] == ["+1", "", "3 : 0"]
+
+
+def test_text_health_is_judged_by_the_intervals_of_both():
+    """Both half-widths are 1, so that noise is up to the square root of 2; twice that is a clear departure."""
+
+    def entry(length, kl=None, cut=0.0):
+        scores = {"sampled/length": {"value": length, "low": length - 1, "high": length + 1}}
+        scores |= {f"sampled/{key}": {"value": cut} for key in ("unfinished", "repetition_4", "longest_run")}
+        scores |= {"entropy": {"value": 3.0}} | ({"kl_checkpoint_to_sft": {"value": kl}} if kl else {})
+        return {"scores": {f"health/{key}": value for key, value in scores.items()}}
+
+    methods = {"sft": entry(20), "nll": entry(21, 0.5), "spo": entry(21.5, 0.7), "dpo": entry(17, 2.0)}
+    lengths = health_strip(methods, "sft").rows[0]
+    assert [cell if isinstance(cell, str) else (cell.text, cell.level) for cell in lengths] == [
+        "tokens per answer",
+        ("20.0", 0),
+        ("21.0", 0),
+        ("21.5 ▲", 1),
+        ("17.0 ▼", -2),
+    ]
+    furthest = "Furthest from sft is dpo: KL 2.00 nats per answer."
+    assert health_verdict(methods, "sft") == [
+        "Samples longer, more repetitive or more often cut off than sft's, beyond noise: spo (tokens per answer: 21.5 "
+        "against 20.0).",
+        furthest,
+    ]
+    methods["spo"] = entry(20.5, 0.7)
+    assert health_verdict(methods, "sft") == [
+        "No method's samples are longer, more repetitive or more often cut off than sft's, beyond noise.",
+        furthest,
+    ]
+    assert health_verdict({"sft": methods["sft"]}, "sft") == health_verdict({"dpo": methods["dpo"]}, "sft") == []

@@ -26,11 +26,14 @@ from ..pipeline.test_doctor import install
 QUICKSTART = "configs/quickstart.yaml"
 SECRET = "hf_averysecretvalue"
 LOOK = """
-import json, os, sys
+import json, os, sys, time
 import ray
+from ray._private.utils import publish_error_to_driver
 from spo_ray.runtime.cluster import connect
 from spo_ray.config.load import load
 connect(load("configs/quickstart.yaml", sys.argv[1:]))
+publish_error_to_driver("worker_pool_large", "WARNING: 8 PYTHON workers", ray._private.worker.global_worker.gcs_client)
+time.sleep(3)
 @ray.remote
 def look():
     return dict(os.environ), str(ray.get_runtime_context().runtime_env)
@@ -110,6 +113,7 @@ def test_workers_get_the_allowed_variables_and_no_secret(cluster):
     environment = cluster | {"HF_ENDPOINT": "http://hub", "MY_SWITCH": "1", "HF_TOKEN": SECRET, "NCCL_DEBUG": "INFO"}
     done = run(environment, sys.executable, "-c", LOOK, f"ray.address={cluster['GCS']}", "ray.pass_env=[HF_ENDPOINT]")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "PYTHON workers" not in done.stdout + done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["there"] == {"HF_ENDPOINT": "http://hub", "MY_SWITCH": None, "NCCL_DEBUG": None}
     assert not seen["again"]  # nothing joins a cluster by itself after the run's end

@@ -1,3 +1,13 @@
+const sections = [...document.querySelectorAll('h2')];
+if (sections.length > 2) {
+  const nav = document.createElement('nav');
+  nav.setAttribute('aria-label', 'Sections');
+  sections.forEach((section, i) => {
+    section.id = `section-${i + 1}`;
+    nav.append(Object.assign(document.createElement('a'), {href: `#${section.id}`, textContent: section.textContent}));
+  });
+  sections[0].before(nav);
+}
 for (const figure of document.querySelectorAll('.figure')) {
   const spec = JSON.parse(figure.querySelector('script').textContent);
   const room = figure.clientWidth || document.querySelector('h1').clientWidth;  // 0 in a closed <details>
