@@ -46,7 +46,7 @@ def connect(config: Config, planned: Sequence[PlannedStage] = ()) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if not config.ray.worker_logs:  # the raylet's warnings would be printed all the same
-        worker.print_to_stdstream = lambda data, **_: LOGGER.debug("%s", data["lines"])
+        worker.print_to_stdstream = lambda data, **_: LOGGER.debug("%s", data["lines"])  # ty: ignore[invalid-assignment]
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": config.ray.worker_logs}
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     if address:
