@@ -1,9 +1,9 @@
 """What methods do to SmolLM2-135M-Instruct at two learning rates: the tables of docs/results.md.
 
-    python -m benchmarks.real_weights run [--tasks word_problems ultrafeedback] [--seeds 0 1 2]
+    python -m benchmarks.real_weights run [--tasks word_problems ultrafeedback gsm8k] [--seeds 0 1 2]
     python -m benchmarks.real_weights tables
 
-``run`` needs ``make models/smollm2-135m``, and for UltraFeedback SPO_SHARED_DATA with ultrafeedback/train.jsonl. Each
+``run`` needs ``make models/smollm2-135m``, and SPO_SHARED_DATA with ultrafeedback/train.jsonl and gsm8k. Each
 task and seed is one run of the pipeline, in ``runs``. All tasks and seeds take the first block of methods, then all the
 next, and resume like any run; after each block the finished checkpoints' rows stand in ``real_weights.jsonl``.
 ``tables`` writes the tables from these rows. Seeds change the training data, the samples and the order; the held-out
@@ -48,6 +48,8 @@ WEIGHTS = ("mu", "lambda_sft")
 """Fields with the weight of the SFT loss."""
 STARTS = ("sft", "reference")
 """Checkpoints that methods start from, with SFT and without."""
+GSM8K_QUESTIONS = 1319
+"""All of GSM8K's test split."""
 Row = dict[str, Any]
 
 
@@ -71,6 +73,9 @@ TASKS = {
             "eval.health_prompts=16",
             "eval.max_tokens=96",
         ),
+    ),
+    "gsm8k": Task(
+        "GSM8K", (f"data.path={common.DATA / 'gsm8k'}", "data.subset=null", f"data.test_questions={GSM8K_QUESTIONS}")
     ),
 }
 
