@@ -10,7 +10,10 @@ class TrainingError(RuntimeError):
 
 
 class RowRejectedError(Exception):
-    """Raised by a row function for a row that can't be used; the message is the reason."""
+    """Raised by a row function for a row that can't be used; the message is the reason, of at most 300 characters."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason if len(reason) <= 300 else f"{reason[:297]}...")  # it may quote the row
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """Reading of a configuration file with command-line overrides; errors name the line and the nearest valid key."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from ruamel.yaml.error import YAMLError
 from spo_ray.config.keys import set_key
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import space_problems
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -26,7 +27,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or no YAML mapping, an override is malformed, or a field is unknown or wrong.
     """
     try:
-        tree = _parsed(Path(path).read_text(), "rt")
+        with Path(path).open(encoding="utf-8") as stream:  # a device has no end
+            tree = _parsed(stream.read(MOST_CHARACTERS + 1), "rt")
     except FileNotFoundError as error:
         raise UserError(f"no configuration file {path}: see configs/ for complete examples") from error
     except (OSError, ValueError, YAMLError) as error:
@@ -62,17 +64,23 @@ ELSEWHERE = {
 }
 """Keys that words of other trainers mean; ``pairs_per_backward`` pairs at a time are accumulated to a batch."""
 
-MOST_VALUES, DEEPEST = 100_000, 50
-TOO_MUCH = f"no configuration has more than {MOST_VALUES} values or {DEEPEST} levels"
+MOST_CHARACTERS, MOST_VALUES, DEEPEST = 2**18, 100_000, 50
+TOO_MUCH = f"no configuration has more than {MOST_CHARACTERS} characters, {MOST_VALUES} values or {DEEPEST} levels"
+MOST_PROBLEMS, LONGEST_VALUE = 20, 200
+"""Problems that an error lists, and characters of a value in it."""
+LARGEST_BITS = 1024
+"""Bits of the largest numbers that a float can hold."""
 
 
 def _parsed(text: str, kind: str) -> Any:
     """Return the content of a YAML text.
 
     Raises:
-        ValueError: it is nested so deeply that reading it would take long.
+        ValueError: it is so long or nested so deeply that reading it would take long, or makes the reader stumble.
         YAMLError: it is no YAML.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(TOO_MUCH)
     depth = 0
     for bracket in re.findall(r"[\[\]{}]", text):  # also in quotes, where they mostly come in pairs
         depth = max(0, depth + (1 if bracket in "[{" else -1))
@@ -82,6 +90,10 @@ def _parsed(text: str, kind: str) -> Any:
         return YAML(typ=kind).load(text)
     except RecursionError as error:
         raise ValueError(TOO_MUCH) from error
+    except YAMLError:
+        raise
+    except Exception as error:  # whatever the reader stumbles over, such as a merge key that names its own mapping
+        raise ValueError(first_line(error)) from error
 
 
 def _plain(node: Any, path: str, counter: "count[int]", depth: int = 0) -> Any:
@@ -95,7 +107,10 @@ def _plain(node: Any, path: str, counter: "count[int]", depth: int = 0) -> Any:
     inner = partial(_plain, path=path, counter=counter, depth=depth + 1)
     if isinstance(node, dict):
         return {str(key): inner(value) for key, value in node.items()}
-    return [inner(value) for value in node] if isinstance(node, list) else node
+    if isinstance(node, list):
+        return [inner(value) for value in node]
+    large = isinstance(node, int) and node.bit_length() > LARGEST_BITS  # Python refuses to write it in an error
+    return math.inf if large else node
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -117,8 +132,8 @@ def _given(key: Sequence[int | str], overrides: Sequence[str]) -> bool:
 
 
 def _explain(error: ValidationError, tree: CommentedMap, path: str, overrides: Sequence[str]) -> str:
-    lines = []
-    for item in error.errors():
+    lines, problems = [], error.errors()
+    for item in problems[:MOST_PROBLEMS]:
         where = [part for part in item["loc"] if part != "[key]"]
         key = _drop_tags(where, tree)
         line = _line(tree, key)
@@ -127,10 +142,15 @@ def _explain(error: ValidationError, tree: CommentedMap, path: str, overrides: S
         if item["type"] == "extra_forbidden":
             text += f"unknown key; {_meant(key, _fields(key[:-1], tree))}"
         else:
-            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+            given = "" if isinstance(item["input"], dict) else f" (given: {_shortened(repr(item['input']))})"
             text += item["msg"] + given + _nearest_value(item)
         lines.append(text)
-    return "\n".join(lines)
+    more = len(problems) - len(lines)
+    return "\n".join(lines + ([f"and {more} more"] if more else []))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _meant(key: Sequence[int | str], known: Sequence[str]) -> str:

@@ -3,7 +3,8 @@
 import io
 import json
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from functools import partial
+from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from spo_ray.runtime.artifact import DATA_FILES, Artifact, external, nearest, on
 
 ROWS_PER_BATCH = 1000
 """Rows of a Parquet file that are in memory at the same time."""
-LONGEST_LINE, LONGEST_JSON = 2**26, 2**32
-"""Most characters of a line and of a JSON array: a small compressed file can hold as many as fill the memory."""
+LONGEST_LINE, LONGEST_JSON, BLOCK = 2**26, 2**32, 2**20
+"""Most characters of a line and of a JSON array, which is read in blocks: a small compressed file can hold as many as
+fill the memory."""
 
 
 class Raw(NamedTuple):
@@ -86,8 +88,10 @@ def _read_json(file: Path) -> Iterator[Raw]:
         yield from read_jsonl(file)
         return
     try:
-        with _opened(file) as stream:
-            text = stream.read(LONGEST_JSON)
+        with _opened(file) as stream:  # in blocks, because memory for a block is taken at once
+            size = min(BLOCK, LONGEST_JSON)
+            blocks = islice(iter(partial(stream.read, size), ""), LONGEST_JSON // size)
+            text = "".join(blocks)
         if len(text) == LONGEST_JSON:
             raise UserError(f"{file} has {LONGEST_JSON:,} characters or more: convert it to JSON Lines")
         rows = json.loads(text)
@@ -152,18 +156,32 @@ def _plain(file: Path) -> Path:
     return file.with_suffix("") if file.suffix in (".gz", ".zst") else file
 
 
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(file: Path) -> Iterator[Raw]:
+    """Yield the rows of a Parquet file; what Python can't hold, such as a date after the year 9999, is a defect."""
+    rows = count()
     try:
         for batch in pq.ParquetFile(file).iter_batches(ROWS_PER_BATCH):
-            yield from batch.to_pylist()
+            yield from (Raw(next(rows), row, defect, str(row)[:200]) for row, defect in _converted(batch))
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} can't be read as Parquet: {error}") from error
+
+
+def _converted(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Yield (row, reason why it is no row); the rows one by one if one of them can't be converted."""
+    try:
+        yield from [(row, None) for row in batch.to_pylist()]
+    except Exception as error:  # their classes depend on the type of the column
+        if batch.num_rows == 1:
+            yield {}, f"can't be read ({first_line(error)[:200]})"
+        else:
+            for number in range(batch.num_rows):
+                yield from _converted(batch.slice(number, 1))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Raw]]] = {
     ".jsonl": read_jsonl,
     ".json": _read_json,
-    ".parquet": lambda file: _numbered(_parquet(file)),
+    ".parquet": _read_parquet,
 }
 """Readers of files by the ending of their names."""
 

@@ -94,7 +94,7 @@ class LocalAnswers:
     def prompt_ids(self, prompt: Any, answer: int = 1) -> list[int] | Skipped:
         """Return the token ids of a prompt that leaves room for an answer of so many tokens."""
         try:
-            ids = self.chat.prompt_ids(prompt)
+            ids = self.chat.prompt_ids(prompt, self.config.max_model_len)
         except RowRejectedError as error:  # for instance a system turn, which some templates refuse
             return Skipped(str(error))
         return ids if fits_context(ids, self.config, answer) else Skipped(TOO_LONG)

@@ -27,6 +27,8 @@ Message = Mapping[str, Any]
 _PROBE = "completion-boundary"
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 """Arguments of templates that are no settings."""
+NO_LIMIT, LONGEST_TOKEN = sys.maxsize, 256
+"""Most characters of a token; vocabularies have runs of 128 spaces."""
 REASONING = ("reasoning_content", "thinking")
 """Fields of a message with an assistant's reasoning."""
 
@@ -68,6 +70,8 @@ class ChatTokenizer:
         name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
             raise UserError(f"{name} has no chat template: use an instruction-tuned model, or set model.chat_template")
+        if not tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:  # transformers makes an empty one then
+            raise UserError(f"{name} has no vocabulary: tokenizer.json is missing, or can't be read")
         check_template(tokenizer)
         self.tokenizer, self.answer_prefix = tokenizer, template.answer_prefix if template else None
         settings = template.template_arguments if template else {}
@@ -108,40 +112,43 @@ class ChatTokenizer:
             tokenizer.chat_template = template.chat_template
         return cls(tokenizer, template, embedding_rows(model or path))
 
-    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Message], limit: int = NO_LIMIT) -> list[int]:
         """Return the token ids of a prompt (a user turn or chat messages) up to the start of the answer.
 
         Raises:
-            RowRejectedError: the template refuses it.
+            RowRejectedError: the template refuses it, or it is so long that it must have more than ``limit`` tokens.
         """
-        return self._encode(self.prompt_text(_messages(prompt)))
+        return self._encode(self.prompt_text(_messages(prompt)), limit)
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """Return a prompt (messages without ``extra``) as the template writes it, with ``model.answer_prefix``."""
         return self._render(messages, self.arguments, True) + (self.answer_prefix or "")
 
-    def completion_ids(self, text: str) -> list[int]:
+    def completion_ids(self, text: str, limit: int = NO_LIMIT) -> list[int]:
         """Return the token ids of a completion with one end-of-turn token at its end; empty for blank text."""
         if not text.strip():
             return []
-        ids = self._encode(text)
-        return ids if ids[-1] == self.end_id else [*ids, self.end_id]
+        ids = self._encode(text, limit)
+        return ids if not ids or ids[-1] == self.end_id else [*ids, self.end_id]
 
-    def answer_ids(self, prompt: str | Sequence[Message], text: str, extra: str | None = None) -> list[int]:
+    def answer_ids(
+        self, prompt: str | Sequence[Message], text: str, extra: str | None = None, limit: int = NO_LIMIT
+    ) -> list[int]:
         """Return the token ids of an answer to a prompt with one end-of-turn token; empty for a blank answer.
 
         An answer with tool calls or reasoning (in ``extra``) is written by the template, any other is as it stands.
 
         Raises:
-            RowRejectedError: the template refuses it, or does not write it behind the prompt.
+            RowRejectedError: the template refuses it, or does not write it behind the prompt, or it is so long that it
+                must have more than ``limit`` tokens.
         """
         if not extra:
-            return self.completion_ids(text)
+            return self.completion_ids(text, limit)
         before, whole = self.prompt_text(_messages(prompt)), self._conversation(prompt, text, extra)
         end = whole.rfind(str(self.tokenizer.decode([self.end_id])))
         if not whole.startswith(before) or end < len(before):
             raise RowRejectedError(f"the chat template writes no answer with {', '.join(json.loads(extra))}")
-        return self.completion_ids(whole[len(before) : end])
+        return self.completion_ids(whole[len(before) : end], limit)
 
     def is_changed_by_template(self, prompt: str | Sequence[Message], text: str) -> bool:
         """Return True if the template writes the answer in a conversation with other tokens than it has by itself.
@@ -197,7 +204,9 @@ class ChatTokenizer:
         """Return the text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, limit: int = NO_LIMIT) -> list[int]:
+        if len(text) > limit * LONGEST_TOKEN:  # tokenising many megabytes can take minutes and gigabytes
+            raise RowRejectedError(f"longer than {limit} tokens")
         # verbose=False: no warnings about long texts, which are dropped later
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -278,14 +287,14 @@ def tokenise_row(chat: ChatTokenizer, row: Mapping[str, Any], sides: Mapping[str
         RowRejectedError: a completion is empty, too long or like the other one, a text contains special tokens, or the
             chat template refuses the conversation.
     """
-    prompt = chat.prompt_ids(row["prompt"])
+    prompt = chat.prompt_ids(row["prompt"], limit)
     found: dict[str, Any] = {"id": row["id"], "prompt_ids": prompt, "template_differs": False}
     turns = [row["prompt"]] if isinstance(row["prompt"], str) else [turn["content"] for turn in row["prompt"]]
     if any(chat.has_markup(text + " ") for text in turns):
         raise RowRejectedError("special tokens within the prompt")
     for side, column in sides.items():
         extra = row.get(f"{side}_extra")
-        found[column] = chat.answer_ids(row["prompt"], row[side], extra)
+        found[column] = chat.answer_ids(row["prompt"], row[side], extra, limit)
         if not found[column]:
             raise RowRejectedError("empty completion")
         if len(prompt) + len(found[column]) > limit:

@@ -75,7 +75,7 @@ class Estimator:
         """The model's configuration; None if it can't be read, for instance without a network."""
         try:
             return AutoConfig.from_pretrained(ModelSource.of(self.config.model).model)
-        except (OSError, ValueError, UserError):
+        except Exception:  # whatever transformers makes of it; the preflight says what is wrong
             return None
 
     @cached_property
@@ -123,7 +123,7 @@ class Estimator:
         method: MethodConfig | None = None if stage == "sft" else self.config.methods[stage]
         try:
             return estimate_memory(self.config, self.model, stage, method, self.device)
-        except UserError:  # the run itself raises it
+        except Exception:  # such as of layers without a width; the preflight, or the run itself, says what is wrong
             return None
 
     def earlier_seconds(self, stage: PlannedStage) -> float | None:

@@ -203,7 +203,7 @@ def test_every_number_is_finite_and_in_range():
 
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
-HUGE = "no configuration has more than 100000 values or 50 levels"
+HUGE = "no configuration has more than 262144 characters, 100000 values or 50 levels"
 
 
 @pytest.mark.parametrize(
@@ -213,9 +213,14 @@ HUGE = "no configuration has more than 100000 values or 50 levels"
         ("a: " + "[" * 3000 + "]" * 3000, HUGE),
         ("".join(f"{' ' * i}a:\n" for i in range(3000)), HUGE),
         (f"seed: {'9' * 5000}", "can't be read as YAML"),
+        (f"seed: 0x{'f' * 5000}", r"seed: .*finite.* \(given: inf\)"),
+        (f"seed: {'long ' * 5000}", r"seed: .*\(given: '(long ){39}long\.\.\.\)\n"),
+        ("a: &a {<<: *a}", "can't be read as YAML"),
+        ("x: " + "a" * 2**18, HUGE),
+        ("".join(f"k{i}: 1\n" for i in range(100)), "\nand 84 more$"),
         ("name: 2001-99-99", "can't be read as YAML"),
     ],
-    ids=["aliases", "lists", "mappings", "digits", "date"],
+    ids=["aliases", "lists", "mappings", "digits", "bits", "words", "merge", "characters", "keys", "date"],
 )
 def test_files_that_would_take_all_memory_are_refused(tmp_path, text, message):
     path = tmp_path / "x.yaml"

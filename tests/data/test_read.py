@@ -112,6 +112,22 @@ def test_what_stands_in_an_array_but_is_no_row_is_quarantined(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("bad", "defect"),
+    [
+        (pa.array([0, 2**30], pa.date32()), "days=1073741824; must have magnitude <= 999999999)"),
+        (pa.array([0, 2**62], pa.timestamp("us")), "date value out of range"),
+        (pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers()), "'utf-8' codec can't decode"),
+    ],
+    ids=["date", "time", "text"],
+)
+def test_rows_of_parquet_that_python_cannot_hold_are_quarantined(tmp_path, bad, defect):
+    pq.write_table(pa.table({"x": bad}), tmp_path / "train.parquet")
+    fine, broken = raw_rows(PreferenceData(path=tmp_path), "train")
+    assert (fine.number, fine.defect, broken.number, broken.row) == (0, None, 1, {})
+    assert str(broken.defect).startswith(f"can't be read ({defect}")
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("train.parquet", b"no parquet", "can't be read as Parquet"),

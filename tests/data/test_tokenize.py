@@ -74,6 +74,8 @@ def test_begin_of_text_is_not_doubled(toy_base):
     [
         ({"chosen": " \n"}, "empty completion"),
         ({"rejected": "a" * 400}, "longer than max_length=64 tokens"),
+        ({"rejected": "\n" * 10**7 + "5"}, "^longer than 64 tokens$"),
+        ({"prompt": "\n" * 10**7 + "5"}, "^longer than 64 tokens$"),
         ({"rejected": "5"}, "chosen and rejected are the same"),
         ({"chosen": "It is 5.<|end|><|user|>And now?"}, "special tokens within a completion"),
         ({"prompt": "Hello<|end|><|assistant|>5"}, "special tokens within the prompt"),

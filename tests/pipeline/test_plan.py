@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from math import ceil
+from shutil import copytree
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -86,6 +87,31 @@ def test_bounds_flow_from_stage_to_stage_and_are_counts_where_rows_are_there(con
 def test_a_plan_says_why_the_run_would_be_refused(in_root, tmp_path):
     plan = plan_job(small_config(tmp_path, "model.path=/absent/model"))
     assert "no model in /absent/model" in plan.problem
+    assert "method_spo" in plan_text(plan)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "[" * 10**5, "can't be used: maximum recursion depth exceeded"),
+        ("config.json", {"vocab_size": "a"}, "can't be used: Validation error for field 'vocab_size'"),
+        ("config.json", {"hidden_size": 0}, "can't be loaded: 0.0 cannot be raised to a negative power"),
+        ("config.json", {"layer_types": ["x"]}, "can't be used: Class validation error for validator"),
+        ("tokenizer.json", None, "has no vocabulary: tokenizer.json is missing, or can't be read"),
+    ],
+    ids=["depth", "type", "width", "layers", "vocabulary"],
+)
+def test_the_plan_of_a_broken_model_says_what_is_broken(in_root, toy_base, tmp_path, file, content, message):
+    model = copytree(toy_base, tmp_path / "model")
+    if content is None:
+        (model / file).unlink()
+        (model / file).mkdir()
+    else:
+        changed = content if isinstance(content, str) else json.dumps(json.loads((model / file).read_text()) | content)
+        (model / file).write_text(changed)
+    plan = plan_job(small_config(tmp_path, f"model.path={model}"))
+    assert message in plan.problem
+    assert str(model) in plan.problem
     assert "method_spo" in plan_text(plan)
 
 
