@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from math import ceil
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -220,6 +221,13 @@ class EndpointConfig(ConfigModel):
     def _no_secrets(cls, value: str) -> str:
         if "@" in value or "?" in value:
             raise ValueError("a password or key would be written into manifests: use api_key_env")
+        try:
+            parts = urlsplit(value)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # such as a port of 99999
+            usable = False
+        if not usable or not value.isprintable() or " " in value:
+            raise ValueError("no address of a server, such as https://example.com:8000/v1")
         return value
 
 

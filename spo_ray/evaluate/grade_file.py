@@ -8,7 +8,7 @@ from spo_ray.data.gsm8k import gold_answer
 from spo_ray.data.read import read_jsonl
 from spo_ray.data.verifiers import load_verifier
 from spo_ray.errors import UserError
-from spo_ray.runtime.artifact import write_text
+from spo_ray.runtime.artifact import write_answer
 
 
 def score_gsm8k(file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -38,7 +38,7 @@ def score_gsm8k(file: Path) -> tuple[dict[str, Any], list[str]]:
         scored.append(row | found)
     if not scored:
         raise UserError(f"no usable row in {file}: " + ("; ".join(defects[:3]) or "it is empty"))
-    write_text(file.with_suffix(".scored.jsonl"), "".join(json.dumps(row) + "\n" for row in scored))
+    write_answer(file.with_suffix(".scored.jsonl"), "".join(json.dumps(row) + "\n" for row in scored))
     n, shares = len(scored), {"accuracy": "correct", "strict_accuracy": "strict_correct"}
     return {"n": n} | {name: sum(row[key] for row in scored) / n for name, key in shares.items()}, defects
 

@@ -59,7 +59,8 @@ def configured(config: Path | None, overrides: tuple[str, ...], verbose: bool, *
 def guarded(work: Callable[[], None], output: Output = Output()) -> int:
     """Run a command's work with log output on the terminal, and return the exit code.
 
-    Bad input ends with its message, any other error with its card; the traceback is shown if no file holds it.
+    Bad input ends with its message, any other error with its card; the traceback is shown if no file holds it, and a
+    bug can be the cause.
     """
     set_verbosity(output.verbose)
     with installed(output.quiet, output.log_json):
@@ -73,6 +74,8 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
             return 130
         except Exception as error:
             card = getattr(error, "card", None)  # recorded() attaches one
-            LOGGER.error(card.text() if card else f"{traceback.format_exc()}\n{card_of(error).text()}")
+            # A file that can't be read or written needs no traceback: the message names it, the card the place.
+            trace = "" if card or isinstance(error, OSError) else f"{traceback.format_exc()}\n"
+            LOGGER.error(trace + (card or card_of(error)).text())
             return 1
     return 0

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from spo_ray.errors import UserError, first_line
 from spo_ray.pipeline.command import guarded
-from spo_ray.runtime.artifact import nearest, on_hub, write_text
+from spo_ray.runtime.artifact import nearest, on_hub, write_answer
 from spo_ray.runtime.console import show
 
 Machine = Literal["cpu", "gpu"]
@@ -112,7 +112,7 @@ def init(
             if not path.exists() and not on_hub(path):
                 raise UserError(f"--{what}: there is no file or folder {path}{nearest(path)}")
         place = machine or _ask("machine", "Machine (cpu or gpu)", "cpu", lambda text: text in ("cpu", "gpu"))
-        write_text(file, text_for(file, pairs, base, place))
+        write_answer(file, text_for(file, pairs, base, place))
         show(f"{file} is written. Next: spo-ray inspect --config {file} --data {pairs}, spo-ray plan --config {file}")
 
     return guarded(work)
@@ -126,7 +126,14 @@ def text_for(file: Path, data: str, model: str, machine: str) -> str:
     dtype = "bfloat16" if gpu else "float32"
     large = gpu or (count or UNKNOWN) > RATES[0].parameters
     return TEMPLATE.format(
-        **{"model": model, "data": data, "file": file, "machine": machine.upper(), "rates": rates, "dtype": dtype},
+        **{
+            "model": _quoted(model),
+            "data": _quoted(data),
+            "file": _quoted(str(file)),
+            "machine": machine.upper(),
+            "rates": rates,
+            "dtype": dtype,
+        },
         size=size if count else f"its size can't be seen here, and the rates are those of {size}",
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or "run",
         why_dtype="half the memory, on hardware that has it" if gpu else "most CPUs are slower in bfloat16",
@@ -136,6 +143,11 @@ def text_for(file: Path, data: str, model: str, machine: str) -> str:
         worker_cpus="" if gpu else f"  cpus_per_worker: {cores} # all cores: a worker computes with as many threads\n",
         lora=" takes ten times the rate of all weights" if rates.theta != rates.phi else "",
     )
+
+
+def _quoted(text: str) -> str:
+    """Return a name as YAML, in quotes if a character could mean something else."""
+    return text if re.fullmatch(r"[\w./~][\w./~+-]*", text) else json.dumps(text)
 
 
 def parameters(model: str) -> int | None:

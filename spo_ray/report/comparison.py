@@ -20,7 +20,7 @@ from spo_ray.report.run_page import write_report
 from spo_ray.report.summary import Finished, summarise, versions_of
 from spo_ray.report.sweep import values_in_words, write_sweep_report
 from spo_ray.report.sweep_figures import importances, sensitivity_figures
-from spo_ray.runtime.artifact import write_text
+from spo_ray.runtime.artifact import write_answer
 from spo_ray.runtime.console import log, place
 from spo_ray.runtime.manifest import NOTHING, shown
 from spo_ray.runtime.map_rows import Row
@@ -75,8 +75,7 @@ def write_reports(runs: Runs, out: Path | None, samples: int | None = None) -> P
         return first.run.root / "report" / "index.html"
     file = out or first.run.root.parent / "report-comparison"
     file = file if file.suffix == ".html" else file / "index.html"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, render("comparison.html.j2", **_content(runs, file.parent)))
+    write_answer(file, render("comparison.html.j2", **_content(runs, file.parent)))
     log("report", place(file))
     return file
 

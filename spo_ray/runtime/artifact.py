@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spo_ray import __version__
-from spo_ray.errors import UserError
+from spo_ray.errors import UserError, first_line
 from spo_ray.runtime import schema
 from spo_ray.runtime.console import warn
 from spo_ray.runtime.manifest import MANIFEST, UnreadableError, read_manifest
@@ -314,9 +314,14 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     if path.is_dir():
         set_aside(path, "is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    write(temporary)
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -327,6 +332,21 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text atomically."""
     _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_answer(path: Path, text: str) -> None:
+    """Write text atomically to a file that the user has named, and make its folder.
+
+    Raises:
+        UserError: it can't be written; folders and devices of that name are left alone.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: name another one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or first_line(error)}") from error
 
 
 def read_lines(path: Path) -> list[Any]:

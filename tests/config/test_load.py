@@ -234,6 +234,7 @@ def test_an_override_that_would_take_long_to_read_is_refused():
         load(QUICKSTART, ["a=" + "[" * 3000])
 
 
+NO_SERVERS = ("", "example.com/v1", "file:///etc/passwd", "http://", "http://[", "http://x:99999/v1", "http://a b/")
 TEACHER = "sft_data.teachers=[{{model: m, engine: {}, sampling: {{max_tokens: 900}}}}]"
 
 
@@ -246,6 +247,7 @@ TEACHER = "sft_data.teachers=[{{model: m, engine: {}, sampling: {{max_tokens: 90
         ("sft_data.teachers=[{model: m}, samples]", "must stand before models"),
         (TEACHER.format("{type: vllm, max_model_len: 900}"), "leaves no room for a prompt"),
         (TEACHER.format("{type: endpoint, url: 'http://user:secret@host/v1'}"), "use api_key_env"),
+        *((TEACHER.format(f"{{type: endpoint, url: '{url}'}}"), "no address of a server") for url in NO_SERVERS),
         ("engine.arguments={hf_token: x}", "may be a secret"),
         ("rounds=0", "greater than 0"),
         ("data={type: questions, path: x}", "verifier"),

@@ -318,7 +318,7 @@ def test_the_seed_of_a_question_depends_on_nothing_else():
         seen.append(dict(asked))
         return [Skipped("no")] * len(asked)
 
-    source = SamplingJob(Artifact("m", "m"), EndpointConfig(type="endpoint", url=""), SamplingConfig())
+    source = SamplingJob(Artifact("m", "m"), EndpointConfig(type="endpoint", url="http://x/v1"), SamplingConfig())
     batch = [{"id": str(i), "prompt": f"p{i}"} for i in range(3)]
     for part in (batch, batch[1:]):
         kept, rejected = _Sampler(answer, source, "0:base")(part)

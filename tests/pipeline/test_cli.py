@@ -80,6 +80,15 @@ def test_score_without_a_usable_row(tmp_path, capsys, text, message):
     assert [path.name for path in tmp_path.iterdir()] == ([] if text is None else [file.name])
 
 
+def test_a_folder_in_the_place_of_an_answer_is_left_alone(tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"question": "q", "answer": "5", "response": "5"}))
+    (tmp_path / "answers.scored.jsonl").mkdir()
+    assert call("score", "gsm8k", str(file)) == 2
+    assert "answers.scored.jsonl is no file: name another one" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "answers.scored.jsonl"]
+
+
 def test_inspect_shows_tokens_masks_lengths_and_drops(in_root, chat, tmp_path, capsys):
     rows = [{"prompt": "How many?", "chosen": "5 pens", "rejected": f"{n} pens"} for n in (6, 6, 7, 8)]
     rows += [

@@ -75,3 +75,14 @@ def test_what_it_refuses_and_what_it_asks(tmp_path, monkeypatch, capsys):
     assert "run.yaml is there already" in capsys.readouterr().err
     assert call("--data", "pairs.jsonl", "--model", "org/model-1b", "--machine", "gpu", "--force") == 0
     assert load("run.yaml").train.precision == "bfloat16"
+    Path("folder").mkdir()
+    Path("folder/pairs: {#1}.jsonl").write_text("{}")
+    settings = ("--data", "folder/pairs: {#1}.jsonl", "--model", "org/model-1b", "--machine", "gpu", "--force")
+    assert call("folder", *settings) == 2
+    assert "folder is no file: name another one" in capsys.readouterr().err
+    assert call("x" * 300, *settings) == 1
+    error = capsys.readouterr().err
+    assert f"File name too long: '{'x' * 300}'" in error
+    assert "Traceback" not in error
+    assert call("new/folder/run.yaml", *settings) == 0
+    assert load("new/folder/run.yaml").data.path == Path("folder/pairs: {#1}.jsonl")

@@ -15,7 +15,15 @@ import pytest
 
 from spo_ray.errors import UserError
 from spo_ray.runtime import schema
-from spo_ray.runtime.artifact import RowCounts, external, recorded_files, write_json, write_rows
+from spo_ray.runtime.artifact import (
+    RowCounts,
+    external,
+    recorded_files,
+    write_answer,
+    write_json,
+    write_rows,
+    write_text,
+)
 from spo_ray.runtime.finished_run import FinishedRun
 from spo_ray.runtime.run import PlannedRun, Run, Stage, never_built
 from spo_ray.runtime.status import STATUS, TRACEBACK, recorded
@@ -337,6 +345,14 @@ def test_no_rows_is_an_error_that_points_at_the_manifests():
     told = r"no pairs: 5 dropped: 2 b \(first: row 1\); 1 a \(first: row 0\); 1 c \(first: row 3\)$"
     with pytest.raises(UserError, match=told):
         require_rows(0, "pairs", counts)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "x", "\ud800")
+    with pytest.raises(UserError, match=r"/x{300} can't be written: File name too long$"):
+        write_answer(tmp_path / ("x" * 300), "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_threads_write_the_same_file_one_after_the_other(tmp_path):
