@@ -1,5 +1,6 @@
 """What the commands of ``spo-ray`` share: options, reading of the configuration, errors and exit codes."""
 
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
     """Run a command's work with log output on the terminal, and return the exit code.
 
     Bad input ends with its message, any other error with its card; the traceback is shown if no file holds it, and a
-    bug can be the cause.
+    bug can be the cause. Where the reader of the output has left, as ``head -1`` does, nothing is said.
     """
     set_verbosity(output.verbose)
     with installed(output.quiet, output.log_json):
@@ -69,11 +70,16 @@ def guarded(work: Callable[[], None], output: Output = Output()) -> int:
         except UserError as error:
             LOGGER.error(f"error: {error}")
             return 2
-        except (KeyboardInterrupt, SystemExit):  # Ray's handler of SIGTERM exits
+        except (KeyboardInterrupt, SystemExit) as error:  # Ray's handler of SIGTERM exits
+            if isinstance(error.__context__, BrokenPipeError):  # rich has made it an exit
+                return 1
             LOGGER.error(f"stopped; {AGAIN}")
             return 130
         except Exception as error:
             card = getattr(error, "card", None)  # recorded() attaches one
+            if isinstance(error, BrokenPipeError) and not card:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again at the end, and says so
+                return 1
             # A file that can't be read or written needs no traceback: the message names it, the card the place.
             trace = "" if card or isinstance(error, OSError) else f"{traceback.format_exc()}\n"
             LOGGER.error(trace + (card or card_of(error)).text())

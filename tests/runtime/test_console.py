@@ -179,3 +179,16 @@ def test_handlers_of_the_program_come_back_after_a_command():
     before = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
     assert guarded(lambda: None, Output(quiet=True)) == 0
     assert (LOGGER.handlers, LOGGER.level, LOGGER.propagate) == before
+
+
+@pytest.mark.parametrize(
+    "says", ["print('x' * 10**6)", "rich.console.Console().print('x\\n' * 10**4)"], ids=["print", "rich"]
+)
+def test_a_reader_that_leaves_ends_a_command_without_a_word(says):
+    """As ``| head -1`` does."""
+    code = f"import sys, rich.console\nfrom spo_ray.pipeline.command import guarded\nsys.exit(guarded(lambda: {says}))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 1)
