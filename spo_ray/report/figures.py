@@ -300,7 +300,8 @@ def spec(drawn: Any, description: str = "") -> Spec:
 
 
 def svg(drawn: Any) -> str:
-    """Return an Altair chart as SVG on a white background."""
+    """Return an Altair chart, or a specification of this module, as SVG on a white background."""
     import vl_convert
 
-    return vl_convert.vegalite_to_svg(drawn.configure(background="white").to_json())
+    drawn = drawn if isinstance(drawn, dict) else drawn.to_dict()
+    return vl_convert.vegalite_to_svg(drawn | {"config": drawn.get("config", {}) | {"background": "white"}})
