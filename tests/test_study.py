@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 
 from benchmarks.study import run, training
 from benchmarks.study import world as worlds
-from benchmarks.study.jobs import METHODS, PARTS, best, candidates, jobs, spo
+from benchmarks.study.figures import front_points
+from benchmarks.study.jobs import DIAL, METHODS, PARTS, best, candidates, jobs, spo
 from benchmarks.study.page import PAGE, PairedTest, area, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, is_right
@@ -149,6 +150,23 @@ def test_the_best_settings_are_those_with_the_highest_mean_accuracy():
     rows = [row("dpo", 1e-4, 0.6, 0.5), row("dpo", 3e-4, 0.5, 0.7), row("nll", 1e-4, 0.1, 0.1)]
     assert {name: recipe["method"]["lr"] for name, recipe in best("gold", rows).items()} == {"dpo": 3e-4, "nll": 1e-4}
     assert best("own", rows) == {}
+
+
+def test_a_fronts_points_are_means_over_seeds_by_weight():
+    def row(part, name, order, **more):
+        own = {"held_out/chosen": -1.0, "held_out/in_order": order, "kl_policy_to_reference": 1.0, "greedy": order}
+        return {"part": part, "name": name, "start": {"regime": "gold"}, "measured": own} | more
+
+    rows = [row("fronts", "spo, lambda_sft 0.3", 0.5), row("fronts", "spo, lambda_sft 0.3", 0.7)]
+    rows += [row("dial", "dpo_nll, mu 10", 0.9), row("tune", "dpo, beta 1", 0.1)]
+    scaled = {"scales": {str(scale): row("", "", scale / 2)["measured"] for scale in DIAL}}
+    rows += [row("dial", "spo", 0.8, **scaled), row("dial", "spo, theta by SFT alone", 0.1, **scaled)]
+    found = [(p["method"], p["weight"], round(p["greedy"], 3)) for p in front_points(rows)]
+    assert found == [
+        ("dpo_nll", 10.0, 0.9),
+        ("spo", 0.3, 0.6),
+        *(("spo, phi scaled", scale, scale / 2) for scale in DIAL),
+    ]
 
 
 def test_other_starts_take_the_settings_that_were_chosen_on_gold_pairs():

@@ -122,6 +122,25 @@ DIAL = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 HINGED = "benchmarks.study.training:hinged"
 
 
+SWEPT: dict[str, Sequence[Mapping[str, Any]]] = {
+    "dpo": [{"beta": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0)],
+    "ipo": [{"beta": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0)],
+    "dpop": [{"penalty": value} for value in (0.5, 5.0, 50.0, 500.0)],
+    "simpo": [{"beta": value} for value in (0.5, 2.0, 10.0)],
+    "spo": [{"lambda_sft": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)],
+}
+"""Each method's weight or scale, along which it has a front; DPO+NLL's is among the trainings of H1."""
+
+
+def fronts() -> Iterator[Job]:
+    """Yield each method over its weight, all at one rate."""
+    for seed, regime, (name, swept) in product(SEEDS[:3], ("gold", "weaker"), SWEPT.items()):
+        for own in swept:
+            ((key, value),) = own.items()
+            recipe = Recipe({"type": name, "lr": 3e-4, **own})
+            yield Job("fronts", Start(seed=seed, regime=regime), f"{name}, {key} {value:g}", recipe)
+
+
 def hypotheses() -> Iterator[Job]:
     """Yield the trainings of hypotheses H1 to H6; docs/study.md states them."""
     for seed, regime in product(SEEDS, ("gold", "weaker")):
@@ -150,7 +169,7 @@ def hypotheses() -> Iterator[Job]:
             yield Job("ches", Start(seed=seed), f"{name}, without {drop:.0%}", Recipe(method, drop=drop))
 
 
-PARTS = ("tune", "final", "starts", "dial", "lower", "anchor", "hinge", "ches")
+PARTS = ("tune", "final", "starts", "fronts", "dial", "lower", "anchor", "hinge", "ches")
 
 
 def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
@@ -165,6 +184,8 @@ def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
         return [job for regime in regimes for job in tune(regime)]
     if part == "final":
         return [job for regime in regimes for job in final(regime, rows)]
+    if part == "fronts":
+        return list(fronts())
     if part == "starts":
         return list(starts(rows))
     return [job for job in hypotheses() if job.part == part]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import scipy
 
 from benchmarks.common import question_means, table, with_made_part
+from benchmarks.study.figures import FRONTS, write_fronts
 from benchmarks.study.jobs import DIAL, METHODS, STARTS, Row
 from benchmarks.study.world import REGIMES
 from spo_ray.evaluate.statistics import LEVEL, holm, mean_interval, paired_bootstrap, sign_flip
@@ -34,7 +35,8 @@ class PairedTest(NamedTuple):
 
 
 def write_page(rows: Sequence[Row]) -> None:
-    """Write the tables into the page."""
+    """Write the figures, and the tables into the page."""
+    write_fronts(rows, PAGE.parent)
     PAGE.write_text(written(PAGE.read_text("utf-8"), rows), encoding="utf-8")
 
 
@@ -54,6 +56,7 @@ def results(rows: Sequence[Row]) -> str:
         parts += methods_table(f"Pairs: {regime}", groups(good, "final", regime=regime))
     for title, changes in STARTS.items():
         parts += methods_table(f"Gold pairs, {title}", groups(good, "starts", **changes))
+    parts += [f"![{figure.stem}]({figure.name})" for figure in sorted(PAGE.parent.glob("study-*.svg"))]
     tests = [test for ask in (dial, lower, anchor, hinge, ches) for test in ask(good)]
     if tests:
         parts += ["### Hypotheses", table(list(verdicts(tests)))]
@@ -134,15 +137,9 @@ def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
             trained = [[group[i]["measured"] for group in weights] for i in range(len(own))]
             between = [_front(row, "shares") for row in shares]
             for other, fronts in (("trained weights", trained), ("weights between", between)):
-                for measure, (x, y) in FRONTS.items():
+                for front, (x, _, y) in FRONTS.items():
                     values = [area(a, x, y) - area(b, x, y) for a, b in zip(own, fronts, strict=True)]
-                    yield _seeds("H1", f"{regime}: {name} dialled − {other}, {measure}", values)
-
-
-FRONTS = {
-    "order against retained log π": ("held_out/chosen", "held_out/in_order"),
-    "accuracy against KL": ("kl_policy_to_reference", "greedy"),
-}
+                    yield _seeds("H1", f"{regime}: {name} dialled − {other}, front of {front}", values)
 
 
 def _front(row: Row, kind: str) -> list[Row]:
