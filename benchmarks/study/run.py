@@ -23,7 +23,7 @@ from benchmarks.study.jobs import PARTS, Job, Row, jobs
 from benchmarks.study.measures import Measured, tested, validated
 from benchmarks.study.page import write_page
 from benchmarks.study.training import dialled, interpolated, train
-from benchmarks.study.world import REGIMES, Start, World, make
+from benchmarks.study.world import REGIMES, ROOT, Start, World, make
 
 ROWS = Path(__file__).parent / "rows.jsonl"
 
@@ -64,6 +64,8 @@ def run(parts: Iterable[str], regimes: list[str], processes: int) -> None:
         for job in jobs(part, regimes, read_rows()):
             if _key(job.key) not in done:
                 tasks.setdefault(job.start, []).append(job)
+        for model in {start.model for start in tasks if not (ROOT / start.model).is_dir()}:
+            raise SystemExit(f"{model} is missing: make {model}")
         total = sum(map(len, tasks.values()))
         print(f"{part}: {total} trainings in {len(tasks)} worlds", flush=True)
         began, count = time.monotonic(), 0

@@ -24,6 +24,8 @@ from spo_ray.train.loop import clip
 from spo_ray.train.method_state import Method
 
 Gradients = dict[str, Tensor]
+OWN_SHARE = {"chosen": 0.0, "both": 0.5, "own": 1.0}
+"""Share of the SFT loss that is on the reference's own samples, by name of the anchor."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Recipe:
     theta: str = "all"
     """Gradient of theta: ``all`` of the objective, or ``sft`` alone, the lower level of equation (7)."""
     anchor: str = "chosen"
-    """Answers of the SFT loss: ``chosen``, or the reference's ``own`` samples to the same questions."""
+    """Answers of the SFT loss: ``chosen``, the reference's ``own`` samples to the same questions, or half ``both``."""
     drop: float = 0.0
     """Share of the pairs that are left out: those with the highest CHES scores."""
     epochs: int = 3
@@ -102,8 +104,9 @@ def gradients(
     """Return the gradient of one step by parameter, and its metrics."""
     backbone, adapters = groups
     batch, weight = collate_pairs(rows, world.chat.pad_id), arguments["lambda_sft"]
-    if recipe.anchor == "own":
-        arguments = arguments | {"lambda_sft": 0.0, "inner_steps": 0}
+    own_weight = weight * OWN_SHARE[recipe.anchor]
+    if own_weight:
+        arguments = arguments | {"lambda_sft": weight - own_weight, "inner_steps": 0}
     sides: dict[str, Any] | None = {} if recipe.theta == "sft" else None
     found, metrics = spo_gradients(
         policy, batch, backbone=backbone, adapters=adapters, side_gradients=sides, **arguments
@@ -111,12 +114,12 @@ def gradients(
     if sides is not None:
         for name, grad in zip(backbone, sides["chosen"], strict=False):
             found[name] = -weight * grad
-    if recipe.anchor == "own":
+    if own_weight:
         named = dict(policy.named_parameters())
         ids = collate([(row["prompt_ids"], row["own_ids"]) for row in rows], world.chat.pad_id)
         loss = -completion_logps(policy, **ids)[0].mean()
         for name, grad in zip(backbone, torch.autograd.grad(loss, [named[name] for name in backbone]), strict=True):
-            found[name] = found[name] + weight * grad
+            found[name] = found[name] + own_weight * grad
     return found, metrics
 
 

@@ -265,7 +265,7 @@ class SafeRegion(ConfigModel):
 
 
 class Spo(Trained, WithSftLoss):
-    """SPO: Stable Preference Optimization around a base loss."""
+    """SPO: a base loss, lambda times the lower level's loss on the chosen responses, and gamma times a hinge."""
 
     type: Literal["spo"]
     base: Annotated[Base, Field(discriminator="type"), BeforeValidator(_own_loss)] = Dpo(type="dpo")

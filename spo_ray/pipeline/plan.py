@@ -36,8 +36,10 @@ BYTES_PER_TOKEN = 6
 """Bytes of a generated or scored token (text, ids, counts) in compressed Parquet."""
 EXPORTED, CHECKPOINTED = 4, 12
 """Bytes of a parameter in an exported model and in a checkpoint with AdamW's states."""
-READING, GENERATION = 0.5, 0.1
-"""Shares of the speed of matrix products that passes over whole texts reach, and generation, which waits for memory."""
+READING = 0.5
+"""Share of the speed of matrix products that passes over whole texts reach."""
+GENERATION: dict[Device, float] = {"cpu": 0.4, "cuda": 0.1}
+"""The same of generation, which waits for memory on a GPU."""
 MEASURED, COMPUTED = (0.8, 1.3), (0.3, 1.5)
 """Ranges around seconds of an earlier run, and around computed ones: lengths are below the bound, or engines slower."""
 START_S = (2.0, 10.0)
@@ -101,7 +103,7 @@ class Estimator:
             return Estimate(None, seconds, seconds is not None)
         count, measured = plan.parameters["total"], seconds is not None
         if seconds is None:
-            speed = products_per_second() * (GENERATION if work.generates else READING)
+            speed = products_per_second() * (GENERATION[self.device] if work.generates else READING)
             seconds = _operations(self.config, work) / speed * count
         if work.trains:
             checkpoint = self.config.train.checkpoint

@@ -153,7 +153,7 @@ def displacement_figure(methods: Mapping[str, Any]) -> Spec | None:
         drawn.append(points.mark_point(filled=first, size=80, opacity=1).encode(x=x, y=y, color=color, tooltip=tips))
     told = [f"{r['method']} {r['side']} {r['value']:+.2f}" for r in records if r["first"]]
     text = f"Change of log-probability, nats, on {records[0]['pairs']}: {', '.join(told)}."
-    return spec(alt.layer(*drawn).properties(height=40 * len(rows)), text)
+    return spec(alt.layer(*drawn).properties(height=48 * len(rows)), text)
 
 
 def ches_figure(trainings: Paths, score: str) -> Spec | None:
@@ -184,7 +184,7 @@ def _direction(chosen: float, rejected: float) -> str:
     """Return the name of the quadrant of two changes."""
     if (chosen < 0) == (rejected < 0):
         return "both fell" if chosen < 0 else "both rose"
-    return "only rejected fell" if rejected < 0 else "only chosen fell"
+    return "chosen rose, rejected fell" if rejected < 0 else "chosen fell, rejected rose"
 
 
 def _series(trainings: Paths, columns: Mapping[str, str]) -> list[Record]:
@@ -300,7 +300,8 @@ def spec(drawn: Any, description: str = "") -> Spec:
 
 
 def svg(drawn: Any) -> str:
-    """Return an Altair chart as SVG on a white background."""
+    """Return an Altair chart, or a specification of this module, as SVG on a white background."""
     import vl_convert
 
-    return vl_convert.vegalite_to_svg(drawn.configure(background="white").to_json())
+    drawn = drawn if isinstance(drawn, dict) else drawn.to_dict()
+    return vl_convert.vegalite_to_svg(drawn | {"config": drawn.get("config", {}) | {"background": "white"}})

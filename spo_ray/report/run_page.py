@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from spo_ray.config.keys import leaves
 from spo_ray.core.text_metrics import words_and_marks
 from spo_ray.data.filter import Contamination
 from spo_ray.report import figures, scores
@@ -67,6 +68,7 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
         "command": read_status(run.root / STATUS).get("command", ""),
         "trained_on": next((table[name] for name in paths if name in table), {}),
         "methods": {name: _meaning(run.config.methods[name]) for name in paths},
+        "own_rates": any(run.config.methods[name].lr for name in paths),
         "headline": [
             [piece if isinstance(piece, str) else rows.of(*piece) for piece in pieces(sentence)]
             for sentence in run_headline(run, summary)
@@ -98,10 +100,10 @@ def _content(found: Finished, summary: dict[str, Any], samples: int | None) -> d
 
 
 def _meaning(method: Any) -> str:
-    """Return what a method is, with its settings that are not the defaults."""
-    own = method.model_dump(mode="json", exclude_defaults=True, exclude={"type"})
-    told = ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in own.items())
-    return str(type(method).__doc__).splitlines()[0] + (f" Here with {told}." if told else "")
+    """Return what a method is, with its base loss and its numbers."""
+    own = leaves(method.model_dump(mode="json", exclude_none=True, exclude={"type"}))
+    told = [f"{key} {value}" for key, value in own if key == "base.type" or not isinstance(value, str | bool)]
+    return str(type(method).__doc__).splitlines()[0] + (f" Here with {', '.join(told)}." if told else "")
 
 
 def run_headline(run: Run, summary: dict[str, Any]) -> list[str]:
@@ -129,7 +131,7 @@ def _alarm_table(alarms: list[dict[str, Any]]) -> Table:
         [method, ", ".join(str(alarm["step"]) for alarm in found), found[0]["text"], advice]
         for (method, advice), found in kinds.items()
     ]
-    return Table(["method", "at steps", "what happened first", "what to do"], lines)
+    return Table(["method", "at steps", "first message", "what to do"], lines)
 
 
 def _greedy(run: Run, table: dict[str, Any], graded: dict[str, Artifact]) -> dict[str, dict[str, Any]]:

@@ -119,10 +119,10 @@ class JobView:
         self.moved, self.still = now, False
 
     def close(self) -> None:
-        """Close the trackers, and log the time of a finished training."""
+        """Close the trackers, and log how long a finished training's steps took."""
         if self.job.finished:
             result = json.loads((Path(self.job.out) / RESULT).read_text())
-            log(self.name, f"done in {result['wall_s']:.1f} s")
+            log(self.name, f"done; its steps took {result['wall_s']:.1f} s")
         if self.tracker is not None:
             self.tracker.close()
 

@@ -59,7 +59,7 @@ LISTED = {
     "python -m benchmarks.": "measurements that take tens of minutes; here they print their help",
     "python scripts/make_toy_model.py": "trains the toy base anew, and replaces it",
     "pre-commit install": "changes the repository's hooks",
-    "python pipelines/paper_figures.py": "tests/pipeline/test_paper_figures.py runs both",
+    "python pipelines/paper_figures.py": "tests/pipeline/test_paper_figures.py and tests/report/test_paper.py run all",
     "spo-ray import-gguf": "needs a GGUF file; tests/model/test_gguf.py writes some",
     "spo-ray report runs/": "tests/pipeline/test_job.py writes pages of finished runs",
 }

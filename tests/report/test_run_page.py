@@ -47,13 +47,16 @@ def test_alarms_are_told(run):
     ]
 
 
-def test_a_methods_name_is_explained_with_the_settings_that_are_its_own(in_root):
+def test_a_methods_name_is_explained_with_its_settings(in_root):
     one, other = load(
         "configs/quickstart.yaml",
         ["methods={one: {type: dpo}, other: {type: spo, base: {type: simpo}, lambda_sft: 0.1}}"],
     ).methods.values()
-    assert _meaning(one) == "DPO: direct preference optimization."
-    assert _meaning(other).endswith('a base loss. Here with base={"type": "simpo"}, lambda_sft=0.1.')
+    assert _meaning(one) == "DPO: direct preference optimization. Here with beta 0.5."
+    settings = (
+        "base.beta 2.0, base.margin 1.0, base.type simpo, lambda_sft 0.1, gamma 0.0, inner.steps 1, inner.eta 2e-05, "
+    )
+    assert _meaning(other).endswith(f" Here with {settings}inner.every 1.")
 
 
 def test_ungraded_answers_come_from_text_health(run):
@@ -124,7 +127,7 @@ def test_with_rounds_the_page_says_where_the_last_one_started(in_root, tmp_path)
         assert text in page
     assert page.count("from each method&#39;s checkpoint of round 1 to the end of") == 2
     assert "from the SFT checkpoint" not in page
-    assert "spo: SPO: Stable Preference Optimization around a base loss." in page
+    assert "spo: SPO: a base loss, lambda times the lower level" in page
     assert "../method_spo_round2/result.json" in page
 
 

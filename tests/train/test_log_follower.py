@@ -72,9 +72,9 @@ def test_a_training_is_told_when_it_starts_and_when_it_ends(in_root, tmp_path, c
     told = [(record.stage, record.getMessage()) for record in caplog.records]
     assert told == [
         ("method_a", "started"),
-        ("method_a", "done in 1.5 s"),
+        ("method_a", "done; its steps took 1.5 s"),
         ("method_b", "resumed"),
-        ("method_b", "done in 2.5 s"),
+        ("method_b", "done; its steps took 2.5 s"),
     ]
 
 
