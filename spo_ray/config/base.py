@@ -48,6 +48,8 @@ def is_secret(name: str) -> bool:
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed of random numbers; Optuna and lm-eval take no others."""
 Seconds = Annotated[float, Field(gt=0.0, le=1e7)]
 """A time limit; larger numbers overflow in the libraries that count nanoseconds."""
 

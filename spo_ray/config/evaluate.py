@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import ConfigModel, Fraction
+from spo_ray.config.base import ConfigModel, Fraction, Seed
 from spo_ray.config.data import EndpointConfig, EngineConfig, GenerationConfig
 
 LM_EVAL = "lm_eval:"
@@ -101,7 +101,7 @@ class EvalConfig(GenerationConfig):
     while_training: bool = True
     """Evaluate the checkpoints before preference training while later stages run, where the cluster has room for one
     more engine."""
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1)
     """Seeds of the sampled answers: each question is answered once with each."""
     health_prompts: PositiveInt = 128
     """Random held-out prompts of suite ``health``, answered greedily and once at temperature 1."""

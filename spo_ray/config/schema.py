@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from spo_ray.config.base import ConfigModel, is_secret
+from spo_ray.config.base import ConfigModel, Seed, is_secret
 from spo_ray.config.data import (
     DataConfig,
     EngineConfig,
@@ -54,11 +54,11 @@ class RayConfig(ConfigModel):
 class Config(ConfigModel):
     """All settings of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     """Name of the run, and of its folder under ``output``."""
     output: Path = Path("runs")
     """Folder of all runs; on a cluster all nodes must share it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data, sampling, adapters and the order of batches."""
     ray: RayConfig = RayConfig()
     data: DataConfig

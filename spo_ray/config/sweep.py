@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from spo_ray.config.base import ConfigModel
+from spo_ray.config.base import ConfigModel, Seed
 from spo_ray.config.keys import with_values
 
 Value = bool | int | float | str | None
@@ -78,7 +78,7 @@ class SweepConfig(ConfigModel):
     """ASHA lets the best of so many trials go on; the others are stopped."""
     samples: PositiveInt = 12
     """Draws or suggestions of the searcher; equal draws are tried once. A grid search ignores it."""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     """Seeds of the order of batches and of the adapters; every point is tried with each. The data stays the same."""
     objectives: list[Annotated[str, Field(pattern=r"^-?[a-z]")]] = Field(default=["accuracy_greedy"], min_length=1)
     """Scores to maximise, or with a minus in front to minimise: ``accuracy_greedy``, ``delta_logp_chosen``,

@@ -35,7 +35,11 @@ class FinishedRun(Run):
         if manifest["stage"] != stage.name:
             raise UserError(f"{folder / MANIFEST} is the manifest of {manifest['stage']!r}: it is not read")
         for path in (folder, *folder.iterdir()):
-            if not path.resolve().is_relative_to(self.root):
+            try:
+                inside = path.resolve(strict=True).is_relative_to(self.root)
+            except (OSError, RuntimeError) as error:  # a link to itself, or to nothing
+                raise UserError(self._unfinished(f"{stage.name}/{path.name} can't be read")) from error
+            if not inside:
                 raise UserError(f"{path} leads out of the run's folder, to {path.resolve()}: it is not followed")
         own = {k: a for k, a in stage.inputs.items() if a.path.is_relative_to(self.root)}
         if any(manifest["inputs"].get(k) != a.digest for k, a in own.items() if not isinstance(a, MissingArtifact)):

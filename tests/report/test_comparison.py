@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from html import unescape
@@ -173,6 +174,14 @@ def change(name, **values):
     return work
 
 
+def replace(name, make):
+    def work(run):
+        (run / name).unlink()
+        make(run / name)
+
+    return work
+
+
 def lead_out(run):
     (run.parent / "outside").mkdir()
     (run.parent / "outside" / "part-0.parquet").write_text("not to be read")
@@ -196,6 +205,9 @@ def lead_out(run):
             "is not finished, pairs/part-0.parquet has 0 bytes, not ",
         ),
         (lambda run: (run / "config.json").write_text("[" * 9999), "config.json can't be read"),
+        (replace("method_spo/result.json", lambda file: file.symlink_to(file)), "method_spo/result.json can't be read"),
+        (replace("scores/manifest.json", os.mkfifo), "scores/manifest.json can't be read (it is no file)"),
+        (replace("scores/manifest.json", lambda file: file.symlink_to("/dev/zero")), "can't be read (it is no file)"),
         (lambda run: (run / "config.json").unlink(), "is no run's folder: it has no config.json"),
         (lambda run: (run / "config.json").write_text("{}"), "is no configuration of this version"),
         (shutil.rmtree, "no folder"),
