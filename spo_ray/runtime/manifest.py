@@ -83,7 +83,7 @@ def read_model(file: Path, kind: type[T]) -> T | None:
         UnreadableError: it has another form, or can't be read.
     """
     try:
-        if file.exists() and not file.is_file():  # a pipe or a device can be read for ever
+        if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe or a device can be read for ever
             raise UnreadableError(f"{file.parent.name}/{file.name} can't be read (it is no file)")
         return kind.model_validate_json(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
