@@ -18,15 +18,17 @@ FRONTS = {
 TITLES = {"held_out/in_order": "held-out pairs in order", "greedy": "greedy accuracy"}
 
 
-def write_fronts(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Write a figure ``study-REGIME-NAME.svg`` of each regime's fronts; return the files' names."""
-    names = []
-    for regime in dict.fromkeys(row["start"]["regime"] for row in rows if row["part"] == "fronts"):
+def front_files(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Return the figures' file names with their regimes and names in :data:`FRONTS`."""
+    regimes = dict.fromkeys(row["start"]["regime"] for row in rows if row["part"] == "fronts")
+    return {f"study-{regime}-{name}.svg": (regime, name) for regime in regimes for name in FRONTS}
+
+
+def write_fronts(rows: Sequence[Row], folder: Path) -> None:
+    """Write the figures of the fronts from the rows of trainings that did not fail."""
+    for file, (regime, name) in front_files(rows).items():
         points = list(front_points([row for row in rows if row["start"]["regime"] == regime]))
-        for name in FRONTS:
-            names.append(f"study-{regime}-{name}.svg")
-            (folder / names[-1]).write_text(svg(front_figure(points, name)), encoding="utf-8")
-    return names
+        (folder / file).write_text(svg(front_figure(points, name)), encoding="utf-8")
 
 
 def front_points(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:

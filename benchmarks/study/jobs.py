@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from benchmarks.study.training import OWN_SHARE, Recipe
@@ -180,12 +180,5 @@ def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
     """
     if unknown := set(regimes) - set(REGIMES):
         raise ValueError(f"unknown regimes: {', '.join(sorted(unknown))}; known: {', '.join(REGIMES)}")
-    if part == "tune":
-        return [job for regime in regimes for job in tune(regime)]
-    if part == "final":
-        return [job for regime in regimes for job in final(regime, rows)]
-    if part == "fronts":
-        return list(fronts())
-    if part == "starts":
-        return list(starts(rows))
-    return [job for job in hypotheses() if job.part == part]
+    by_regime = (job for regime in regimes for job in chain(tune(regime), final(regime, rows)))
+    return [job for job in chain(by_regime, starts(rows), fronts(), hypotheses()) if job.part == part]

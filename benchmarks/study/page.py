@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import scipy
 
 from benchmarks.common import question_means, table, with_made_part
-from benchmarks.study.figures import FRONTS, write_fronts
+from benchmarks.study.figures import FRONTS, front_files, write_fronts
 from benchmarks.study.jobs import DIAL, METHODS, STARTS, Row
 from benchmarks.study.world import REGIMES
 from spo_ray.evaluate.statistics import LEVEL, holm, mean_interval, paired_bootstrap, sign_flip
@@ -36,7 +36,7 @@ class PairedTest(NamedTuple):
 
 def write_page(rows: Sequence[Row]) -> None:
     """Write the figures, and the tables into the page."""
-    write_fronts(rows, PAGE.parent)
+    write_fronts([row for row in rows if "error" not in row], PAGE.parent)
     PAGE.write_text(written(PAGE.read_text("utf-8"), rows), encoding="utf-8")
 
 
@@ -56,7 +56,7 @@ def results(rows: Sequence[Row]) -> str:
         parts += methods_table(f"Pairs: {regime}", groups(good, "final", regime=regime))
     for title, changes in STARTS.items():
         parts += methods_table(f"Gold pairs, {title}", groups(good, "starts", **changes))
-    parts += [f"![{figure.stem}]({figure.name})" for figure in sorted(PAGE.parent.glob("study-*.svg"))]
+    parts += [f"![Front of {name}, pairs: {regime}]({file})" for file, (regime, name) in front_files(good).items()]
     tests = [test for ask in (dial, lower, anchor, hinge, ches) for test in ask(good)]
     if tests:
         parts += ["### Hypotheses", table(list(verdicts(tests)))]
