@@ -65,17 +65,24 @@ def _of_run(found: Finished) -> Iterator[tuple[str, str]]:
 def _kinds(found: Finished) -> dict[str, str]:
     """Return each checkpoint's row in the paper's tables: the types of methods."""
     config = found.run.config
-    return {"base": "base", config.reference: "sft"} | {name: method.type for name, method in config.methods.items()}
+    start = "sft" if config.sft else "base"
+    return {"base": "base", config.reference: start} | {name: method.type for name, method in config.methods.items()}
+
+
+def _what(found: Finished, kind: str) -> list[str]:
+    """Return the model and the name of a row; without SFT, methods are not called "SFT + ..."."""
+    config, title = found.run.config, ACCURACY[kind][0]
+    return [config.model.path, title if config.sft else title.removeprefix("SFT + ")]
 
 
 def _accuracies(found: Finished, table: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Return the table of accuracies as Markdown, the paper's numbers beside the run's; empty without any."""
     lines = []
-    for kind, (title, *paper) in ACCURACY.items():
+    for kind, (_, *paper) in ACCURACY.items():
         entry = table[names[kind]]["accuracy_sampled"] if kind in names else None
         if entry:
             spread = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
-            cells = [found.run.config.model.path, title, f"{100 * entry['value']:.1f}{spread}", *map(str, paper)]
+            cells = [*_what(found, kind), f"{100 * entry['value']:.1f}{spread}", *map(str, paper)]
             lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return ""
@@ -91,8 +98,8 @@ def _accuracies(found: Finished, table: Mapping[str, Any], names: Mapping[str, s
 
 def _win_rates(found: Finished, table: Mapping[str, Any], names: Mapping[str, str]) -> str:
     """Return the table of win rates against the baseline's answers as Markdown; empty without AlpacaEval."""
-    first = table.get(names.get("sft", ""), {}).get("scores", {})
-    judges = [key for key in first if key.startswith("alpaca_eval/") and key.endswith("/win_rate")]
+    keys = dict.fromkeys(key for name in names.values() for key in table[name]["scores"])
+    judges = [key for key in keys if key.startswith("alpaca_eval/") and key.endswith("/win_rate")]
     if not judges:
         return ""
     own = [f"{key.split('/')[1]} (%)" for key in judges]
@@ -101,7 +108,7 @@ def _win_rates(found: Finished, table: Mapping[str, Any], names: Mapping[str, st
     for kind, rates in WIN_RATES.items():
         if kind in names:
             values = [f"{table[names[kind]]['scores'][key]['value']:.1f}" for key in judges]
-            cells = [found.run.config.model.path, ACCURACY[kind][0], *values, *map(str, rates)]
+            cells = [*_what(found, kind), *values, *map(str, rates)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -30,6 +30,17 @@ def test_a_run_in_the_papers_layout(in_root, folder, tmp_path):
     assert ">lambda_sft<" in files["s-figure-5.svg"]
 
 
+def test_without_sft_the_reference_is_the_papers_base_model(in_root, tmp_path):
+    made_up_run(tmp_path, "a", {"reference": 6, "dpo": 3, "spo": 12}, "sft=null")
+    assert results_command(tmp_path / "a", out=tmp_path) == 0
+    lines = (tmp_path / "a-tables.md").read_text().splitlines()[4:]
+    assert [line.split(" | ")[1:3] for line in lines] == [
+        ["Base Model", "50.0 ± 0.0"],
+        ["Vanilla DPO", "25.0 ± 0.0"],
+        ["SPO", "100.0 ± 0.0"],
+    ]
+
+
 @pytest.mark.parametrize(("folders", "words"), [((), "name the folders"), ((Path("nowhere"),), "no folder nowhere")])
 def test_what_is_no_finished_run_is_one_error(capsys, folders, words):
     assert results_command(*folders) == 2
