@@ -1,6 +1,7 @@
 """Reads a checkpoint's configuration and generation settings so that they can be used and saved again."""
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -22,9 +23,10 @@ def model_config(path: str | Path) -> PretrainedConfig:
     """Return the configuration of a checkpoint, without a padding token that is not in its embedding.
 
     Raises:
-        UserError: it asks for more layers or experts than any model has, which would fill the memory.
+        UserError: a number is NaN or infinite, or there are more layers or experts than any model has, which would
+            fill the memory.
     """
-    _check_counts(PretrainedConfig.get_config_dict(path)[0], path)
+    _check_numbers(PretrainedConfig.get_config_dict(path)[0], path)
     config = AutoConfig.from_pretrained(path)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
@@ -33,12 +35,14 @@ def model_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def _check_counts(settings: Mapping[str, Any], path: str | Path) -> None:
+def _check_numbers(settings: Mapping[str, Any], path: str | Path) -> None:
     for name, value in settings.items():
         if isinstance(value, dict):
-            _check_counts(value, path)
+            _check_numbers(value, path)
         elif isinstance(value, int) and re.search("layers|experts", name) and value > MOST_PARTS:
             raise UserError(f"config.json of {path}: {name}={value} is above {MOST_PARTS}: correct it")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.json of {path}: {name}={value} is not finite: correct it")
 
 
 def generation_settings(path: str | Path) -> GenerationConfig | None:

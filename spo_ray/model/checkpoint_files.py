@@ -123,7 +123,8 @@ def weight_files(path: str | Path) -> list[Path]:
     """Return the files of a checkpoint that are loaded; none for a hub id that is not in the cache.
 
     Raises:
-        UserError: there are none, the index can't be read, or a file that it names is missing.
+        UserError: there are none, the index can't be read, a file that it names is missing, or a link in the folder
+            leads nowhere.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -131,6 +132,9 @@ def weight_files(path: str | Path) -> list[Path]:
         if not isinstance(cached, str):
             return []
         folder = Path(cached).parent
+    broken = [file.name for file in folder.iterdir() if not file.exists()]
+    if broken:
+        raise UserError(f"{folder}: {_listed(broken)} leads to no file: copy the checkpoint again, or remove the link")
     index = folder / INDEX
     for single in (folder / WHOLE, folder / ADAPTER):
         if single.is_file() and not (single.name == ADAPTER and index.is_file()):

@@ -169,8 +169,12 @@ class ChatClient:
         request = {name: value for name, value in request.items() if name not in replaced}
         more = {name: value for name, value in own.items() if value is not None}
         try:
-            answer: Any = await self.client.chat.completions.create(**request, extra_body=more)
+            raw = await self.client.chat.completions.with_raw_response.create(**request, extra_body=more)
             self.accepted = True
+            # Counted before the client makes objects of them, during which no other request proceeds.
+            if (count := len(raw.http_response.json().get("choices") or ())) > (asked := (request | more).get("n", 1)):
+                raise InvalidResponseError(f"an answer with {count} choices, of {asked} requested")
+            answer: Any = raw.parse()
             if answer.choices and all(choice.message for choice in answer.choices):
                 return answer
         except openai.OpenAIError:

@@ -235,13 +235,11 @@ def recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def changed_files(folder: Path, recorded: Mapping[str, Any] | None, verify: bool = False) -> list[str]:
+def changed_files(folder: Path, recorded: Mapping[str, Any], verify: bool = False) -> list[str]:
     """Return what is missing or changed in a stage's folder; ``recorded`` is the manifest's ``files``.
 
-    Names, sizes and numbers of rows are compared, with ``verify`` also contents. Without a record nothing is.
+    Names, sizes and numbers of rows are compared, with ``verify`` also contents.
     """
-    if recorded is None:
-        return []
     found = [
         f"{folder.name}/{name} {why}"
         for name, known in recorded.items()

@@ -61,13 +61,11 @@ class _Manifest(Identified):
     facts: dict[str, Any]
     versions: dict[str, str]
     wall_s: NonNegativeFloat
-    files: dict[Annotated[str, AfterValidator(_inside)], _File] | None = None
+    files: dict[Annotated[str, AfterValidator(_inside)], _File]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a stage's folder; None if there is none.
-
-    Its key ``files`` is None if a version of spo_ray wrote it that recorded no files.
 
     Raises:
         UnreadableError: it is no manifest, or can't be read.

@@ -168,6 +168,10 @@ NO_TEXT = b'{"choices": [{"message": {"content": ["a"]}, "finish_reason": "stop"
     [
         (b'{"choices": null}', "the endpoint gave an answer without choices"),
         (b'{"choices": [{"message": null}]}', "the endpoint gave an answer without choices"),
+        (
+            b'{"choices": [' + b'{"message": {"content": "a"}}, ' * 99_999 + b"{}]}",
+            "the endpoint gave an answer with 100000 choices, of 2 requested",
+        ),
         (b"<html>", "the endpoint gave an answer that is no chat completion"),
         (NO_TEXT, "the endpoint gave an answer that is no chat completion (its content is no text)"),
         (403, "the endpoint refused the request (403: "),

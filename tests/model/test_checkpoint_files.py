@@ -83,6 +83,14 @@ DAMAGES = {
     "overlapping": (overlapping, r"model\.safetensors can't be read as safetensors"),
     "absent": (lambda f: (f / "model.safetensors").unlink(), "no weights in .*: only safetensors are loaded"),
     "shard": (lambda f: sharded(f, json.dumps(SHARDS)), r"lacks model-00002-of-00002\.safetensors, which model\."),
+    "nan": (
+        lambda f: (f / "config.json").write_text('{"model_type": "qwen2", "rope_parameters": {"rope_theta": NaN}}'),
+        r"^config\.json of .*model: rope_theta=nan is not finite: correct it$",
+    ),
+    "link": (
+        lambda f: (f / "merges.txt").symlink_to(f / "gone"),
+        r"model: merges\.txt leads to no file: copy the checkpoint again, or remove the link$",
+    ),
     "layers": (
         lambda f: (f / "config.json").write_text('{"model_type": "qwen2", "num_hidden_layers": 1000000000000}'),
         r"^config\.json of .*model: num_hidden_layers=1000000000000 is above 10000: correct it$",
