@@ -206,20 +206,20 @@ class Run:
         """Keep other processes out of the run's folder; the lock is released when the process ends, however it ends.
 
         Raises:
-            UserError: another process works there, and ``wait`` is False; or a file has the folder's name.
+            UserError: another process works there, and ``wait`` is False; or the folder can't be written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename} is a file, not a folder: set another name= or output=") from error
-        if (self.root / LOCK).is_dir():
-            set_aside(self.root / LOCK, "is a folder, not the lock of a run")
-        lock = FileLock(self.root / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
-        try:
+            if (self.root / LOCK).is_dir():
+                set_aside(self.root / LOCK, "is a folder, not the lock of a run")
+            lock = FileLock(self.root / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed process
             held = lock.acquire(blocking=wait)
         except Timeout as error:
             text = f"another process is working in {self.root}: wait for it, or set another name="
             raise UserError(text) from error
+        except OSError as error:
+            needs = "a run needs a folder that it can write in: set another name= or output="
+            raise UserError(f"{error.filename}: {error.strerror}; {needs}") from error
         with held:
             keep_date(self.config, self.root)
             yield

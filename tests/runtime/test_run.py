@@ -282,12 +282,18 @@ def test_an_unfinished_stage_whose_record_is_broken_begins_again(run):
 def test_a_file_with_the_name_of_the_run_is_not_touched(run):
     run.root.parent.mkdir(exist_ok=True)
     run.root.write_text("mine")
+    with pytest.raises(UserError, match=r"quickstart: File exists; a run needs a folder that it can"), run.locked():
+        pass
+    assert run.root.read_text() == "mine"
+
+
+def test_a_folder_that_cant_be_written_is_the_users_error():
+    run = Run(small_config("/proc"))
     with (
-        pytest.raises(UserError, match="quickstart is a file, not a folder: set another name= or output="),
+        pytest.raises(UserError, match=r"^/proc/quickstart: .+; a run .*: set another name= or output=$"),
         run.locked(),
     ):
         pass
-    assert run.root.read_text() == "mine"
 
 
 def test_two_processes_never_share_a_run(run):

@@ -1,4 +1,4 @@
-"""What goes wrong only after many repetitions. ``make soak`` runs these at their full size.
+"""What goes wrong only after many repetitions, at a tenth of the size or less unless ``make soak`` runs them.
 
 SPO_SOAK_CALLS, SPO_SOAK_ROWS, SPO_SOAK_STEPS and SPO_SOAK_CYCLES are the sizes.
 """
@@ -34,7 +34,7 @@ def size(name, default):
 
 def test_no_judgement_is_lost_or_doubled_with_a_third_of_the_requests_failing():
     """The server refuses a request up to four times."""
-    count, rng, kept = size("CALLS", 200), random.Random(3), []
+    count, rng, kept = size("CALLS", 2000), random.Random(3), []
     trouble = {i: [rng.choice([500, 429, 503]) for _ in range(4) if rng.random() < 0.35] for i in range(count)}
     failures = sum(map(len, trouble.values()))
 
@@ -54,7 +54,7 @@ def test_no_judgement_is_lost_or_doubled_with_a_third_of_the_requests_failing():
 
 def test_every_row_comes_out_of_grading_and_pairing_once(local_ray, in_root, tmp_path):
     """Every tenth question has right samples only, every seventh a sample that is cut."""
-    count, folder = size("ROWS", 4000), tmp_path / "made"
+    count, folder = size("ROWS", 100_000), tmp_path / "made"
     folder.mkdir()
     table = [
         {
@@ -87,7 +87,6 @@ def test_every_row_comes_out_of_grading_and_pairing_once(local_ray, in_root, tmp
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_memory_and_descriptors_stay_the_same_over_many_steps(referenced, tmp_path):
     """The slope of a line through the second half: at most 1 MiB per 1,000 steps, and 4 descriptors more in all."""
     steps = size("STEPS", 500)
@@ -107,7 +106,9 @@ def test_memory_and_descriptors_stay_the_same_over_many_steps(referenced, tmp_pa
     half = [point for point in seen if steps / 2 < point[0] < 0.95 * steps]
     middle, mean = (sum(point[i] for point in half) / len(half) for i in (0, 1))
     slope = sum((x - middle) * (y - mean) for x, y, _ in half) / sum((x - middle) ** 2 for x, _, _ in half)
-    print(f"{steps} steps, {mean:.0f} MiB, {1000 * slope:+.2f} MiB per 1,000, descriptors {half[0][2]} to {half[-1][2]}")
+    print(
+        f"{steps} steps, {mean:.0f} MiB, {1000 * slope:+.2f} MiB per 1,000, descriptors {half[0][2]} to {half[-1][2]}"
+    )
     assert half[-1][2] - half[0][2] <= 4
     assert 1000 * slope <= 1.0
 
