@@ -137,7 +137,7 @@ def test_every_method_has_eight_valid_settings_and_every_training_a_key_of_its_o
     for name in ("nll", *METHODS):
         settings = [check(method) for method in candidates(name)]
         assert len(settings) == 8 and len({method.model_dump_json() for method in settings}) == 8
-    keys = [json.dumps(job.key, sort_keys=True) for part in PARTS for job in jobs(part, ["gold", "own"], [])]
+    keys = [json.dumps(job.key, sort_keys=True) for part in PARTS for job in jobs(part, ["gold", "weaker"], [])]
     assert len(keys) == len(set(keys)) > 2 * 8 * (1 + len(METHODS))
 
 
@@ -177,6 +177,9 @@ def test_other_starts_take_the_settings_that_were_chosen_on_gold_pairs():
     assert len(found) == 5 * 5 * 2
     assert {job.recipe.method["lr"] for job in found if job.recipe} == {1e-4}
     assert len({(job.start.model, job.start.sft_epochs) for job in found}) == 5
+    assert jobs("tune", ["similar"], []) == []
+    found = jobs("final", ["similar", "flipped 10%"], [row, row | {"name": "ipo"}])
+    assert [(job.name, job.start.regime) for job in found if job.recipe] == [("dpo", "similar")] * 5
 
 
 def test_a_verdict_needs_the_adjusted_p_value():

@@ -32,6 +32,14 @@ METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
 }
 """Each method's two settings of its own, beside four rates: eight runs each."""
 MAIN = ("nll", "dpo", "dpo_nll", "dpop", "simpo", "spo")
+TUNED_ON = {
+    "own": "gold",
+    "similar": "gold",
+    "dissimilar": "gold",
+    "flipped 10%": "flipped 30%",
+    "flipped 20%": "flipped 30%",
+}
+"""Regimes without a search of their own: the main methods are trained there at the settings of another regime."""
 STARTS: dict[str, dict[str, Any]] = {
     "without SFT": {"sft_epochs": 0},
     "after one epoch of SFT": {"sft_epochs": 1},
@@ -73,7 +81,9 @@ def candidates(name: str) -> Iterator[dict[str, Any]]:
 
 
 def tune(regime: str) -> Iterator[Job]:
-    """Yield every method's eight settings on a seed of their own; the measure is accuracy on validation questions."""
+    """Yield eight settings of each method, on a seed of their own, measured on validation questions."""
+    if regime in TUNED_ON:
+        return
     start = Start(seed=TUNING_SEED, regime=regime)
     yield Job("tune", start, "reference", None)
     for name in ("nll", *METHODS):
@@ -82,13 +92,14 @@ def tune(regime: str) -> Iterator[Job]:
 
 
 def final(regime: str, rows: Sequence[Row]) -> Iterator[Job]:
-    """Yield every method at its best setting on all seeds; the measures are on the test questions."""
-    chosen = best(regime, rows)
+    """Yield the methods at their best settings on all seeds; the measures are on the test questions."""
+    chosen = best(TUNED_ON.get(regime, regime), rows)
     for seed in SEEDS:
         start = Start(seed=seed, regime=regime)
         yield Job("final", start, "reference", None)
         for name, recipe in chosen.items():
-            yield Job("final", start, name, Recipe(**recipe))
+            if regime not in TUNED_ON or name in MAIN:
+                yield Job("final", start, name, Recipe(**recipe))
 
 
 def starts(rows: Sequence[Row]) -> Iterator[Job]:
