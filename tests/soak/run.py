@@ -77,14 +77,13 @@ def mine(cell: Cell) -> list[psutil.Process]:
 def recovery(cell: Cell, since: float) -> float:
     """Seconds until a data file of the run is younger than a time, or the command has ended."""
 
-    def is_younger(file: Path) -> bool:
-        with suppress(OSError):
-            return file.suffix in (".parquet", ".jsonl", ".safetensors") and file.stat().st_mtime > since
+    def wrote() -> bool:
+        with suppress(OSError):  # files and folders come and go
+            files = (file for file in cell.run.rglob("*") if file.suffix in (".parquet", ".jsonl", ".safetensors"))
+            return any(file.stat().st_mtime > since for file in files)
         return False
 
-    while (
-        cell.process.poll() is None and time.time() - since < LIMIT_S and not any(map(is_younger, cell.run.rglob("*")))
-    ):
+    while cell.process.poll() is None and time.time() - since < LIMIT_S and not wrote():
         time.sleep(0.2)
     return round(time.time() - since, 1)
 
