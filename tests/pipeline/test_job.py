@@ -391,6 +391,7 @@ def test_real_gsm8k_questions_run_through_the_whole_job(in_root, tmp_path, share
         "data.train_questions=12",
         "data.test_questions=4",
         "data.contamination_words=13",
+        "engine.type=transformers",
         "sampling.max_tokens=96",
         "eval.max_tokens=64",
         "methods={spo: {type: spo}}",
