@@ -125,10 +125,14 @@ class Fault:
 def hit(name: str, number: int) -> Strike:
     """Send a signal to the newest process of a name, to the command itself (""), or to its child ("job")."""
 
-    def strike(cell: Cell) -> None:
+    def victims(cell: Cell) -> list[psutil.Process]:
         command = psutil.Process(cell.process.pid)
-        victim = command.children()[0] if name == "job" else cell.processes(name)[-1] if name else command
-        victim.send_signal(number)
+        return command.children()[:1] if name == "job" else cell.processes(name) if name else [command]
+
+    def strike(cell: Cell) -> None:
+        while not victims(cell) and cell.process.poll() is None:  # its stage may have begun without it
+            time.sleep(0.02)
+        victims(cell)[-1].send_signal(number)
 
     return strike
 
