@@ -163,9 +163,7 @@ def area(points: Sequence[Row], x: str, y: str) -> float:
 def lower(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H2: accuracy with each lower level against none."""
     found = groups(rows, "lower")
-    yield from (
-        _questions("H2", f"{name} − K 0", group, found["K 0"]) for name, group in found.items() if name != "K 0"
-    )
+    yield from _between("H2", found, ((f"{name} − K 0", name, "K 0") for name in found if name != "K 0"))
 
 
 def lower_table(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -192,10 +190,8 @@ def anchor(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H3: the SFT model's own samples as the anchor against the preferred answers; H6: both by half."""
     for regime in REGIMES:
         found = groups(rows, "anchor", regime=regime)
-        if "own" in found:
-            yield _questions("H3", f"{regime}: own samples − preferred answers", found["own"], found["chosen"])
-        for name in ("chosen", "own") if "both" in found else ():
-            yield _questions("H6", f"{regime}: both − {ANCHORS[name]}", found["both"], found[name])
+        yield from _between("H3", found, [(f"{regime}: own samples − preferred answers", "own", "chosen")])
+        yield from _between("H6", found, ((f"{regime}: both − {told}", "both", name) for name, told in ANCHORS.items()))
 
 
 ANCHORS = {"chosen": "preferred answers", "own": "own samples"}
@@ -205,17 +201,16 @@ def hinge(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H4: the SFT loss of fallen pairs alone against that of all."""
     for regime in REGIMES:
         found = groups(rows, "hinge", regime=regime)
-        for name in (name for name in found if name.startswith("hinge")):
-            yield from (_questions("H4", f"{regime}: {name} − {o}", found[name], found[o]) for o in ("spo", "dpo_nll"))
+        hinged = (name for name in found if name.startswith("hinge"))
+        pairs = ((f"{regime}: {name} − {rival}", name, rival) for name in hinged for rival in ("spo", "dpo_nll"))
+        yield from _between("H4", found, pairs)
 
 
 def ches(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H5: DPO on filtered pairs against SPO on all, and SPO on filtered ones."""
-    found = groups(rows, "ches")
-    for share in ("25%", "50%") if found else ():
-        for name in ("dpo", "spo"):
-            filtered = f"{name}, without {share}"
-            yield _questions("H5", f"{filtered} − spo with all", found[filtered], found["spo, without 0%"])
+    filtered = [f"{name}, without {share}" for share in ("25%", "50%") for name in ("dpo", "spo")]
+    pairs = ((f"{name} − spo with all", name, "spo, without 0%") for name in filtered)
+    yield from _between("H5", groups(rows, "ches"), pairs)
 
 
 def verdicts(tests: Sequence[PairedTest], *, told: bool = True) -> Iterable[dict[str, str]]:
@@ -227,6 +222,14 @@ def verdicts(tests: Sequence[PairedTest], *, told: bool = True) -> Iterable[dict
         line = {"hypothesis": test.hypothesis} if told else {}
         line |= {"compared": test.what, "seeds": str(test.seeds), "difference": f"{test.difference:+.1f}{ends}"}
         yield line | {"adjusted p": p_text(p_value), "verdict": verdict}
+
+
+def _between(hypothesis: str, found: dict[str, Group], pairs: Iterable[tuple[str, str, str]]) -> Iterable[PairedTest]:
+    """Yield the test of each (what, name, other name) of which both were trained with one seed at least."""
+    for what, name, other in pairs:
+        seeds = [{row["start"]["seed"] for row in found.get(key, [])} for key in (name, other)]
+        if seeds[0] & seeds[1]:
+            yield _questions(hypothesis, what, found[name], found[other])
 
 
 def _questions(hypothesis: str, what: str, first: Group, second: Group) -> PairedTest:
