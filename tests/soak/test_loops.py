@@ -101,9 +101,9 @@ def test_memory_and_descriptors_stay_the_same_over_many_steps(referenced, tmp_pa
     while thread.is_alive():
         time.sleep(0.5)
         with suppress(psutil.Error):  # it is about to end
-            # Its parent is the server that it was forked from, a child of this process.
-            (worker,) = [p for p in psutil.Process().children(recursive=True) if p.ppid() != os.getpid()] or [None]
-            if worker and log.exists():
+            children = psutil.Process().children()
+            servers = [child for child in children if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+            for worker in servers[0].children() if servers and log.exists() else ():
                 seen.append((log.read_bytes().count(b"\n"), worker.memory_info().rss / 2**20, worker.num_fds()))
     assert seen and seen[-1][0] > 0.9 * steps
     half = [point for point in seen if steps / 2 < point[0] < 0.95 * steps]
