@@ -136,6 +136,6 @@ class TrainConfig(ConfigModel):
     max_failures: NonNegativeInt = 3
     """Restarts from the newest checkpoint after lost workers or nodes."""
     timeout_s: Seconds = 1800.0
-    """Seconds that a worker waits for the others until they count as lost."""
+    """Seconds until a worker counts as lost: one that others wait for, or whose step or checkpoint takes longer."""
     memory_check: bool = True
     """Refuse a training whose memory estimate exceeds the worker's memory."""

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -61,11 +62,19 @@ class Progress:
 class Checkpointer:
     """Saves and loads the checkpoints of one job. The jobs of a group share one Ray Train run.
 
-    If ``config.every`` is None it does nothing, and needs no Ray Train.
+    If ``config.every`` is None it does nothing, and needs no Ray Train. ``limited`` makes a context that ends the
+    process if its block takes too long: each step, saving, and waiting for a checkpoint.
     """
 
-    def __init__(self, job: str, config: CheckpointConfig, rank: Distributed, timeout_s: float = 1800.0) -> None:
-        self.job, self.config, self.rank = job, config, rank
+    def __init__(
+        self,
+        job: str,
+        config: CheckpointConfig,
+        rank: Distributed,
+        timeout_s: float = 1800.0,
+        limited: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.job, self.config, self.rank, self.limited = job, config, rank, limited
         # a group of its own: saving in the background must not mix with the collectives of training
         limit = timedelta(seconds=timeout_s)
         self.group = dist.new_group(backend="gloo", timeout=limit) if config.every else None
@@ -147,18 +156,24 @@ class Checkpointer:
         metrics = {"job": self.job, "step": progress.step} | self._score(record)
         mode = CheckpointUploadMode.ASYNC if self.config.asynchronous else CheckpointUploadMode.SYNC
         self.pending += 1
-        ray.train.report(
-            metrics,
-            checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="spo_ray_")),
-            checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}{f'_{self.left_out}' if self.left_out else ''}",
-            checkpoint_upload_mode=mode,
-            checkpoint_upload_fn=lambda local, name: self._write(local, name, tensors, state),
-        )
+        with self.limited():
+            ray.train.report(
+                metrics,
+                checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="spo_ray_")),
+                checkpoint_dir_name=f"{self.job}_step_{progress.step:08d}"
+                + (f"_{self.left_out}" if self.left_out else ""),
+                checkpoint_upload_mode=mode,
+                checkpoint_upload_fn=lambda local, name: self._write(local, name, tensors, state),
+            )
 
     def wait(self) -> None:
-        """Wait until the pending checkpoint is written."""
-        while self.pending:
-            time.sleep(0.005)
+        """Wait until the pending checkpoint is written.
+
+        Where there is no memory for another thread, Python can wait for its start for ever: hence the limit.
+        """
+        with self.limited():
+            while self.pending:
+                time.sleep(0.005)
 
     def _load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Progress:
         with checkpoint.as_directory() as folder:

@@ -40,13 +40,14 @@ def train_loop(arguments: dict[str, Any]) -> None:
     from spo_ray.train.worker import run_job
 
     rank, retained = Distributed.current(), RetainedMemory()
-    heartbeat = Heartbeat(arguments["beats"], f"training worker {rank.index}")
+    limit = arguments["jobs"][0].config.train.timeout_s
+    heartbeat = Heartbeat(arguments["beats"], f"training worker {rank.index}", limit)
     table_of = RowTable.of if arguments["from_files"] else lambda artifact: shared_table(artifact.digest)
     for job in arguments["jobs"]:
         if any(rank.gather([job.finished])):
             continue
         check_room(job, rank, retained.now())
-        checkpointer = Checkpointer(job.key, job.checkpoint, rank, job.config.train.timeout_s)
+        checkpointer = Checkpointer(job.key, job.checkpoint, rank, limit, heartbeat.call)
         try:
             run_job(job, rank, checkpointer, table_of)
         except StoppedError:

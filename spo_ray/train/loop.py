@@ -104,7 +104,8 @@ def optimise(
     before = progress.wall_s
     for step, indices in enumerate([] if progress.ended else batches[progress.step :], start=progress.step + 1):
         rates = learning_rates(optimizer, groups, step - 1, total)
-        grads, metrics = gradients(step, indices)
+        with checkpointer.limited():
+            grads, metrics = gradients(step, indices)
         progress.step, norms = step, clip(groups, grads)
         grad_norm = math.hypot(*norms.values())
         if math.isfinite(grad_norm):

@@ -38,7 +38,14 @@ MARK = "SPO_SOAK_CELL"
 """Environment variable by which a cell's processes are found again."""
 MADE_LAST = ("scores", "comparisons", "report")
 OPTIONS = [
-    *(*SMALL, "name=run", "preference.probe_pairs=8", "sampling.batch_size=8", "train.checkpoint.every=3"),
+    *(
+        *SMALL,
+        "name=run",
+        "preference.probe_pairs=8",
+        "sampling.batch_size=8",
+        "train.checkpoint.every=3",
+        "train.timeout_s=60",
+    ),
     *("methods={dpo: {type: dpo}, spo: {type: spo, gamma: 0.01}}", "eval.suites=[accuracy, health, alpaca_eval]"),
 ]
 

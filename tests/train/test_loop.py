@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -83,6 +84,22 @@ def loop(in_root, tmp_path):
 def test_many_steps_in_a_row_without_a_finite_gradient_end_the_training(loop):
     with pytest.raises(TrainingError, match="step 6: the gradient is not finite, 6 steps in a row"):
         loop(OneCheckpoint(), Seen(), value=float("nan"))
+
+
+def test_steps_and_the_wait_for_a_checkpoint_have_a_limit(loop):
+    """Here the limit is reached at once, and the checkpoint is written then; a worker's heartbeat ends the process."""
+    checkpointer, entered = OneCheckpoint(), []
+
+    @contextmanager
+    def limited():
+        entered.append(checkpointer.pending)
+        checkpointer.pending = 0
+        yield
+
+    checkpointer.limited, checkpointer.pending = limited, 1
+    checkpointer.wait()
+    loop(checkpointer, Seen())
+    assert entered == [1, *[0] * TOTAL, 0]  # the wait, the steps, and the wait at their end
 
 
 def test_what_happens_behind_a_checkpoints_step_happens_when_it_goes_on_from_there(loop):
