@@ -36,6 +36,8 @@ LIMIT_S = 1200.0
 """Seconds until a command counts as hanging."""
 MARK = "SPO_SOAK_CELL"
 """Environment variable by which a cell's processes are found again."""
+ENDED_LATE = ("sampler SIGSTOP", "training worker SIGSTOP", "evaluator SIGSTOP")
+"""Faults after which a process is ended when it has given no sign of life for two minutes."""
 MADE_LAST = ("scores", "comparisons", "report")
 OPTIONS = [
     *(
@@ -191,13 +193,17 @@ def page(rows: list[dict[str, Any]]) -> str:
     cells = [(name, moment) for name, fault in FAULTS.items() for moment in fault.moments]
     by_cell = {(row["fault"], row["moment"]): row for row in rows}
     ran = [by_cell[cell] for cell in cells if cell in by_cell]
-    seconds = [row["recovery_s"] for row in ran if row["survived"]]
+    survivors = [row for row in ran if row["survived"]]
+    seconds = [row["recovery_s"] for row in survivors]
     return TEMPLATE.read_text().format(
         survived=sum(row["survived"] for row in ran),
         ran=len(ran),
         cells=len(cells),
         median=f"{median(seconds):.0f}",
-        p95=f"{quantiles(seconds, n=20, method='inclusive')[-1]:.0f}",
+        **{
+            name: f"{quantiles(of, n=20, method='inclusive')[-1]:.0f}"
+            for name, of in (("p95", seconds), ("soon", soon))
+        },
         lost=sum(row.get("lost", 0) for row in ran),
         doubled=sum(row.get("doubled", 0) for row in ran),
         table="\n".join(_line(name, moment, by_cell.get((name, moment))) for name, moment in cells),
