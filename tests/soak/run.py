@@ -196,18 +196,20 @@ def page(rows: list[dict[str, Any]]) -> str:
     survivors = [row for row in ran if row["survived"]]
     seconds = [row["recovery_s"] for row in survivors]
     return TEMPLATE.read_text().format(
-        survived=sum(row["survived"] for row in ran),
+        survived=len(survivors),
         ran=len(ran),
         cells=len(cells),
         median=f"{median(seconds):.0f}",
-        **{
-            name: f"{quantiles(of, n=20, method='inclusive')[-1]:.0f}"
-            for name, of in (("p95", seconds), ("soon", soon))
-        },
+        p95=_p95(seconds),
+        soon=_p95([row["recovery_s"] for row in survivors if row["fault"] not in ENDED_LATE]),
         lost=sum(row.get("lost", 0) for row in ran),
         doubled=sum(row.get("doubled", 0) for row in ran),
         table="\n".join(_line(name, moment, by_cell.get((name, moment))) for name, moment in cells),
     )
+
+
+def _p95(seconds: list[float]) -> str:
+    return f"{quantiles(seconds, n=20, method='inclusive')[-1]:.0f}"
 
 
 def _line(name: str, moment: str, row: dict[str, Any] | None) -> str:
