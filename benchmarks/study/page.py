@@ -18,6 +18,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "study.md"
 START, END = "<!-- made by: python -m benchmarks.study tables -->", "<!-- end of the made part -->"
 LOWEST = -8.0
 """Change of held-out log pi, and minus the divergence, at which an area under a front begins."""
+FEWEST = 3
+"""Seeds that a comparison needs to be tested."""
 Group = list[Row]
 """A training's rows of all seeds."""
 
@@ -225,10 +227,10 @@ def verdicts(tests: Sequence[PairedTest], *, told: bool = True) -> Iterable[dict
 
 
 def _between(hypothesis: str, found: dict[str, Group], pairs: Iterable[tuple[str, str, str]]) -> Iterable[PairedTest]:
-    """Yield the test of each (what, name, other name) of which both were trained with one seed at least."""
+    """Yield the test of each (what, name, other name) of which both were trained with :data:`FEWEST` seeds or more."""
     for what, name, other in pairs:
         seeds = [{row["start"]["seed"] for row in found.get(key, [])} for key in (name, other)]
-        if seeds[0] & seeds[1]:
+        if len(seeds[0] & seeds[1]) >= FEWEST:
             yield _questions(hypothesis, what, found[name], found[other])
 
 
