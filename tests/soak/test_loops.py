@@ -129,7 +129,10 @@ def test_many_kills_and_resumptions_end_bit_for_bit(referenced, tmp_path):
     for cycle in range(cycles):
         wait_for_step(broken, "spo", 6 * cycle + rng.randint(1, 5))
         if cycle % 10 < 9:
-            workers(process)[0].kill()
+            while not (found := workers(process)):  # the killed driver's log may be that far already
+                assert process.poll() is None, (broken / "output.txt").read_text()[-5000:]
+                time.sleep(0.02)
+            found[0].kill()
             continue
         process.kill()
         process.wait()
