@@ -144,7 +144,8 @@ def test_resume_after_a_full_disk(uninterrupted, referenced, tmp_path):
         assert "No space left on device" in output
         subprocess.run(["mount", "-o", "remount,size=200m", str(storage)], check=True)
         run = finish(start(tmp_path, referenced, "methods", *options), tmp_path)
-        assert ": resume" in (tmp_path / "output.txt").read_text()
+        # The failure is told asynchronously, so the method's last three steps may have been faster.
+        assert re.search(": resume|method_dpo: reused", (tmp_path / "output.txt").read_text())
     finally:
         subprocess.run(["umount", "-l", str(storage)], check=True)
     for name in ("dpo", "spo"):
