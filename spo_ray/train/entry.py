@@ -1,8 +1,12 @@
-"""Entry point of Ray Train's workers, and the callback that records their failures in the controller."""
+"""Entry point of Ray Train's workers, and the callback in its controller: failures, and the list of checkpoints."""
 
-from typing import Any
+import json
+from pathlib import PurePosixPath
+from typing import Any, cast
 
-from ray.train import UserCallback
+from pyarrow.fs import FileSystem, FileType
+from ray.train import Checkpoint, UserCallback
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME as CHECKPOINTS
 
 from spo_ray.errors import TrainingError, UserError
 from spo_ray.runtime.failure import cause_of
@@ -13,11 +17,25 @@ FATAL = (TrainingError, UserError, TypeError, ValueError, KeyError, AttributeErr
 """Errors that would occur again after a restart."""
 
 
-class RecordFailures(UserCallback):
-    """Record failures in the job's folder, for the driver and the report; end the run if a restart would not help."""
+KEPT = f"{CHECKPOINTS}.kept"
+"""Copy of Ray Train's list of checkpoints, which it writes in place: a kill at that moment leaves a part of it."""
+
+
+class ControllerCallback(UserCallback):
+    """Record failures in the job's folder, for the driver and the report; end the run if a restart would not help.
+
+    After each checkpoint it copies the list of checkpoints, for :func:`mend_checkpoints`.
+    """
 
     def __init__(self, folders: list[str]) -> None:
         self.folders = folders
+
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Called in Ray Train's controller after it has registered a report; see :class:`ray.train.UserCallback`."""
+        if checkpoint is not None:
+            folder, filesystem = PurePosixPath(checkpoint.path).parent, cast("FileSystem", checkpoint.filesystem)
+            filesystem.copy_file(f"{folder}/{CHECKPOINTS}", f"{folder}/{KEPT}.new")
+            filesystem.move(f"{folder}/{KEPT}.new", f"{folder}/{KEPT}")
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         """Called in Ray Train's controller after workers failed; see :class:`ray.train.UserCallback`."""
@@ -26,6 +44,27 @@ class RecordFailures(UserCallback):
         record_failure(self.folders, {rank: text_of(cause) for rank, cause in causes.items()}, restart=fatal is None)
         if fatal is not None:
             raise fatal
+
+
+def mend_checkpoints(filesystem: FileSystem, folder: str) -> str:
+    """Replace Ray Train's list of checkpoints in a group's folder by its copy if it can't be read.
+
+    Without this Ray Train's controller could not start again. Returns what was done; empty if nothing had to be.
+    """
+    listed, kept = f"{folder}/{CHECKPOINTS}", f"{folder}/{KEPT}"
+    there = [info.path for info in filesystem.get_file_info([listed, kept]) if info.type == FileType.File]
+    if listed not in there:
+        return ""
+    try:
+        with filesystem.open_input_stream(listed) as stream:
+            json.loads(stream.read())
+    except ValueError:
+        filesystem.delete_file(listed)
+        if kept not in there:
+            return f"{listed} can't be read: training begins at step 0"
+        filesystem.copy_file(kept, listed)
+        return f"{listed} can't be read: its copy is used"
+    return ""
 
 
 def train_loop(arguments: dict[str, Any]) -> None:

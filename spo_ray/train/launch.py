@@ -25,14 +25,14 @@ from spo_ray.errors import UserError
 from spo_ray.model.memory import Device
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.cluster import uses_gpu, worker_work
-from spo_ray.runtime.console import log
+from spo_ray.runtime.console import log, warn
 from spo_ray.runtime.failure import cause_of
 from spo_ray.runtime.heartbeat import watched
 from spo_ray.runtime.parallel import run_parallel
 from spo_ray.runtime.run import TOLD, OpenStage, Run, Stage, Work, never_built, reading
 from spo_ray.runtime.tracking import Trackers
 from spo_ray.train.data_loader import dataset
-from spo_ray.train.entry import RecordFailures, train_loop
+from spo_ray.train.entry import ControllerCallback, mend_checkpoints, train_loop
 from spo_ray.train.log_follower import Follower
 from spo_ray.train.memory_check import estimate_memory
 from spo_ray.train.method_state import method_identity
@@ -210,8 +210,11 @@ def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_fi
     }
     _log_memory(jobs, names, "cuda" if use_gpu else "cpu")
     work = {"jobs": jobs, "from_files": from_files, "beats": watched()}
+    filesystem, folder = FileSystem.from_uri(_storage(run))
     with Follower(jobs, names, Trackers(run)):
         for left in reversed(range(config.max_failures + 1)):
+            if mended := mend_checkpoints(filesystem, f"{folder}/{group}"):
+                warn(names[0], mended)
             try:
                 TorchTrainer(train_loop, train_loop_config=work, **options).fit()
                 break
@@ -243,7 +246,7 @@ def _run_options(run: Run, jobs: list[TrainJob], group: str, environment: dict[s
         "storage_path": _storage(run),
         "failure_config": FailureConfig(**limits),
         "checkpoint_config": CheckpointConfig(**kept),
-        "callbacks": [RecordFailures([job.out for job in jobs])],
+        "callbacks": [ControllerCallback([job.out for job in jobs])],
         "worker_runtime_env": {"env_vars": environment},
     }
 

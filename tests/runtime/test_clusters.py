@@ -92,7 +92,7 @@ def run(environment, *command):
 def test_the_doctor_finds_the_node_with_another_torch(cluster):
     command = [
         "-m",
-        "spo_ray.pipeline.cli",
+        "spo_ray",
         "doctor",
         "--json",
         "--config",

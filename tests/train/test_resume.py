@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
+from pyarrow.fs import LocalFileSystem
+from ray.train import Checkpoint
 
 from spo_ray.model.tokenizer import ChatTokenizer
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import STARTED
+from spo_ray.train.entry import CHECKPOINTS, ControllerCallback, mend_checkpoints
 from spo_ray.train.launch import group_name
 
 from ..conftest import ROOT
@@ -123,6 +127,23 @@ def test_what_ray_train_has_kept_of_a_finished_training_goes(storage, uninterrup
     assert list(folder.iterdir()) == [another]
     for name in ("dpo", "spo"):
         same(root, uninterrupted, name)
+
+
+def test_a_list_of_checkpoints_that_cant_be_read_is_replaced_by_its_copy(tmp_path):
+    listed, mend = tmp_path / CHECKPOINTS, partial(mend_checkpoints, LocalFileSystem(), str(tmp_path))
+    assert mend() == ""
+    listed.write_text("{}")
+    assert mend() == ""
+    listed.write_text('{"checkpoint_results": [')
+    assert mend() == f"{listed} can't be read: training begins at step 0"
+    assert not listed.exists()
+    for content in ("[1]", "[1, 2]"):
+        listed.write_text(content)
+        ControllerCallback([]).after_report(None, [{}], Checkpoint(str(tmp_path / "step_1"), LocalFileSystem()))
+        ControllerCallback([]).after_report(None, [{}], None)
+    listed.write_text("")
+    assert mend() == f"{listed} can't be read: its copy is used"
+    assert listed.read_text() == "[1, 2]"
 
 
 @pytest.mark.slow
