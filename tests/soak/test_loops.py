@@ -135,10 +135,10 @@ def test_many_kills_and_resumptions_end_bit_for_bit(referenced, tmp_path):
                 time.sleep(0.02)
             found[0].kill()
             continue
-        family = psutil.Process(process.pid).children(recursive=True)
+        family = [*workers(process), *workers(process, "TrainController")]
         process.kill()
         process.wait()
-        assert not psutil.wait_procs(family, timeout=60)[1]  # until then its controller may write the list
+        assert not psutil.wait_procs(family, timeout=120)[1]  # until then its controller may write the list
         for listed in (broken / "quickstart" / ".unfinished").glob(f"train_*/{CHECKPOINTS}"):
             os.truncate(listed, 0)  # Ray Train writes it in place
         process = start(broken, referenced, "methods", *options)
