@@ -16,14 +16,13 @@ from spo_ray.train.log_follower import Follower, JobView
 from spo_ray.train.spec import TrainJob
 
 from ..helpers import SMALL, small_config
-from ..train.conftest import pairs, referenced  # noqa: F401
 from ..train.processes import log_of, train
 
 CURVES = ("loss", "grad_norm", "logps/chosen", "rewards/margins")
 
 
 @pytest.fixture(scope="module")
-def trained(referenced, tmp_path_factory):  # noqa: F811
+def trained(referenced, tmp_path_factory):
     """The folder of a finished training."""
     out = tmp_path_factory.mktemp("trained")
     train(1, referenced.path, out, [*SMALL, "preference.alarm.max_both_fell=null"], "dpo")

@@ -130,9 +130,9 @@ def hit(name: str, number: int) -> Strike:
         return command.children()[:1] if name == "job" else cell.processes(name) if name else [command]
 
     def strike(cell: Cell) -> None:
-        while not victims(cell) and cell.process.poll() is None:  # its stage may have begun without it
+        while not (found := victims(cell)) and cell.process.poll() is None:  # its stage may have begun without it
             time.sleep(0.02)
-        victims(cell)[-1].send_signal(number)
+        found[-1].send_signal(number)
 
     return strike
 

@@ -21,9 +21,8 @@ from spo_ray.runtime.run import STARTED
 from spo_ray.train.entry import CHECKPOINTS, ControllerCallback, mend_checkpoints
 from spo_ray.train.launch import group_name
 
-from ..conftest import ROOT
+from ..conftest import ROOT, with_reference
 from ..model.test_real_weights import short_rows
-from .conftest import with_reference
 from .interrupted import train
 
 DEADLINE_S = 600
