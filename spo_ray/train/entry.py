@@ -59,11 +59,11 @@ def mend_checkpoints(filesystem: FileSystem, folder: str) -> str:
         with filesystem.open_input_stream(listed) as stream:
             json.loads(stream.read())
     except ValueError:
+        if kept in there:
+            filesystem.copy_file(kept, listed)
+            return f"{listed} can't be read: its copy is used"
         filesystem.delete_file(listed)
-        if kept not in there:
-            return f"{listed} can't be read: training begins at step 0"
-        filesystem.copy_file(kept, listed)
-        return f"{listed} can't be read: its copy is used"
+        return f"{listed} can't be read: training begins at step 0"
     return ""
 
 

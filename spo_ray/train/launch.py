@@ -167,9 +167,15 @@ def _train(
 
 def _forget(run: Run, group: str) -> None:
     """Delete the files that Ray Train keeps of a finished group, if there are any."""
-    filesystem, folder = FileSystem.from_uri(_storage(run))
-    if filesystem.get_file_info(f"{folder}/{group}").type == FileType.Directory:
-        filesystem.delete_dir(f"{folder}/{group}")
+    filesystem, folder = _folder(run, group)
+    if filesystem.get_file_info(folder).type == FileType.Directory:
+        filesystem.delete_dir(folder)
+
+
+def _folder(run: Run, group: str) -> tuple[FileSystem, str]:
+    """Return where Ray Train keeps a group's records and checkpoints: the file system, and the path there."""
+    filesystem, storage = FileSystem.from_uri(_storage(run))
+    return filesystem, f"{storage}/{group}"
 
 
 def _storage(run: Run) -> str:
@@ -210,10 +216,9 @@ def fit(run: Run, jobs: list[TrainJob], names: list[str], group: str, *, from_fi
     }
     _log_memory(jobs, names, "cuda" if use_gpu else "cpu")
     work = {"jobs": jobs, "from_files": from_files, "beats": watched()}
-    filesystem, folder = FileSystem.from_uri(_storage(run))
     with Follower(jobs, names, Trackers(run)):
         for left in reversed(range(config.max_failures + 1)):
-            if mended := mend_checkpoints(filesystem, f"{folder}/{group}"):
+            if mended := mend_checkpoints(*_folder(run, group)):
                 warn(names[0], mended)
             try:
                 TorchTrainer(train_loop, train_loop_config=work, **options).fit()
