@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from benchmarks.study import run, training
 from benchmarks.study import world as worlds
 from benchmarks.study.figures import front_points
-from benchmarks.study.jobs import DIAL, METHODS, PARTS, best, candidates, jobs, spo
+from benchmarks.study.jobs import DIAL, METHODS, PARTS, SEARCHED, best, candidates, jobs, spo
 from benchmarks.study.page import PAGE, PairedTest, area, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, is_right
@@ -135,10 +135,10 @@ def test_the_area_under_a_front_is_the_mean_of_the_best_so_far():
 def test_every_method_has_eight_valid_settings_and_every_training_a_key_of_its_own():
     check = TypeAdapter(MethodConfig).validate_python
     for name in ("nll", *METHODS):
-        settings = [check(method) for method in candidates(name)]
+        settings = [check(recipe.method) for recipe in candidates(name)]
         assert len(settings) == 8 and len({method.model_dump_json() for method in settings}) == 8
     keys = [json.dumps(job.key, sort_keys=True) for part in PARTS for job in jobs(part, ["gold", "weaker"], [])]
-    assert len(keys) == len(set(keys)) > 2 * 8 * (1 + len(METHODS))
+    assert len(keys) == len(set(keys)) > 8 * (1 + len(METHODS) + len(SEARCHED))
 
 
 def test_the_best_settings_are_those_with_the_highest_mean_accuracy():

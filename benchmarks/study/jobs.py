@@ -29,9 +29,12 @@ METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
         f"spo{name}_region": [{"base": {"type": base}, "lambda_sft": w, "safe_region": REGION} for w in (0.3, 1.0)]
         for name, base in BASES.items()
     },
+    "spo_both": [{"lambda_sft": w, "inner": {"steps": 0}} for w in (0.3, 1.0)],
 }
 """Each method's two settings of its own, beside four rates: eight runs each."""
 MAIN = ("nll", "dpo", "dpo_nll", "dpop", "simpo", "spo")
+SEARCHED = (*MAIN, "spo_both")
+"""What is searched in the regimes other than gold, where every method is."""
 TUNED_ON = {
     "own": "gold",
     "similar": "gold",
@@ -71,13 +74,14 @@ class Job:
         return {"part": self.part, "start": asdict(self.start), "name": self.name} | recipe
 
 
-def candidates(name: str) -> Iterator[dict[str, Any]]:
-    """Yield the eight settings that a method is tried with."""
+def candidates(name: str) -> Iterator[Recipe]:
+    """Yield the eight recipes that a method is tried with."""
     if name == "nll":
-        yield from ({"type": "nll", "lr": rate} for rate in NLL_RATES)
+        yield from (Recipe({"type": "nll", "lr": rate}) for rate in NLL_RATES)
     else:
-        kind = "spo" if name.startswith("spo") else name
-        yield from ({"type": kind, "lr": rate, **own} for rate, own in product(RATES, METHODS[name]))
+        kind, anchor = "spo" if name.startswith("spo") else name, "both" if name == "spo_both" else "chosen"
+        for rate, own in product(RATES, METHODS[name]):
+            yield Recipe({"type": kind, "lr": rate, **own}, anchor=anchor)
 
 
 def tune(regime: str) -> Iterator[Job]:
@@ -86,9 +90,8 @@ def tune(regime: str) -> Iterator[Job]:
         return
     start = Start(seed=TUNING_SEED, regime=regime)
     yield Job("tune", start, "reference", None)
-    for name in ("nll", *METHODS):
-        for method in candidates(name):
-            yield Job("tune", start, name, Recipe(method))
+    for name in ("nll", *METHODS) if regime == "gold" else SEARCHED:
+        yield from (Job("tune", start, name, recipe) for recipe in candidates(name))
 
 
 def final(regime: str, rows: Sequence[Row]) -> Iterator[Job]:
@@ -98,7 +101,7 @@ def final(regime: str, rows: Sequence[Row]) -> Iterator[Job]:
         start = Start(seed=seed, regime=regime)
         yield Job("final", start, "reference", None)
         for name, recipe in chosen.items():
-            if regime not in TUNED_ON or name in MAIN:
+            if regime not in TUNED_ON or name in SEARCHED:
                 yield Job("final", start, name, Recipe(**recipe))
 
 

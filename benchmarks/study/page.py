@@ -81,8 +81,10 @@ def methods_table(title: str, found: dict[str, Group]) -> list[str]:
         return []
     ordered = sorted(found, key=lambda name: -_mean(found[name], "greedy"))
     lines = [_line(name, found[name]) for name in ordered]
-    rivals = [(name, other) for name in found if name.startswith("spo") for other in ("nll", "dpo_nll", _base(name))]
-    tests = [_questions("", f"{a} − {b}", found[a], found[b]) for a, b in rivals if b in found]
+    rivals = [
+        (name, other) for name in found if name.startswith("spo") for other in ("nll", "dpo_nll", _base(name), "spo")
+    ]
+    tests = [_questions("", f"{a} − {b}", found[a], found[b]) for a, b in rivals if b in found and a != b]
     return [
         f"### {title}",
         table(lines),
@@ -92,12 +94,12 @@ def methods_table(title: str, found: dict[str, Group]) -> list[str]:
 
 
 def _base(name: str) -> str:
-    return name.removeprefix("spo").removesuffix("_region").removeprefix("_") or "dpo"
+    return name.removeprefix("spo").removesuffix("_region").removesuffix("_both").removeprefix("_") or "dpo"
 
 
 def _line(name: str, group: Group) -> dict[str, str]:
     recipe = group[0].get("recipe", {}).get("method", {})
-    own = {key for settings in METHODS.get(name, ()) for key in settings if key not in ("base", "safe_region")}
+    own = {key for settings in METHODS.get(name, ()) for key, value in settings.items() if isinstance(value, float)}
     low, high, _ = mean_interval(_pooled(group), "questions", shares=True)
     ends = "" if low is None or high is None else f" ({100 * low:.0f}–{100 * high:.0f})"
     line = {"method": name, "rate": f"{recipe['lr']:g}" if recipe else ""}

@@ -20,17 +20,19 @@ from queue import Empty
 import torch
 
 from benchmarks.study.jobs import PARTS, Job, Row, jobs
-from benchmarks.study.measures import Measured, tested, validated
+from benchmarks.study.measures import Measured, front, tested, validated
 from benchmarks.study.page import write_page
 from benchmarks.study.training import dialled, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, World, make
 
 ROWS = Path(__file__).parent / "rows.jsonl"
+MEASURES = {"tune": validated, "dial": front, "fronts": front}
+"""What is measured in a part, if not everything."""
 
 
 def measured(world: World, job: Job) -> Measured:
     """Do one job; the time is the training's."""
-    measure = validated if job.part == "tune" else tested
+    measure = MEASURES.get(job.part, tested)
     if job.recipe is None:
         return {"measured": measure(world, world.reference)}
     trained = train(world, job.recipe, world.start.seed)
