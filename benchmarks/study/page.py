@@ -81,16 +81,18 @@ def methods_table(title: str, found: dict[str, Group]) -> list[str]:
         return []
     ordered = sorted(found, key=lambda name: -_mean(found[name], "greedy"))
     lines = [_line(name, found[name]) for name in ordered]
-    rivals = [
-        (name, other) for name in found if name.startswith("spo") for other in ("nll", "dpo_nll", _base(name), "spo")
-    ]
-    tests = [_questions("", f"{a} − {b}", found[a], found[b]) for a, b in rivals if b in found and a != b]
+    pairs = ((a, b) for a in found if a.startswith("spo") for b in ("reference", *RIVALS, _base(a)) if b in found)
+    tests = [_questions("", f"{a} − {b}", found[a], found[b]) for a, b in dict.fromkeys(pairs) if a != b]
     return [
         f"### {title}",
         table(lines),
         "SPO against its rivals, greedy accuracy:",
         table(list(verdicts(tests, told=False))),
     ]
+
+
+RIVALS = ("nll", "dpo_nll", "dpop", "spo")
+"""What each variant of SPO is tested against, beside the reference and its own base loss."""
 
 
 def _base(name: str) -> str:
