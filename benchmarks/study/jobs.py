@@ -33,7 +33,7 @@ METHODS: dict[str, Sequence[Mapping[str, Any]]] = {
 }
 """Each method's two settings of its own, beside four rates: eight runs each."""
 MAIN = ("nll", "dpo", "dpo_nll", "dpop", "simpo", "spo")
-SEARCHED = (*MAIN, "spo_both")
+SEARCHED = (*MAIN, "spo_region", "spo_both")
 """What is searched in the regimes other than gold, where every method is."""
 TUNED_ON = {
     "own": "gold",
@@ -156,7 +156,7 @@ def fronts() -> Iterator[Job]:
 
 
 def hypotheses() -> Iterator[Job]:
-    """Yield the trainings of hypotheses H1 to H6; docs/study.md states them."""
+    """Yield the trainings of hypotheses H1 to H7; docs/study.md states them."""
     for seed, regime in product(SEEDS, ("gold", "weaker")):
         start = Start(seed=seed, regime=regime)
         for name, theta in (("spo", "all"), ("spo, theta by SFT alone", "sft")):
@@ -169,6 +169,9 @@ def hypotheses() -> Iterator[Job]:
         yield Job("lower", Start(seed=seed), f"K {steps}, eta {eta:g}", Recipe(spo(inner=inner)))
     for seed in SEEDS:
         yield Job("lower", Start(seed=seed), "K 0", Recipe(spo(inner={"steps": 0})))
+    for seed, regime, inner in product(SEEDS, ("own", "flipped 30%"), ({"steps": 0}, {"steps": 3, "eta": 2e-4})):
+        name = "K 3, eta 0.0002" if inner["steps"] else "K 0"
+        yield Job("lower again", Start(seed=seed, regime=regime), name, Recipe(spo(inner=inner)))
     for seed, regime, anchor in product(SEEDS, ("gold", "weaker", "flipped 30%"), OWN_SHARE):
         yield Job("anchor", Start(seed=seed, regime=regime), anchor, Recipe(spo(inner={"steps": 0}), anchor=anchor))
     for seed, regime in product(SEEDS, ("gold", "flipped 30%")):
@@ -183,7 +186,7 @@ def hypotheses() -> Iterator[Job]:
             yield Job("ches", Start(seed=seed), f"{name}, without {drop:.0%}", Recipe(method, drop=drop))
 
 
-PARTS = ("tune", "final", "starts", "fronts", "dial", "lower", "anchor", "hinge", "ches")
+PARTS = ("tune", "final", "starts", "fronts", "dial", "lower", "lower again", "anchor", "hinge", "ches")
 
 
 def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:

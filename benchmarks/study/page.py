@@ -131,21 +131,31 @@ COLUMNS = {
 
 
 def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
-    """H1: areas under the fronts of one dialled training against those of trainings with six weights."""
+    """H1: areas under the fronts of one dialled training against those of trainings with six weights.
+
+    The reference is a point of every front. Seeds that lack a training are left out.
+    """
     for regime in REGIMES:
-        found = groups(rows, "dial", regime=regime)
+        found = {name: _by_seed(group) for name, group in groups(rows, "dial", regime=regime).items()}
         weights = [group for name, group in found.items() if name.startswith("dpo_nll")]
-        shares = next((group for group in weights if "shares" in group[0]), [])
-        for name in ("spo", "spo, theta by SFT alone"):
-            if name not in found or not shares:
+        start = _by_seed(groups(rows, "final", regime=regime).get("reference", []))
+        for name in (key for key in found if key.startswith("spo")):
+            seeds = sorted(set(start).intersection(found[name], *weights))
+            if len(seeds) < FEWEST:
                 continue
-            own = [_front(row, "scales") for row in found[name]]
-            trained = [[group[i]["measured"] for group in weights] for i in range(len(own))]
-            between = [_front(row, "shares") for row in shares]
+            own = [_front(found[name][seed], "scales") for seed in seeds]
+            trained = [[group[seed]["measured"] for group in weights] for seed in seeds]
+            between = [_front(next(g[seed] for g in weights if "shares" in g[seed]), "shares") for seed in seeds]
             for other, fronts in (("trained weights", trained), ("weights between", between)):
                 for front, (x, _, y) in FRONTS.items():
-                    values = [area(a, x, y) - area(b, x, y) for a, b in zip(own, fronts, strict=True)]
+                    free = [start[seed]["measured"] for seed in seeds]
+                    areas = [[area([*f, s], x, y) for f, s in zip(kind, free, strict=True)] for kind in (own, fronts)]
+                    values = [a - b for a, b in zip(*areas, strict=True)]
                     yield _seeds("H1", f"{regime}: {name} dialled − {other}, front of {front}", values)
+
+
+def _by_seed(group: Group) -> dict[int, Row]:
+    return {row["start"]["seed"]: row for row in group}
 
 
 def _front(row: Row, kind: str) -> list[Row]:
@@ -167,9 +177,12 @@ def area(points: Sequence[Row], x: str, y: str) -> float:
 
 
 def lower(rows: Sequence[Row]) -> Iterable[PairedTest]:
-    """H2: accuracy with each lower level against none."""
-    found = groups(rows, "lower")
-    yield from _between("H2", found, ((f"{name} − K 0", name, "K 0") for name in found if name != "K 0"))
+    """H2: accuracy with each lower level against none; H7: the same for the best of them on other pairs."""
+    for hypothesis, part in (("H2", "lower"), ("H7", "lower again")):
+        for regime in REGIMES:
+            found = groups(rows, part, regime=regime)
+            pairs = ((f"{regime}: {name} − K 0", name, "K 0") for name in found if name != "K 0")
+            yield from _between(hypothesis, found, pairs)
 
 
 def lower_table(rows: Sequence[Row]) -> list[dict[str, str]]:
