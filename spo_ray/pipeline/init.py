@@ -68,9 +68,10 @@ preference:
   epochs: 1 # a second pass over the same pairs mostly pushes probabilities down
 methods:
   dpo: {{type: dpo, beta: 0.1}} # the field's usual beta; the paper has 0.5, which stays nearer to the reference
+  dpo_nll: {{type: dpo_nll, beta: 0.1, sft_reduction: token_mean}} # simpler, and the one to beat
   spo:
     type: spo
-    base: {{type: dpo, beta: 0.1}} # the same beta, so that the two can be compared
+    base: {{type: dpo, beta: 0.1}} # the same beta, so that they can be compared
     sft_reduction: token_mean # a mean per token is about 1 nat, as the DPO term is, whatever the answers' length
     lambda_sft: 1.0 # so both terms weigh alike; with sft_reduction sum divide it by an answer's tokens
 eval:

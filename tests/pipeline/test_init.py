@@ -45,6 +45,8 @@ def test_rates_follow_the_models_size_and_the_machine_sets_the_type(tmp_path, mo
     assert [config.sft.lr, config.preference.theta.lr, config.preference.phi.lr] == rates
     assert (config.name, config.train.precision, config.engine.dtype) == ("out", "bfloat16", "bfloat16")
     assert (config.train.gradient_checkpointing, config.methods["spo"].base.beta) == (True, 0.1)
+    simpler, spo = config.methods["dpo_nll"], config.methods["spo"]
+    assert (simpler.beta, simpler.mu, simpler.sft_reduction) == (spo.base.beta, spo.lambda_sft, spo.sft_reduction)
 
 
 def test_parameters_are_those_of_the_model(toy_base):
