@@ -12,7 +12,7 @@ from benchmarks.study import run, training
 from benchmarks.study import world as worlds
 from benchmarks.study.figures import front_points
 from benchmarks.study.jobs import DIAL, METHODS, PARTS, SEARCHED, best, candidates, jobs, spo
-from benchmarks.study.page import PAGE, PairedTest, area, verdicts, written
+from benchmarks.study.page import PAGE, PairedTest, area, search_lines, untuned, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, is_right
 from spo_ray.config.methods import MethodConfig
@@ -169,11 +169,39 @@ def test_a_fronts_points_are_means_over_seeds_by_weight():
     ]
 
 
+def test_without_a_search_both_anchors_meet_each_methods_best_weight():
+    def row(part, name, seed, right):
+        return {"part": part, "name": name, "start": {"regime": "gold", "seed": seed}, "measured": right}
+
+    def greedy(digits):
+        return {"greedy": digits.count("1") / 4, "right": digits}
+
+    rows = [row("anchor", "both", seed, greedy("1111")) for seed in range(3)]
+    rows += [
+        row("fronts", f"spo, lambda_sft {w}", seed, greedy(d))
+        for seed in range(3)
+        for w, d in ((1, "1100"), (3, "1110"))
+    ]
+    assert [(test.what, test.difference) for test in untuned(rows)] == [
+        ("gold: both anchors − spo, lambda_sft 3", 25.0)
+    ]
+
+
+def test_the_search_is_told_from_best_to_worst():
+    scores = {"dpo": [(0.5, 0.4), (0.1, 0.0), (0.3, 0.3)], "nll": [(0.6, 0.6)]}
+    found = {
+        name: [{"measured": {"greedy": greedy, "sampled": sampled}} for greedy, sampled in values]
+        for name, values in scores.items()
+    }
+    told = [list(line.values()) for line in search_lines("gold", found)]
+    assert told == [["gold", "nll", "1", "60.0", "60.0", "60.0"], ["gold", "dpo", "3", "45.0", "30.0", "5.0"]]
+
+
 def test_other_starts_take_the_settings_that_were_chosen_on_gold_pairs():
     start, measured = {"regime": "gold"}, {"greedy": 0.5, "sampled": 0.5}
     recipe = {"method": {"type": "dpo", "lr": 1e-4}, "theta": "all", "anchor": "chosen", "drop": 0.0, "epochs": 3}
     row = {"part": "tune", "start": start, "name": "dpo", "recipe": recipe, "measured": measured}
-    found = jobs("starts", [], [row, row | {"name": "ipo"}])  # ipo is none of the main methods
+    found = jobs("starts", ["gold"], [row, row | {"name": "ipo"}])  # ipo is none of the main methods
     assert len(found) == 5 * 5 * 2
     assert {job.recipe.method["lr"] for job in found if job.recipe} == {1e-4}
     assert len({(job.start.model, job.start.sft_epochs) for job in found}) == 5

@@ -190,7 +190,7 @@ PARTS = ("tune", "final", "starts", "fronts", "dial", "lower", "lower again", "a
 
 
 def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
-    """Return a part's jobs; ``final`` and ``starts`` need the rows of ``tune``.
+    """Return a part's jobs in these regimes; ``final`` and ``starts`` need the rows of ``tune``.
 
     Raises:
         ValueError: an unknown regime.
@@ -198,4 +198,5 @@ def jobs(part: str, regimes: Sequence[str], rows: Sequence[Row]) -> list[Job]:
     if unknown := set(regimes) - set(REGIMES):
         raise ValueError(f"unknown regimes: {', '.join(sorted(unknown))}; known: {', '.join(REGIMES)}")
     by_regime = (job for regime in regimes for job in chain(tune(regime), final(regime, rows)))
-    return [job for job in chain(by_regime, starts(rows), fronts(), hypotheses()) if job.part == part]
+    every = chain(by_regime, starts(rows), fronts(), hypotheses())
+    return [job for job in every if job.part == part and job.start.regime in regimes]

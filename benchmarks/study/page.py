@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import scipy
@@ -56,10 +56,12 @@ def results(rows: Sequence[Row]) -> str:
     good = [row for row in rows if "error" not in row]
     for regime in REGIMES:
         parts += methods_table(f"Pairs: {regime}", groups(good, "final", regime=regime))
+    searches = [line for regime in REGIMES for line in search_lines(regime, groups(good, "tune", regime=regime))]
+    parts += ["### Search for settings", table(searches)] if searches else []
     for title, changes in STARTS.items():
         parts += methods_table(f"Gold pairs, {title}", groups(good, "starts", **changes))
     parts += [f"![Front of {name}, pairs: {regime}]({file})" for file, (regime, name) in front_files(good).items()]
-    tests = [test for ask in (dial, lower, anchor, hinge, ches) for test in ask(good)]
+    tests = [test for ask in (dial, lower, anchor, untuned, hinge, ches) for test in ask(good)]
     if tests:
         parts += ["### Hypotheses", table(list(verdicts(tests)))]
     effects = lower_table(good)
@@ -89,6 +91,16 @@ def methods_table(title: str, found: dict[str, Group]) -> list[str]:
         "SPO against its rivals, greedy accuracy:",
         table(list(verdicts(tests, told=False))),
     ]
+
+
+def search_lines(regime: str, found: dict[str, Group]) -> list[dict[str, str]]:
+    """Return a line for each method, by the median of what its settings reach on the validation questions."""
+    lines = []
+    for name, group in found.items():
+        scores = [50 * (row["measured"]["greedy"] + row["measured"]["sampled"]) for row in group]
+        line = {"pairs": regime, "method": name, "settings": f"{len(scores)}", "best %": f"{max(scores):.1f}"}
+        lines.append(line | {"median %": f"{median(scores):.1f}", "worst %": f"{min(scores):.1f}"})
+    return sorted(lines, key=lambda line: -float(line["median %"]))
 
 
 RIVALS = ("nll", "dpo_nll", "dpop", "spo")
@@ -211,6 +223,17 @@ def anchor(rows: Sequence[Row]) -> Iterable[PairedTest]:
         found = groups(rows, "anchor", regime=regime)
         yield from _between("H3", found, [(f"{regime}: own samples − preferred answers", "own", "chosen")])
         yield from _between("H6", found, ((f"{regime}: both − {told}", "both", name) for name, told in ANCHORS.items()))
+
+
+def untuned(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H8: both anchors at the quickstart's rate against each method's best weight at it, by accuracy on the test."""
+    for regime in REGIMES:
+        swept, weights = (groups(rows, part, regime=regime) for part in ("fronts", "dial"))
+        rivals = swept | {name: group for name, group in weights.items() if swept and name.startswith("dpo_nll")}
+        order = sorted(rivals, key=lambda name: _mean(rivals[name], "greedy"))
+        highest = {name.partition(",")[0]: name for name in order}.values()
+        found = groups(rows, "anchor", regime=regime) | rivals
+        yield from _between("H8", found, [(f"{regime}: both anchors − {name}", "both", name) for name in highest])
 
 
 ANCHORS = {"chosen": "preferred answers", "own": "own samples"}
