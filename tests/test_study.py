@@ -12,7 +12,7 @@ from benchmarks.study import run, training
 from benchmarks.study import world as worlds
 from benchmarks.study.figures import front_points
 from benchmarks.study.jobs import DIAL, METHODS, PARTS, SEARCHED, best, candidates, jobs, spo
-from benchmarks.study.page import PAGE, PairedTest, area, search_lines, untuned, verdicts, written
+from benchmarks.study.page import PAGE, PairedTest, area, dial, search_lines, untuned, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, is_right
 from spo_ray.config.methods import MethodConfig
@@ -167,6 +167,21 @@ def test_a_fronts_points_are_means_over_seeds_by_weight():
         ("spo", 0.3, 0.6),
         *(("spo, phi scaled", scale, scale / 2) for scale in DIAL),
     ]
+
+
+def test_a_dialled_front_is_compared_on_the_seeds_that_all_trainings_have():
+    def row(part, name, seed, depth, order, **more):
+        own = {"held_out/chosen": -depth, "held_out/in_order": order, "kl_policy_to_reference": depth, "greedy": 0.9}
+        start = {"regime": "gold", "seed": seed}
+        return {"part": part, "name": name, "start": start, "measured": own | ({} if depth else {"greedy": 0.5})} | more
+
+    scaled = {"scales": {str(scale): row("", "", 0, 2.0, 1.0)["measured"] for scale in DIAL}}
+    rows = [row("dial", "spo", seed, 2.0, 1.0, **scaled) for seed in range(4)]
+    rows += [row("dial", "dpo_nll, mu 1", seed, 4.0, 1.0, shares={}) for seed in range(3)]
+    rows += [row("final", "reference", seed, 0.0, 0.0) for seed in range(4)]
+    # in order: 6/8 - 4/8; accuracy, with the reference's 0.5 before: (2 * 0.5 + 6 * 0.9) / 8 - (4 * 0.5 + 4 * 0.9) / 8
+    found = [(round(test.difference, 6), test.seeds) for test in dial(rows)]
+    assert found == [(25.0, 3), (10.0, 3)] * 2
 
 
 def test_without_a_search_both_anchors_meet_each_methods_best_weight():
