@@ -9,7 +9,7 @@ import scipy
 
 from benchmarks.common import question_means, table, with_made_part
 from benchmarks.study.figures import FRONTS, front_files, write_fronts
-from benchmarks.study.jobs import DIAL, METHODS, STARTS, Row
+from benchmarks.study.jobs import DIAL, METHODS, STARTS, Row, searched_by
 from benchmarks.study.world import REGIMES
 from spo_ray.evaluate.statistics import LEVEL, holm, mean_interval, paired_bootstrap, sign_flip
 from spo_ray.report.headline import p_text
@@ -97,7 +97,7 @@ def search_lines(regime: str, found: dict[str, Group]) -> list[dict[str, str]]:
     """Return a line for each method, by the median of what its settings reach on the validation questions."""
     lines = []
     for name, group in found.items():
-        scores = [50 * (row["measured"]["greedy"] + row["measured"]["sampled"]) for row in group]
+        scores = [100 * searched_by(row) for row in group]
         line = {"pairs": regime, "method": name, "settings": f"{len(scores)}", "best %": f"{max(scores):.1f}"}
         lines.append(line | {"median %": f"{median(scores):.1f}", "worst %": f"{min(scores):.1f}"})
     return sorted(lines, key=lambda line: -float(line["median %"]))
@@ -108,7 +108,7 @@ RIVALS = ("nll", "dpo_nll", "dpop", "spo")
 
 
 def _base(name: str) -> str:
-    return name.removeprefix("spo").removesuffix("_region").removesuffix("_both").removeprefix("_") or "dpo"
+    return METHODS[name][0].get("base", {"type": "dpo"})["type"]
 
 
 def _line(name: str, group: Group) -> dict[str, str]:
@@ -150,19 +150,19 @@ def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
     for regime in REGIMES:
         found = {name: _by_seed(group) for name, group in groups(rows, "dial", regime=regime).items()}
         weights = [group for name, group in found.items() if name.startswith("dpo_nll")]
-        start = _by_seed(groups(rows, "final", regime=regime).get("reference", []))
+        references = groups(rows, "final", regime=regime).get("reference", [])
+        start = {seed: [row["measured"]] for seed, row in _by_seed(references).items()}
         for name in (key for key in found if key.startswith("spo")):
             seeds = sorted(set(start).intersection(found[name], *weights))
             if len(seeds) < FEWEST:
                 continue
-            own = [_front(found[name][seed], "scales") for seed in seeds]
-            trained = [[group[seed]["measured"] for group in weights] for seed in seeds]
-            between = [_front(next(g[seed] for g in weights if "shares" in g[seed]), "shares") for seed in seeds]
+            own = [[*start[seed], *_front(found[name][seed], "scales")] for seed in seeds]
+            trained = [[*start[seed], *(group[seed]["measured"] for group in weights)] for seed in seeds]
+            shares = (next(group[seed] for group in weights if "shares" in group[seed]) for seed in seeds)
+            between = [[*start[seed], *_front(row, "shares")] for seed, row in zip(seeds, shares, strict=True)]
             for other, fronts in (("trained weights", trained), ("weights between", between)):
                 for front, (x, _, y) in FRONTS.items():
-                    free = [start[seed]["measured"] for seed in seeds]
-                    areas = [[area([*f, s], x, y) for f, s in zip(kind, free, strict=True)] for kind in (own, fronts)]
-                    values = [a - b for a, b in zip(*areas, strict=True)]
+                    values = [area(a, x, y) - area(b, x, y) for a, b in zip(own, fronts, strict=True)]
                     yield _seeds("H1", f"{regime}: {name} dialled − {other}, front of {front}", values)
 
 
