@@ -53,7 +53,7 @@ def front_figure(points: Sequence[dict[str, Any]], name: str) -> Any:
     base = chart(records).encode(
         x=alt.X("x:Q", title=title, scale=alt.Scale(type="symlog")),
         y=alt.Y("y:Q", title=TITLES[up], axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)),
-        color=alt.Color("method:N", title=None),
+        color=alt.Color("method:N", title=None, legend=alt.Legend(orient="bottom", columns=4, labelLimit=0)),
     )
     lines = base.mark_line(point=True, opacity=0.8).encode(order="weight:Q")
     text = base.mark_text(dy=-8, fontSize=9).encode(text=alt.Text("weight:Q", format="~g"))

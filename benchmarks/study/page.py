@@ -227,13 +227,12 @@ def anchor(rows: Sequence[Row]) -> Iterable[PairedTest]:
 
 def untuned(rows: Sequence[Row]) -> Iterable[PairedTest]:
     """H8: both anchors at the quickstart's rate against each method's best weight at it, by accuracy on the test."""
-    for regime in REGIMES:
-        swept, weights = (groups(rows, part, regime=regime) for part in ("fronts", "dial"))
-        rivals = swept | {name: group for name, group in weights.items() if swept and name.startswith("dpo_nll")}
-        order = sorted(rivals, key=lambda name: _mean(rivals[name], "greedy"))
-        highest = {name.partition(",")[0]: name for name in order}.values()
-        found = groups(rows, "anchor", regime=regime) | rivals
-        yield from _between("H8", found, [(f"{regime}: both anchors − {name}", "both", name) for name in highest])
+    swept, weights, anchors = (groups(rows, part, regime="weaker") for part in ("fronts", "dial", "anchor"))
+    rivals = swept | {name: group for name, group in weights.items() if swept and name.startswith("dpo_nll")}
+    order = sorted(rivals, key=lambda name: _mean(rivals[name], "greedy"))
+    highest = {name.partition(",")[0]: name for name in order}.values()
+    pairs = [(f"weaker: both anchors − {name}", "both", name) for name in highest]
+    yield from _between("H8", anchors | rivals, pairs)
 
 
 ANCHORS = {"chosen": "preferred answers", "own": "own samples"}
@@ -275,7 +274,7 @@ def _between(hypothesis: str, found: dict[str, Group], pairs: Iterable[tuple[str
 
 
 def _questions(hypothesis: str, what: str, first: Group, second: Group) -> PairedTest:
-    """PairedTest greedy accuracy on the seeds that both have; in points."""
+    """Test greedy accuracy on the seeds that both have; in points."""
     shared = {row["start"]["seed"] for row in first} & {row["start"]["seed"] for row in second}
     values = [_pooled([row for row in group if row["start"]["seed"] in shared]) for group in (first, second)]
     differences = [100 * (a - b) for a, b in zip(*values, strict=True)]
@@ -284,7 +283,7 @@ def _questions(hypothesis: str, what: str, first: Group, second: Group) -> Paire
 
 
 def _seeds(hypothesis: str, what: str, values: Sequence[float]) -> PairedTest:
-    """PairedTest a difference of areas over seeds; in points."""
+    """Test a difference of areas over seeds; in points."""
     scaled = [100 * value for value in values]
     if len(scaled) < 2 or stdev(scaled) == 0:
         return PairedTest(hypothesis, what, fmean(scaled), None, None, 1.0, len(scaled))
