@@ -148,6 +148,9 @@ def test_the_best_settings_are_those_with_the_highest_mean_accuracy():
         return {"part": "tune", "start": {"regime": "gold"}, "name": name, "recipe": method, "measured": measured}
 
     rows = [row("dpo", 1e-4, 0.6, 0.5), row("dpo", 3e-4, 0.5, 0.7), row("nll", 1e-4, 0.1, 0.1)]
+    failed = row("nll", 3e-4, 0.0, 0.0)
+    del failed["measured"]
+    rows.append(failed | {"error": "loss: nan"})
     assert {name: recipe["method"]["lr"] for name, recipe in best("gold", rows).items()} == {"dpo": 3e-4, "nll": 1e-4}
     assert best("own", rows) == {}
 

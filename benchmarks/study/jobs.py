@@ -122,10 +122,10 @@ def searched_by(row: Row) -> float:
 
 
 def best(regime: str, rows: Sequence[Row]) -> dict[str, Row]:
-    """Return each method's recipe with the highest :func:`searched_by`."""
+    """Return each method's recipe with the highest :func:`searched_by`; trainings that failed are left out."""
     found: dict[str, tuple[float, Row]] = {}
     for row in rows:
-        if row["part"] == "tune" and row["start"]["regime"] == regime and "recipe" in row:
+        if row["part"] == "tune" and row["start"]["regime"] == regime and "recipe" in row and "error" not in row:
             score = searched_by(row)
             if row["name"] not in found or score > found[row["name"]][0]:
                 found[row["name"]] = (score, row["recipe"])
