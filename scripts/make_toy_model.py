@@ -28,6 +28,8 @@ TEMPLATE = (
 )
 VOCABULARY = 448
 SCHEDULE_STEPS, STEPS, BATCH, LR, WARMUP = 2500, 1200, 64, 3e-3, 100
+HEAD, HEADS = 32, 3
+"""LR is for so many heads; the rate falls with the width."""
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -53,10 +55,10 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, large: bool = False) -> Qwen2ForCausalLM:
     """Return a Qwen2 with three layers and hidden size 96; 32 is the smallest head size of vLLM on CPUs."""
     torch.manual_seed(seed)
-    layers, heads = (5, 8) if large else (3, 3)
+    layers, heads = (5, 8) if large else (3, HEADS)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32 * heads,
+        hidden_size=HEAD * heads,
         intermediate_size=96 * heads,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -73,7 +75,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, large: bool = Fals
 def pretrain(model: Qwen2ForCausalLM, chat: ChatTokenizer, seed: int) -> None:
     """Train on flawed solutions with AdamW, in batches of similar length from pools of eight batches."""
     corpus, rng = noisy_solutions(seed), random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.05)
+    lr = LR * (HEAD * HEADS / model.config.hidden_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * cosine(step))
     batches: list[list[tuple[list[int], list[int]]]] = []
     model.train()
