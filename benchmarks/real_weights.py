@@ -1,17 +1,21 @@
-"""What methods do to SmolLM2-135M-Instruct at two learning rates: the tables of docs/results.md.
+"""What methods do to SmolLM2-135M-Instruct at several learning rates: the tables of docs/results.md.
 
-    python -m benchmarks.real_weights run [--tasks word_problems ultrafeedback gsm8k] [--seeds 0 1 2]
+    python -m benchmarks.real_weights search
+    python -m benchmarks.real_weights run [--tasks word_problems ultrafeedback gsm8k] [--seeds 0 1 2] [--blocks tuned]
     python -m benchmarks.real_weights tables
 
-``run`` needs ``make models/smollm2-135m``, and SPO_SHARED_DATA with ultrafeedback/train.jsonl and gsm8k. Each
-task and seed is one run of the pipeline, in ``runs``. All tasks and seeds take the first block of methods, then all the
-next, and resume like any run; after each block the finished checkpoints' rows stand in ``real_weights.jsonl``.
-``tables`` writes the tables from these rows. Seeds change the training data, the samples and the order; the held-out
+``search`` and ``run`` need ``make models/smollm2-135m``, and two tasks SPO_SHARED_DATA with ultrafeedback/train.jsonl
+and gsm8k. ``search`` is the sweep of configs/sweeps/smollm2.yaml; ``real_search.csv`` keeps its results. In ``run``
+each task and seed is one run of the pipeline, in ``runs``: all take the first block of methods, then all the next,
+from the same SFT checkpoint and pairs; after each block the checkpoints' rows stand in ``real_weights.jsonl``.
+``tables`` writes the tables from these files. Seeds change the training data, the samples and the order; the held-out
 questions are the same.
 """
 
 import argparse
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,11 +42,8 @@ MORE = {kind: {"type": kind} for kind in ("dpop", "ipo")} | {
     "dpo_nll_01": {"type": "dpo_nll", "mu": 0.1},
     "spo_01": {"type": "spo", "lambda_sft": 0.1},
 }
-BLOCKS = (
-    FIRST,
-    MORE,
-    *({f"{name}_5e05": method | {"lr": RATES[1]} for name, method in block.items()} for block in (FIRST, MORE)),
-)
+SEARCH = ROOT / "configs" / "sweeps" / "smollm2.yaml"
+SEARCHED = Path(__file__).with_name("real_search.csv")
 KEPT = ("pairs", "steps", "delta_logp_chosen", "delta_logp_rejected", "held_out", "accuracy_greedy", "accuracy_sampled")
 WEIGHTS = ("mu", "lambda_sft")
 """Fields with the weight of the SFT loss."""
@@ -86,23 +87,57 @@ TASKS = {
 }
 
 
-def run(task: str, seed: int, block: int, output: Path) -> None:
-    """Run a task with a seed and the methods up to a block, of which earlier ones are reused, and write its rows.
+def search(output: Path) -> None:
+    """Run the sweep over methods and rates, and keep its results.
+
+    Raises:
+        subprocess.CalledProcessError: the sweep fails; the same command resumes.
+    """
+    _spo_ray("sweep", str(SEARCH), f"output={output}")
+    shutil.copy(output / "sweep-smollm2" / "results.csv", SEARCHED)
+
+
+def searched() -> dict[str, dict[float, float]]:
+    """Return each method's mean of greedy and sampled accuracy on the validation questions, by learning rate."""
+    found: dict[str, dict[float, float]] = {}
+    lines = SEARCHED.read_text("utf-8").splitlines() if SEARCHED.exists() else []
+    for row in csv.DictReader(lines):
+        score = (float(row["accuracy_greedy"]) + float(row["accuracy_sampled"])) / 2
+        found.setdefault(row["methods.tried.type"], {})[float(row["methods.tried.lr"])] = score
+    return found
+
+
+def best_rates() -> dict[str, float]:
+    """Return the learning rate with which each method solves most of the validation questions."""
+    return {kind: max(scores, key=scores.__getitem__) for kind, scores in searched().items()}
+
+
+def blocks() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the blocks of methods by name; after a search the last has what is best at another rate than the first."""
+    found = {"first": FIRST, "more": MORE}
+    found["high"] = {f"{name}_5e05": method | {"lr": RATES[1]} for name, method in FIRST.items()}
+    other = {kind: lr for kind, lr in best_rates().items() if lr != RATES[0]}
+    tuned = {f"{kind}_tuned": {"type": kind, "lr": lr} for kind, lr in other.items()}
+    return found | ({"tuned": tuned} if tuned else {})
+
+
+def _spo_ray(command: str, config: str, *overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", "spo_ray", command, "--config", config, *overrides], cwd=ROOT, check=True)
+
+
+def run(task: str, seed: int, block: str, output: Path) -> None:
+    """Run a task with a seed and the methods of a block, and write its rows.
 
     Raises:
         subprocess.CalledProcessError: the run fails; the same command resumes.
     """
-    overrides = overrides_of(task, seed, block, output)
-    command = [sys.executable, "-m", "spo_ray", "run", "--config", f"configs/smollm2/{task}.yaml", *overrides]
-    subprocess.run(command, cwd=ROOT, check=True)
+    _spo_ray("run", f"configs/smollm2/{task}.yaml", *overrides_of(task, seed, block, output))
     add_rows(task, output / _name(task, seed))
 
 
-def overrides_of(task: str, seed: int, block: int, output: Path) -> list[str]:
+def overrides_of(task: str, seed: int, block: str, output: Path) -> list[str]:
     """Return what a run changes of the task's configuration."""
-    methods: dict[str, Any] = {}
-    for earlier in BLOCKS[: block + 1]:
-        methods |= earlier
+    methods = blocks()[block]
     settings = (f"name={_name(task, seed)}", f"seed={seed}", f"output={output}")
     return [*TASKS[task].overrides, *settings, f"methods={json.dumps(methods)}"]
 
@@ -112,10 +147,23 @@ def _name(task: str, seed: int) -> str:
 
 
 def add_rows(task: str, folder: Path) -> None:
-    """Replace a finished run's rows in the file."""
+    """Add a finished run's rows to the file, in the place of earlier rows of the same trainings.
+
+    Raises:
+        SystemExit: its methods started from another checkpoint than those of the file.
+    """
     new = list(rows_of(task, folder))
-    left = [row for row in read_rows() if (row["task"], row["seed"]) != (task, new[0]["seed"])]
-    ROWS.write_text("".join(f"{json.dumps(row)}\n" for row in [*left, *new]), encoding="utf-8")
+    old = {_training(row): row for row in read_rows()}
+    for row in new:
+        known = old.get(_training(row), row)
+        if row["method"] in STARTS and row.get("right") != known.get("right"):
+            told = f"{folder}: {row['method']} gives other answers than in {ROWS}, which is from another machine"
+            raise SystemExit(f"{told} or other versions: move that file away, and run all blocks")
+    ROWS.write_text("".join(f"{json.dumps(row)}\n" for row in (old | {_training(row): row for row in new}).values()))
+
+
+def _training(row: Row) -> tuple:
+    return tuple(row.get(key) for key in ("task", "seed", "method", "lr", "weight"))
 
 
 def read_rows() -> list[Row]:
@@ -170,6 +218,9 @@ def tables(rows: Sequence[Row]) -> str:
         tests = list(paired_tests(ordered))
         if tests:
             parts += ["Paired tests of greedy answers:", common.table(tests)]
+    lines = [{"method": kind} | {f"{lr:g}": 100 * scores[lr] for lr in scores} for kind, scores in searched().items()]
+    told = "**The search** on word problems, by learning rate: % of the validation questions."
+    parts += [told, common.table(lines)] if lines else []
     return "\n\n".join(parts)
 
 
@@ -211,7 +262,7 @@ def _starts(key: str) -> list[str]:
 
 
 def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
-    """Yield SPO against each other method with its rate, and each method against the checkpoint that it starts from.
+    """Yield SPO against each other method with its rate or both with their best ones, and each against its start.
 
     A question's value is its mean over the seeds that both have; with one seed the test is McNemar's, else a
     permutation of signs. The p-values of one task are adjusted together, by Holm's method.
@@ -224,9 +275,10 @@ def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
     compared = [_compared(*pair) for pair in found]
     adjusted = holm([test["p_value"] for _, test in compared])
     for (first, second), (seeds, test), p_value in zip(found, compared, adjusted, strict=True):
+        rates = dict.fromkeys(f"{group[0]['lr']:g}" for group in (first, second) if "lr" in group[0])
         yield {
             "compared": f"{_label(first[0])} − {_label(second[0])}",
-            "learning rate": f"{first[0]['lr']:g}",
+            "learning rate": ", ".join(rates),
             "seeds": seeds,
             "difference": f"{round(100 * test['difference'], 1) + 0.0:+.1f}{_ends(test['low'], test['high'], ' to ')}",
             "adjusted p": p_text(p_value),
@@ -234,7 +286,9 @@ def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
 
 
 def _rival(spo: Sequence[Row], group: Sequence[Row]) -> bool:
-    return group[0]["lr"] == spo[0]["lr"] and group is not spo
+    best = best_rates()
+    tuned = all(best.get(_label(row)) == row["lr"] and row["task"] == "word_problems" for row in (spo[0], group[0]))
+    return group is not spo and (group[0]["lr"] == spo[0]["lr"] or tuned)
 
 
 def _compared(first: Sequence[Row], second: Sequence[Row]) -> tuple[str, dict[str, Any]]:
@@ -264,15 +318,18 @@ def written(page: str, rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Run the study, or write the tables."""
+    """Run the search or the study, or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "tables"])
+    parser.add_argument("what", choices=["search", "run", "tables"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--blocks", nargs="+", choices=blocks(), default=list(blocks()))
     parser.add_argument("--output", type=Path, default=ROOT / "runs")
     options = parser.parse_args(None if arguments is None else list(arguments))
+    if options.what == "search":
+        search(options.output)
     if options.what == "run":
-        for block, task, seed in product(range(len(BLOCKS)), options.tasks, options.seeds):
+        for block, task, seed in product(options.blocks, options.tasks, options.seeds):
             run(task, seed, block, options.output)
     PAGE.write_text(written(PAGE.read_text("utf-8"), read_rows()), encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """The study on real weights: its rows from a finished run, and the tables on the page from the committed rows."""
 
+import json
 from collections import Counter
 from itertools import pairwise, product
 from math import comb
@@ -7,7 +8,7 @@ from math import comb
 import pytest
 
 from benchmarks import real_weights
-from benchmarks.real_weights import BLOCKS, PAGE, RATES, TASKS, overrides_of, read_rows, rows_of, tables, written
+from benchmarks.real_weights import PAGE, RATES, TASKS, blocks, overrides_of, read_rows, rows_of, tables, written
 from spo_ray.config.load import load
 
 from .report.made_up import made_up_run
@@ -20,19 +21,44 @@ def rows(in_root, tmp_path):
     return list(rows_of("word_problems", made_up_run(tmp_path, "a", RIGHTS, "methods.dpo.lr=3e-4")))
 
 
+@pytest.fixture
+def search(monkeypatch, tmp_path):
+    """Results of a search in which DPO is best at 3e-6, SPO at 1e-5."""
+    scores = [("dpo", 3e-6, 0.5, 0.4), ("dpo", 1e-5, 0.6, 0.2), ("spo", 3e-6, 0.1, 0.1), ("spo", 1e-5, 0.3, 0.2)]
+    lines = ["trial,methods.tried.type,methods.tried.lr,accuracy_greedy,accuracy_sampled"]
+    lines += [",".join(map(str, (i, *line))) for i, line in enumerate(scores)]
+    file = tmp_path / "search.csv"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(real_weights, "SEARCHED", file)
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_each_block_is_a_configuration_with_the_methods_of_those_before_it(in_root, tmp_path, task):
+def test_each_block_is_the_tasks_configuration_with_methods_of_its_own(in_root, tmp_path, task, search):
     file = f"configs/smollm2/{task}.yaml"
-    configs = [load(file, overrides_of(task, 1, block, tmp_path)) for block in range(len(BLOCKS))]
+    configs = [load(file, overrides_of(task, 1, block, tmp_path)) for block in blocks()]
     for before, after in pairwise(configs):
-        assert before.methods.items() < after.methods.items()
         assert before.model_copy(update={"methods": after.methods}) == after
     rate = configs[0].preference.theta.lr
     assert rate == configs[0].preference.phi.lr == RATES[0]
-    rates = Counter((method.type, method.lr or rate) for method in configs[-1].methods.values())
-    each = {"nll": 1, "dpo": 1, "dpo_nll": 2, "simpo": 1, "spo": 2, "dpop": 1, "ipo": 1}
-    assert rates == Counter({(kind, rate): count for kind, count in each.items() for rate in RATES})
+    methods = [(name, method) for config in configs for name, method in config.methods.items()]
+    assert len({name for name, _ in methods}) == len(methods)
+    rates = Counter((method.type, method.lr or rate) for _, method in methods)
+    first = {"nll": 1, "dpo": 1, "dpo_nll": 1, "simpo": 1, "spo": 1}
+    more = Counter({"dpop": 1, "ipo": 1, "dpo_nll": 1, "spo": 1})
+    expected = {(kind, RATES[0]): count for kind, count in (Counter(first) + more).items()}
+    assert rates == expected | {(kind, RATES[1]): count for kind, count in first.items()} | {("dpo", 3e-6): 1}
     assert load(file).methods.items() <= configs[0].methods.items()
+
+
+def test_methods_are_compared_at_their_best_rates_too(rows, search):
+    def at(row, lr):
+        return row | {"lr": lr}
+
+    base, sft, dpo, spo = rows
+    tests = tables([base, sft, at(dpo, 1e-5), at(dpo, 3e-6), at(spo, 1e-5)])
+    compared = [line.split(" | ")[:2] for line in tests.splitlines() if line.startswith("| spo − dpo")]
+    assert compared == [["| spo − dpo", "1e-05, 3e-06"], ["| spo − dpo", "1e-05"]]
+    assert "| dpo | 45 | 40 |" in tests and "| spo | 10 | 25 |" in tests
 
 
 def test_a_row_has_what_the_run_measured(rows):
@@ -75,11 +101,16 @@ def test_seeds_are_joined_by_the_mean_of_each_question(rows):
     assert float(test[4].removesuffix(" |")) == pytest.approx(2 * p_value, rel=0.1)
 
 
-def test_rows_of_a_run_are_replaced_and_those_of_others_stay(rows, monkeypatch, tmp_path):
+def test_rows_join_those_of_trainings_from_the_same_start(rows, monkeypatch, tmp_path):
     monkeypatch.setattr(real_weights, "ROWS", tmp_path / "rows.jsonl")
-    for task, folder in (("word_problems", "a"), ("word_problems", "a"), ("ultrafeedback", "a")):
-        real_weights.add_rows(task, tmp_path / folder)
-    assert read_rows() == [*rows, *(row | {"task": "ultrafeedback"} for row in rows)]
+    for task in ("word_problems", "word_problems", "ultrafeedback"):
+        real_weights.add_rows(task, tmp_path / "a")
+    others = [row | {"task": "ultrafeedback"} for row in rows]
+    assert read_rows() == [*rows, *others]
+    started = [row | {"right": "0" * 12} if row["method"] == "sft" else row | {"lr": 1.0} for row in rows]
+    real_weights.ROWS.write_text("".join(f"{json.dumps(row)}\n" for row in started), encoding="utf-8")
+    with pytest.raises(SystemExit, match="sft gives other answers"):
+        real_weights.add_rows("word_problems", tmp_path / "a")
 
 
 def test_the_pages_tables_are_those_of_the_committed_rows():
