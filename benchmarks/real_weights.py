@@ -18,7 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -115,7 +115,7 @@ def best_rates() -> dict[str, float]:
 def blocks() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the blocks of methods by name; after a search the last has what is best at another rate than the first."""
     found = {"first": FIRST, "more": MORE}
-    found["high"] = {f"{name}_5e05": method | {"lr": RATES[1]} for name, method in FIRST.items()}
+    found["high"] = {f"{name}_5e05": method | {"lr": RATES[1]} for name, method in (FIRST | MORE).items()}
     other = {kind: lr for kind, lr in best_rates().items() if lr != RATES[0]}
     tuned = {f"{kind}_tuned": {"type": kind, "lr": lr} for kind, lr in other.items()}
     return found | ({"tuned": tuned} if tuned else {})
@@ -159,7 +159,8 @@ def add_rows(task: str, folder: Path) -> None:
         if row["method"] in STARTS and row.get("right") != known.get("right"):
             told = f"{folder}: {row['method']} gives other answers than in {ROWS}, which is from another machine"
             raise SystemExit(f"{told} or other versions: move that file away, and run all blocks")
-    ROWS.write_text("".join(f"{json.dumps(row)}\n" for row in (old | {_training(row): row for row in new}).values()))
+    rows = (old | {_training(row): row for row in new}).values()
+    ROWS.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def _training(row: Row) -> tuple:
@@ -270,8 +271,11 @@ def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
     graded = [group for group in groups if "right" in group[0]]
     start = [group for group in graded if group[0]["method"] in STARTS]
     trained = [group for group in graded if "lr" in group[0]]
+    best = best_rates()
     found = [(group, base) for group in trained for base in start]
-    found += [(spo, group) for spo in trained if _label(spo[0]) == "spo" for group in trained if _rival(spo, group)]
+    found += [
+        (spo, group) for spo in trained if _label(spo[0]) == "spo" for group in trained if _rival(spo, group, best)
+    ]
     compared = [_compared(*pair) for pair in found]
     adjusted = holm([test["p_value"] for _, test in compared])
     for (first, second), (seeds, test), p_value in zip(found, compared, adjusted, strict=True):
@@ -285,8 +289,7 @@ def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
         }
 
 
-def _rival(spo: Sequence[Row], group: Sequence[Row]) -> bool:
-    best = best_rates()
+def _rival(spo: Sequence[Row], group: Sequence[Row], best: Mapping[str, float]) -> bool:
     tuned = all(best.get(_label(row)) == row["lr"] and row["task"] == "word_problems" for row in (spo[0], group[0]))
     return group is not spo and (group[0]["lr"] == spo[0]["lr"] or tuned)
 

@@ -43,10 +43,10 @@ def test_each_block_is_the_tasks_configuration_with_methods_of_its_own(in_root, 
     methods = [(name, method) for config in configs for name, method in config.methods.items()]
     assert len({name for name, _ in methods}) == len(methods)
     rates = Counter((method.type, method.lr or rate) for _, method in methods)
-    first = {"nll": 1, "dpo": 1, "dpo_nll": 1, "simpo": 1, "spo": 1}
-    more = Counter({"dpop": 1, "ipo": 1, "dpo_nll": 1, "spo": 1})
-    expected = {(kind, RATES[0]): count for kind, count in (Counter(first) + more).items()}
-    assert rates == expected | {(kind, RATES[1]): count for kind, count in first.items()} | {("dpo", 3e-6): 1}
+    each = {"nll": 1, "dpo": 1, "dpo_nll": 2, "simpo": 1, "spo": 2, "dpop": 1, "ipo": 1}
+    assert rates == Counter(
+        {(kind, rate): count for kind, count in each.items() for rate in RATES} | {("dpo", 3e-6): 1}
+    )
     assert load(file).methods.items() <= configs[0].methods.items()
 
 
