@@ -61,7 +61,7 @@ def results(rows: Sequence[Row]) -> str:
     for title, changes in STARTS.items():
         parts += methods_table(f"Gold pairs, {title}", groups(good, "starts", **changes))
     parts += [f"![Front of {name}, pairs: {regime}]({file})" for file, (regime, name) in front_files(good).items()]
-    tests = [test for ask in (dial, lower, anchor, untuned, hinge, ches) for test in ask(good)]
+    tests = [test for ask in (dial, decoupled, lower, anchor, untuned, hinge, ches) for test in ask(good)]
     if tests:
         parts += ["### Hypotheses", table(list(verdicts(tests)))]
     effects = lower_table(good)
@@ -164,6 +164,14 @@ def dial(rows: Sequence[Row]) -> Iterable[PairedTest]:
                 for front, (x, _, y) in FRONTS.items():
                     values = [area(a, x, y) - area(b, x, y) for a, b in zip(own, fronts, strict=True)]
                     yield _seeds("H1", f"{regime}: {name} dialled − {other}, front of {front}", values)
+
+
+def decoupled(rows: Sequence[Row]) -> Iterable[PairedTest]:
+    """H1: theta trained by the SFT loss alone against the paper's theta, and against DPO+NLL's largest weight."""
+    name = "spo, theta by SFT alone"
+    for regime in REGIMES:
+        pairs = [(f"{regime}: {name} − {other}", name, other) for other in ("spo", "dpo_nll, mu 10")]
+        yield from _between("H1", groups(rows, "dial", regime=regime), pairs)
 
 
 def _by_seed(group: Group) -> dict[int, Row]:
