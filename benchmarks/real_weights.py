@@ -209,7 +209,7 @@ def tables(rows: Sequence[Row]) -> str:
         if not groups:
             continue
         ordered = [groups[key] for key in sorted(groups, key=lambda key: key[0])]
-        trained = next(group for group in ordered if "pairs" in group[0])
+        trained = max((group for group in ordered if "pairs" in group[0]), key=len)
         pairs, steps = (", ".join(str(row[key]) for row in trained) for key in ("pairs", "steps"))
         lines = [cells(group) for group in ordered]
         told = {key for line in lines for key, text in line.items() if text}
