@@ -87,6 +87,7 @@ def test_seeds_are_joined_by_the_mean_of_each_question(rows):
     second = [row | {"seed": 1} for row in rows]
     second[-1] |= {"right": "0" * 6 + "1" * 6, "delta_logp_chosen": -0.5, "accuracy_greedy": {"value": 0.5}}
     lines = [line.split(" | ") for line in tables([*rows, *second]).splitlines()]
+    assert "seeds 0, 1: " in tables([rows[2] | {"lr": 1e-6}, *rows, *second])  # though fewer have the smallest rate
     spo = next(cells for cells in lines if cells[0] == "| spo")
     assert spo[2].startswith("75.0 (") and spo[3:6] == ["100 / 50", "100 / 100", "+1.00 / -0.50"]
     low, high = (float(end) for end in spo[2].removeprefix("75.0 (").removesuffix(")").split("–"))

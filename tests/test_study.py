@@ -12,7 +12,7 @@ from benchmarks.study import run, training
 from benchmarks.study import world as worlds
 from benchmarks.study.figures import front_points
 from benchmarks.study.jobs import DIAL, METHODS, PARTS, SEARCHED, best, candidates, jobs, spo
-from benchmarks.study.page import PAGE, PairedTest, area, dial, search_lines, untuned, verdicts, written
+from benchmarks.study.page import PAGE, PairedTest, area, decoupled, dial, search_lines, untuned, verdicts, written
 from benchmarks.study.training import Recipe, dialled, gradients, hinged, interpolated, train
 from benchmarks.study.world import REGIMES, ROOT, Start, is_right
 from spo_ray.config.methods import MethodConfig
@@ -202,6 +202,19 @@ def test_without_a_search_both_anchors_meet_each_methods_best_weight():
     ]
     assert [(test.what, test.difference) for test in untuned(rows)] == [
         ("weaker: both anchors − spo, lambda_sft 3", 25.0)
+    ]
+
+
+def test_theta_by_sft_alone_meets_the_papers_theta_and_the_largest_weight():
+    right = {"spo": "1100", "spo, theta by SFT alone": "1110", "dpo_nll, mu 10": "1111", "dpo_nll, mu 1": "0000"}
+    rows = [
+        {"part": "dial", "name": name, "start": {"regime": "gold", "seed": seed}, "measured": {"right": digits}}
+        for seed in range(3)
+        for name, digits in right.items()
+    ]
+    assert [(test.what, test.difference) for test in decoupled(rows)] == [
+        ("gold: spo, theta by SFT alone − spo", 25.0),
+        ("gold: spo, theta by SFT alone − dpo_nll, mu 10", -25.0),
     ]
 
 
