@@ -98,10 +98,13 @@ def search(output: Path) -> None:
 
 
 def searched() -> dict[str, dict[float, float]]:
-    """Return each method's mean of greedy and sampled accuracy on the validation questions, by learning rate."""
+    """Return each method's mean of greedy and sampled accuracy on the validation questions, by learning rate.
+
+    A trial that failed has no score and is left out.
+    """
     found: dict[str, dict[float, float]] = {}
     lines = SEARCHED.read_text("utf-8").splitlines() if SEARCHED.exists() else []
-    for row in csv.DictReader(lines):
+    for row in (row for row in csv.DictReader(lines) if row["accuracy_greedy"]):
         score = (float(row["accuracy_greedy"]) + float(row["accuracy_sampled"])) / 2
         found.setdefault(row["methods.tried.type"], {})[float(row["methods.tried.lr"])] = score
     return found

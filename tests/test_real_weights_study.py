@@ -23,10 +23,10 @@ def rows(in_root, tmp_path):
 
 @pytest.fixture
 def search(monkeypatch, tmp_path):
-    """Results of a search in which DPO is best at 3e-6, SPO at 1e-5."""
+    """Results of a search in which DPO is best at 3e-6, SPO at 1e-5, and one trial failed."""
     scores = [("dpo", 3e-6, 0.5, 0.4), ("dpo", 1e-5, 0.6, 0.2), ("spo", 3e-6, 0.1, 0.1), ("spo", 1e-5, 0.3, 0.2)]
     lines = ["trial,methods.tried.type,methods.tried.lr,accuracy_greedy,accuracy_sampled"]
-    lines += [",".join(map(str, (i, *line))) for i, line in enumerate(scores)]
+    lines += [",".join(map(str, (i, *line))) for i, line in enumerate(scores)] + ["4,spo,3e-05,,"]
     file = tmp_path / "search.csv"
     file.write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.setattr(real_weights, "SEARCHED", file)
