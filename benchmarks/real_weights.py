@@ -42,6 +42,13 @@ MORE = {kind: {"type": kind} for kind in ("dpop", "ipo")} | {
     "dpo_nll_01": {"type": "dpo_nll", "mu": 0.1},
     "spo_01": {"type": "spo", "lambda_sft": 0.1},
 }
+AROUND = {
+    "alpha_dpo": {"type": "alpha_dpo"},
+    "spo_simpo": {"type": "spo", "base": {"type": "simpo"}},
+    "spo_alpha_dpo": {"type": "spo", "base": {"type": "alpha_dpo"}},
+    "spo_region": {"type": "spo", "safe_region": {}},
+}
+"""SPO around the other base losses, one of them alone, and SPO with a safe region."""
 SEARCH = ROOT / "configs" / "sweeps" / "smollm2.yaml"
 SEARCHED = Path(__file__).with_name("real_search.csv")
 KEPT = ("pairs", "steps", "delta_logp_chosen", "delta_logp_rejected", "held_out", "accuracy_greedy", "accuracy_sampled")
@@ -117,7 +124,7 @@ def best_rates() -> dict[str, float]:
 
 def blocks() -> dict[str, dict[str, dict[str, Any]]]:
     """Return the blocks of methods by name; after a search the last has what is best at another rate than the first."""
-    found = {"first": FIRST, "more": MORE}
+    found = {"first": FIRST, "more": MORE, "around": AROUND}
     found["high"] = {f"{name}_5e05": method | {"lr": RATES[1]} for name, method in (FIRST | MORE).items()}
     other = {kind: lr for kind, lr in best_rates().items() if lr != RATES[0]}
     tuned = {f"{kind}_tuned": {"type": kind, "lr": lr} for kind, lr in other.items()}
@@ -183,7 +190,7 @@ def rows_of(task: str, folder: Path) -> Iterator[Row]:
     config, answers = found.run.config, found.evaluation.answers
     for name, entry in summarise(found)["methods"].items():
         method = config.methods.get(name)
-        row: Row = {"task": task, "seed": config.seed, "method": method.type if method else name}
+        row: Row = {"task": task, "seed": config.seed, "method": _kind(method) if method else name}
         if method:
             row |= {"lr": method.lr or config.preference.theta.lr}
             weights = [weight for key, weight in method if key in WEIGHTS and weight != 1]
@@ -199,6 +206,12 @@ def rows_of(task: str, folder: Path) -> Iterator[Row]:
             greedy = sorted((a["id"], a["correct"]) for a in answers[name].rows() if a["seed"] is None)
             row["right"] = "".join(str(int(correct)) for _, correct in greedy)
         yield row
+
+
+def _kind(method: Any) -> str:
+    """Return a method's type; of SPO also its base loss unless that is DPO, and its safe region."""
+    around = f" around {base}" if (base := getattr(getattr(method, "base", None), "type", "dpo")) != "dpo" else ""
+    return f"{method.type}{around}{', safe region' if getattr(method, 'safe_region', None) else ''}"
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -266,7 +279,8 @@ def _starts(key: str) -> list[str]:
 
 
 def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
-    """Yield SPO against each other method with its rate or both with their best ones, and each against its start.
+    """Yield SPO against each other method with its rate or both with their best ones, each against its start, and SPO
+    around another loss against that loss.
 
     A question's value is its mean over the seeds that both have; with one seed the test is McNemar's, else a
     permutation of signs. The p-values of one task are adjusted together, by Holm's method.
@@ -278,6 +292,11 @@ def paired_tests(groups: Sequence[Sequence[Row]]) -> Iterator[dict[str, str]]:
     found = [(group, base) for group in trained for base in start]
     found += [
         (spo, group) for spo in trained if _label(spo[0]) == "spo" for group in trained if _rival(spo, group, best)
+    ]
+    found += [
+        (spo, group)
+        for spo, group in product(trained, trained)
+        if spo[0]["method"] == f"spo around {_label(group[0])}" and group[0]["lr"] == spo[0]["lr"]
     ]
     compared = [_compared(*pair) for pair in found]
     adjusted = holm([test["p_value"] for _, test in compared])

@@ -9,6 +9,10 @@ class TrainingError(RuntimeError):
     """Training can't go on, and could not after a restart either: the message says why and what to do."""
 
 
+class EvaluatorLostError(RuntimeError):
+    """An evaluation actor died more often than Ray restarts it; a new one may do what it was to do."""
+
+
 class RowRejectedError(Exception):
     """Raised by a row function for a row that can't be used; the message is the reason, of at most 300 characters."""
 

@@ -44,9 +44,9 @@ def test_each_block_is_the_tasks_configuration_with_methods_of_its_own(in_root, 
     assert len({name for name, _ in methods}) == len(methods)
     rates = Counter((method.type, method.lr or rate) for _, method in methods)
     each = {"nll": 1, "dpo": 1, "dpo_nll": 2, "simpo": 1, "spo": 2, "dpop": 1, "ipo": 1}
-    assert rates == Counter(
-        {(kind, rate): count for kind, count in each.items() for rate in RATES} | {("dpo", 3e-6): 1}
-    )
+    expected = Counter({(kind, lr): count for kind, count in each.items() for lr in RATES} | {("dpo", 3e-6): 1})
+    expected += Counter({("alpha_dpo", rate): 1, ("spo", rate): 3})
+    assert rates == expected
     assert load(file).methods.items() <= configs[0].methods.items()
 
 
@@ -59,6 +59,15 @@ def test_methods_are_compared_at_their_best_rates_too(rows, search):
     compared = [line.split(" | ")[:2] for line in tests.splitlines() if line.startswith("| spo − dpo")]
     assert compared == [["| spo − dpo", "1e-05, 3e-06"], ["| spo − dpo", "1e-05"]]
     assert "| dpo | 45 | 40 |" in tests and "| spo | 10 | 25 |" in tests
+
+
+def test_spo_around_another_loss_is_a_method_of_its_own_and_compared_with_that_loss(in_root, tmp_path):
+    overrides = ("methods.dpo={type: simpo}", "methods.spo.base={type: simpo}", "methods.spo.safe_region={}")
+    base, sft, simpo, spo = rows_of("word_problems", made_up_run(tmp_path, "a", RIGHTS, *overrides))
+    assert (simpo["method"], spo["method"]) == ("simpo", "spo around simpo, safe region")
+    text = tables([base, sft, simpo, spo | {"method": "spo around simpo"}])
+    compared = [line.split(" | ")[0] for line in text.splitlines() if "−" in line]
+    assert compared == ["| simpo − sft", "| spo around simpo − sft", "| spo around simpo − simpo"]
 
 
 def test_a_row_has_what_the_run_measured(rows):

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spo_ray.config.data import EngineConfig
 from spo_ray.config.evaluate import AnnotatorConfig, LmEvalConfig
 from spo_ray.config.model import TemplateConfig
 from spo_ray.data.sample import row_seed
-from spo_ray.errors import UserError
+from spo_ray.errors import EvaluatorLostError, UserError, first_line
 from spo_ray.model.completion import Generations, Likelihood, Skipped, choose_engine
 from spo_ray.runtime.artifact import versions
 from spo_ray.runtime.cluster import REPEATED, engine_gpus
@@ -24,6 +24,8 @@ from spo_ray.runtime.heartbeat import Heartbeat, watched
 
 SCORED_AT_ONCE = 256
 """Texts in one call of an engine's ``score``."""
+READY_S = 5.0
+"""Seconds in which an actor that has nothing to do answers."""
 Texts = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(prompt ids, completion ids) of texts to score."""
 
@@ -157,6 +159,20 @@ def _result(reference: Any) -> Any:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
         raise
+
+
+def require_alive(actor: Any) -> None:
+    """Return if an evaluation actor is ready, busy or being restarted; wait for that at most ``READY_S`` seconds.
+
+    Raises:
+        EvaluatorLostError: it died more often than Ray restarts it.
+    """
+    try:
+        ray.get(actor.__ray_ready__.remote(), timeout=READY_S)
+    except GetTimeoutError:
+        return
+    except RayActorError as error:
+        raise EvaluatorLostError(f"the evaluation actor is lost: {first_line(error)}") from None
 
 
 class Actors:

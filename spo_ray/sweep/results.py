@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from ruamel.yaml import YAML
 
 from spo_ray.config.sweep import SweepConfig, mode_of, names_of
-from spo_ray.errors import UserError
+from spo_ray.errors import EvaluatorLostError, UserError
 from spo_ray.runtime.artifact import STEP_LOG, Artifact, write_json
 from spo_ray.runtime.console import log
 from spo_ray.runtime.run import OpenStage, Run
@@ -67,7 +67,10 @@ class Ranked(NamedTuple):
 
 
 class Progress(Callback):
-    """Logs a line for each trial that ends, and deletes checkpoints that can't be among the best any more."""
+    """Logs a line for each trial that ends, and deletes checkpoints that can't be among the best any more.
+
+    Those of trials whose processes were lost stay until the end of the sweep, because the same command resumes them.
+    """
 
     def __init__(self, folder: Path, sweep: SweepConfig) -> None:
         self.folder, self.sweep = folder, sweep
@@ -86,7 +89,10 @@ class Progress(Callback):
         rows = {t: self._row(t, lost) for t, lost in ended.items()}
         seeds = Counter(point_key(row["values"]) for row in one_each(rows.values()))
         decided = [row for row in rows.values() if seeds[point_key(row["values"])] == len(set(self.sweep.seeds))]
-        prune(self.folder, decided, rank(decided, self.sweep)[: self.sweep.keep])
+        for_good = [
+            row for row in decided if row["status"] != "failed" or (self.folder / row["trial"] / FAILED).exists()
+        ]
+        prune(self.folder, for_good, rank(decided, self.sweep)[: self.sweep.keep])
         log(f"trial {rows[trial]['trial']}", f"{describe(rows[trial])}; {len(ended)} have ended")
 
     def _row(self, trial: Trial, failed: bool) -> Row:
@@ -189,15 +195,16 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
     """Write the ``row.json`` of every trial, delete what is not kept, and count the stage's rows.
 
     Raises:
-        RuntimeError: some trials have not ended.
+        RuntimeError: some trials have not ended, or an evaluation actor was lost and they have no scores.
         UserError: no trial has a score.
     """
     sweep, rows = sweep_of(run.config), []
-    ended, count = results.num_terminated + results.num_errors, max(len(results), trial_count(run.config))
+    lost = [result.error for result in results if isinstance(result.error, EvaluatorLostError)]
+    ended, count = results.num_terminated + results.num_errors - len(lost), max(len(results), trial_count(run.config))
     if ended < count:
+        why = _last_line(lost[0]) if lost else "Ray Tune was interrupted"
         raise RuntimeError(
-            f"Ray Tune was interrupted: {ended} of {count} trials have ended; nothing is lost, the same command "
-            "runs the others"
+            f"{why}: {ended} of {count} trials have ended; nothing is lost, the same command runs the others"
         )
     for result in results:
         config = result.config or {}

@@ -18,7 +18,7 @@ from ray import tune
 
 from spo_ray.config.sweep import FROM_LOG, SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
-from spo_ray.evaluate.actors import EvaluatorHandle
+from spo_ray.evaluate.actors import EvaluatorHandle, require_alive
 from spo_ray.evaluate.evaluations import suite_of
 from spo_ray.evaluate.statistics import share
 from spo_ray.evaluate.suite import SuiteContext
@@ -124,6 +124,7 @@ class Trial:
             held_out=start.held_out,
             score_at=tuple(shares),
         )
+        require_alive(self._evaluator())  # else it would be found out after training
         training = threading.Thread(target=self._train, args=(job,), daemon=True)
         training.start()
         try:
@@ -198,11 +199,10 @@ class Trial:
     def _score(self, part: float, step: int, folder: Path) -> Record:
         start, context = self._start(), self.context
         assert start.validation is not None  # SweepConfig requires it
-        actor = context.evaluators[(self.point["number"] or 0) % len(context.evaluators)]
         checkpoint = Artifact(folder, f"{context.digest}/{self.name}/{step}")
         run = context.run.at(context.folder / f".scored_{self.name}_{step}", start.config)
         found = score_log(self.out, step)
-        found = score_texts(run, actor, context.engine, self.name, checkpoint, start.validation) | found
+        found = score_texts(run, self._evaluator(), context.engine, self.name, checkpoint, start.validation) | found
         missing = [name for name in names_of(self.sweep) if name not in found]
         if missing:
             raise UserError(f"sweep.objectives: there is no score {missing[0]}; there are {', '.join(sorted(found))}")
@@ -213,6 +213,10 @@ class Trial:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [*scores(self.folder), record]))
         temporary.replace(self.folder / SCORES)
         return record
+
+    def _evaluator(self) -> Any:
+        evaluators = self.context.evaluators
+        return evaluators[(self.point["number"] or 0) % len(evaluators)]
 
     def _stop_reason(self, found: Scores) -> str | None:
         fall, limit = -found["delta_logp_chosen_per_token"]["value"], self.sweep.max_fall

@@ -132,9 +132,12 @@ def _room_of_start(config: Config, folder: Path, nodes: Sequence[Mapping[str, An
 
 
 def _evaluators(config: Config, kind: str) -> list[Any]:
-    """Start the actors that score checkpoints; Ray restarts an actor that dies and repeats its call."""
+    """Start the actors that score checkpoints; Ray restarts an actor that dies, so often for each trial, and repeats
+    its call.
+    """
     options: dict[str, Any] = {"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)}
-    remote: Any = ray.remote(**REPEATED, **options)(Evaluator)
+    options |= REPEATED | {"max_restarts": REPEATED["max_restarts"] * trial_count(config)}
+    remote: Any = ray.remote(**options)(Evaluator)
     arguments = (kind, config.engine, config.model, watched())
     return [remote.remote(*arguments) for _ in range(config.engine.replicas)]
 
@@ -147,7 +150,7 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     folder = context.folder / TUNE
     entry: Any = tune.with_resources(partial(trial, context=context), DRIVER)
     if tune.Tuner.can_restore(str(folder)):
-        return tune.Tuner.restore(str(folder), trainable=entry, resume_unfinished=True)
+        return tune.Tuner.restore(str(folder), trainable=entry, resume_errored=True)
     algorithm, space, samples = _search(config)
     return tune.Tuner(
         entry,

@@ -12,7 +12,7 @@ import pytest
 
 from spo_ray.config.load import load
 from spo_ray.config.train import AlarmConfig
-from spo_ray.errors import UserError
+from spo_ray.errors import EvaluatorLostError, UserError
 from spo_ray.runtime.artifact import Artifact
 from spo_ray.runtime.run import Run
 from spo_ray.sweep import trial as module
@@ -68,6 +68,7 @@ def stage(tmp_path, monkeypatch, in_root):
     monkeypatch.setattr(launch, "fit", train)
     monkeypatch.setattr(module, "score_log", score)
     texts = {"accuracy_greedy": {"value": 0.5}, "accuracy_sampled": {"value": 0.5}}
+    monkeypatch.setattr(module, "require_alive", lambda actor: None)
     monkeypatch.setattr(module, "score_texts", lambda *given: texts)
     monkeypatch.setattr(module.tune, "report", lambda metrics: found.reports.append(metrics))
     monkeypatch.setattr(module.tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: "id"))
@@ -93,6 +94,16 @@ def test_where_shares_fall_on_one_step_the_last_counts(stage, monkeypatch):
         (100.0, True),
     ]
     assert steps_of(stage.context.run.config.sweep, 1) == {1: 1.0}
+
+
+def test_nothing_is_trained_that_could_not_be_scored(stage, monkeypatch):
+    def lost(actor):
+        raise EvaluatorLostError("the evaluation actor is lost")
+
+    monkeypatch.setattr(module, "require_alive", lost)
+    with pytest.raises(EvaluatorLostError):
+        Trial(POINT, stage.context, "00000").run()
+    assert stage.fits == 0
 
 
 def test_schedulers_compare_at_what_is_reported():

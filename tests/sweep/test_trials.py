@@ -174,6 +174,23 @@ def test_killed_worker_evaluator_and_driver(finished, referenced, tmp_path):
     assert rows(again) == found
 
 
+def test_a_sweep_whose_evaluator_is_lost_ends_and_the_same_command_resumes_it(referenced, tmp_path):
+    """The actor is killed as soon as it is there, so often that Ray starts it no more."""
+    two = space(methods__spo__lambda_sft="{type: grid, values: [0.01, 30.0]}")
+    driver = start(tmp_path, referenced, "4", two)
+    while driver.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for actor in processes(driver, "ray::Evaluator"):
+                actor.kill()
+        time.sleep(0.2)
+    said = (tmp_path / "output.txt").read_text()
+    assert driver.returncode == 1, said[-5000:]
+    assert "the evaluation actor is lost" in said
+    assert "0 of 2 trials have ended; nothing is lost, the same command runs the others" in said
+    found = rows(finish(start(tmp_path, referenced, "4", two), tmp_path))
+    assert [row["status"] for row in found] == ["finished", "finished"]
+
+
 def test_ctrl_c_leaves_a_sweep_that_the_same_command_goes_on_with(finished, referenced, tmp_path):
     driver = start(tmp_path, referenced, "4", *SIX)
     done = wait_for(scored(tmp_path, 2), tmp_path)
