@@ -10,7 +10,7 @@ class TrainingError(RuntimeError):
 
 
 class EvaluatorLostError(RuntimeError):
-    """An evaluation actor died more often than Ray restarts it; a new one may do what it was to do."""
+    """An evaluation actor died more often than Ray restarts it; a new actor may succeed."""
 
 
 class RowRejectedError(Exception):

@@ -24,7 +24,7 @@ from spo_ray.runtime.heartbeat import Heartbeat, watched
 
 SCORED_AT_ONCE = 256
 """Texts in one call of an engine's ``score``."""
-READY_S = 5.0
+READY_S = 1.0
 """Seconds in which an actor that has nothing to do answers."""
 Texts = Sequence[tuple[Sequence[int], Sequence[int]]]
 """(prompt ids, completion ids) of texts to score."""

@@ -69,7 +69,7 @@ class Ranked(NamedTuple):
 class Progress(Callback):
     """Logs a line for each trial that ends, and deletes checkpoints that can't be among the best any more.
 
-    Those of trials whose processes were lost stay until the end of the sweep, because the same command resumes them.
+    Ends the sweep where a trial has lost its evaluation actor, since the other trials would be trained in vain.
     """
 
     def __init__(self, folder: Path, sweep: SweepConfig) -> None:
@@ -81,7 +81,12 @@ class Progress(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """See :class:`ray.tune.Callback`."""
+        _require_evaluator(trial)
         self._ended(trials, trial, failed=True)
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """See :class:`ray.tune.Callback`."""
+        _require_evaluator(trial)
 
     def _ended(self, trials: list[Trial], trial: Trial, failed: bool) -> None:
         ended = {t: t.status == Trial.ERROR for t in trials if t.status in (Trial.TERMINATED, Trial.ERROR)}
@@ -89,15 +94,21 @@ class Progress(Callback):
         rows = {t: self._row(t, lost) for t, lost in ended.items()}
         seeds = Counter(point_key(row["values"]) for row in one_each(rows.values()))
         decided = [row for row in rows.values() if seeds[point_key(row["values"])] == len(set(self.sweep.seeds))]
-        for_good = [
-            row for row in decided if row["status"] != "failed" or (self.folder / row["trial"] / FAILED).exists()
-        ]
-        prune(self.folder, for_good, rank(decided, self.sweep)[: self.sweep.keep])
+        prune(self.folder, decided, rank(decided, self.sweep)[: self.sweep.keep])
         log(f"trial {rows[trial]['trial']}", f"{describe(rows[trial])}; {len(ended)} have ended")
 
     def _row(self, trial: Trial, failed: bool) -> Row:
         return row_of(
             self.folder / folder_name(trial.config, trial.trial_id), self.sweep, trial.config["point"], failed
+        )
+
+
+def _require_evaluator(trial: Trial) -> None:
+    """Raise an EvaluatorLostError if a trial failed with one; Ray Tune then leaves it unfinished."""
+    error = trial.get_pickled_error()
+    if isinstance(error, EvaluatorLostError):
+        raise EvaluatorLostError(
+            f"{getattr(error, 'cause', error)} No result is lost: the same command resumes the sweep."
         )
 
 
@@ -195,16 +206,15 @@ def close_trials(run: Run, stage: OpenStage, results: ResultGrid) -> list[Row]:
     """Write the ``row.json`` of every trial, delete what is not kept, and count the stage's rows.
 
     Raises:
-        RuntimeError: some trials have not ended, or an evaluation actor was lost and they have no scores.
+        RuntimeError: some trials have not ended.
         UserError: no trial has a score.
     """
     sweep, rows = sweep_of(run.config), []
-    lost = [result.error for result in results if isinstance(result.error, EvaluatorLostError)]
-    ended, count = results.num_terminated + results.num_errors - len(lost), max(len(results), trial_count(run.config))
+    ended, count = results.num_terminated + results.num_errors, max(len(results), trial_count(run.config))
     if ended < count:
-        why = _last_line(lost[0]) if lost else "Ray Tune was interrupted"
         raise RuntimeError(
-            f"{why}: {ended} of {count} trials have ended; nothing is lost, the same command runs the others"
+            f"Ray Tune was interrupted: {ended} of {count} trials have ended; nothing is lost, the same command "
+            "runs the others"
         )
     for result in results:
         config = result.config or {}

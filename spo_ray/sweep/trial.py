@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayActorError
 
 from spo_ray.config.sweep import FROM_LOG, SweepConfig, names_of
 from spo_ray.errors import TrainingError, UserError
@@ -201,8 +202,12 @@ class Trial:
         assert start.validation is not None  # SweepConfig requires it
         checkpoint = Artifact(folder, f"{context.digest}/{self.name}/{step}")
         run = context.run.at(context.folder / f".scored_{self.name}_{step}", start.config)
-        found = score_log(self.out, step)
-        found = score_texts(run, self._evaluator(), context.engine, self.name, checkpoint, start.validation) | found
+        found, actor = score_log(self.out, step), self._evaluator()
+        try:
+            found = score_texts(run, actor, context.engine, self.name, checkpoint, start.validation) | found
+        except RayActorError:
+            require_alive(actor)
+            raise
         missing = [name for name in names_of(self.sweep) if name not in found]
         if missing:
             raise UserError(f"sweep.objectives: there is no score {missing[0]}; there are {', '.join(sorted(found))}")

@@ -17,7 +17,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from spo_ray.config.schema import Config
 from spo_ray.config.sweep import LogUniform, SweepConfig, mode_of, names_of
-from spo_ray.errors import UserError
+from spo_ray.errors import EvaluatorLostError, UserError
 from spo_ray.evaluate.actors import Evaluator
 from spo_ray.model.completion import choose_engine
 from spo_ray.runtime.artifact import Artifact, PlannedArtifact, write_json
@@ -88,6 +88,9 @@ def run_trials(run: Run, known: Mapping[str, Prepared], prepare: Callable[[Run],
     try:
         context = Context(run, prepare, stage.scratch, stage.digest, dict(known), evaluators, kind, watched())
         results = _tuner(config, context, room).fit()
+    except tune.TuneError as error:  # Ray Tune's message is a traceback
+        lost = error.__context__
+        raise lost if isinstance(lost, EvaluatorLostError) else error from None
     finally:
         for actor in evaluators:
             ray.kill(actor)
@@ -132,8 +135,8 @@ def _room_of_start(config: Config, folder: Path, nodes: Sequence[Mapping[str, An
 
 
 def _evaluators(config: Config, kind: str) -> list[Any]:
-    """Start the actors that score checkpoints; Ray restarts an actor that dies, so often for each trial, and repeats
-    its call.
+    """Start the actors that score checkpoints; Ray repeats the call of an actor that dies, and restarts it up to
+    three times the number of trials.
     """
     options: dict[str, Any] = {"num_cpus": config.engine.cpus, "num_gpus": engine_gpus(config.engine)}
     options |= REPEATED | {"max_restarts": REPEATED["max_restarts"] * trial_count(config)}
@@ -150,7 +153,7 @@ def _tuner(config: Config, context: Context, room: int) -> tune.Tuner:
     folder = context.folder / TUNE
     entry: Any = tune.with_resources(partial(trial, context=context), DRIVER)
     if tune.Tuner.can_restore(str(folder)):
-        return tune.Tuner.restore(str(folder), trainable=entry, resume_errored=True)
+        return tune.Tuner.restore(str(folder), trainable=entry, resume_unfinished=True)
     algorithm, space, samples = _search(config)
     return tune.Tuner(
         entry,

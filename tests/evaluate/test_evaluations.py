@@ -15,10 +15,10 @@ from ray.exceptions import RayTaskError
 from spo_ray.config.model import TemplateConfig
 from spo_ray.core.logps import completion_logps
 from spo_ray.data.sources import load_data
-from spo_ray.errors import UserError
+from spo_ray.errors import EvaluatorLostError, UserError
 from spo_ray.evaluate import accuracy, health
 from spo_ray.evaluate.accuracy import accuracies
-from spo_ray.evaluate.actors import Evaluator, EvaluatorHandle
+from spo_ray.evaluate.actors import Evaluator, EvaluatorHandle, require_alive
 from spo_ray.evaluate.evaluations import Evaluations
 from spo_ray.evaluate.health import _text
 from spo_ray.evaluate.statistics import wilson
@@ -292,3 +292,17 @@ def test_texts_of_one_length_have_no_interval_of_their_length():
     assert found["greedy/repetition_4"][3:6] == (*wilson(0, 20), "wilson")
     mixed = {metric.metric: metric for metric in _text("greedy", [*table, table[0] | {"ids": [1, 1]}])}
     assert mixed["greedy/length"].interval == "bootstrap over prompts"
+
+
+def test_an_actor_that_is_busy_is_alive_and_one_that_is_not_restarted_is_lost(local_ray):
+    @ray.remote(num_cpus=0)
+    class Actor:
+        def work(self):
+            time.sleep(60)
+
+    actor = Actor.remote()
+    actor.work.remote()
+    require_alive(actor)
+    ray.kill(actor)
+    with pytest.raises(EvaluatorLostError, match="the evaluation actor is lost: The actor "):
+        require_alive(actor)

@@ -22,7 +22,7 @@ from spo_ray.report.sweep_figures import (
 )
 from spo_ray.runtime.run import Run, Stage, never_built
 from spo_ray.sweep.results import ROW, Progress, close_trials, prune, rank, row_of, rows_of, write_best, write_csv
-from spo_ray.sweep.trial import FAILED, SCORES, TRAINING, TRIAL
+from spo_ray.sweep.trial import SCORES, TRAINING, TRIAL
 
 from .test_space import LAMBDA, TOY, space
 
@@ -187,17 +187,6 @@ def test_a_point_is_decided_when_all_its_seeds_have_ended_however_often_one_was_
         trials[number].status = "TERMINATED"
         kept.append(sorted(int(path.parts[-3]) for path in equal.glob(f"*/{TRAINING}/model.safetensors")))
     assert kept == [[1, 2, 3, 4, 5]] * 5 + [[1, 5]]
-
-
-def test_a_trial_that_lost_its_processes_keeps_its_checkpoint_to_be_resumed(tmp_path, sweep):
-    """One that failed by itself does not: it would fail again."""
-    for number in (0, 1):
-        trial(tmp_path, number, {LAMBDA: 1.0, BETA: 0.1}, number)
-    (tmp_path / "00001" / FAILED).write_text(json.dumps({"error": "TrainingError: not finite"}))
-    points = [json.loads((tmp_path / f"{i:05d}" / TRIAL).read_text()) for i in range(2)]
-    trials = [TuneTrial(config={"point": point}, trial_id=str(i), status="ERROR") for i, point in enumerate(points)]
-    Progress(tmp_path, sweep).on_trial_error(1, trials, trials[1])
-    assert [path.parts[-3] for path in tmp_path.glob(f"*/{TRAINING}/model.safetensors")] == ["00000"]
 
 
 class TuneTrial(SimpleNamespace):

@@ -186,7 +186,7 @@ def test_a_sweep_whose_evaluator_is_lost_ends_and_the_same_command_resumes_it(re
     said = (tmp_path / "output.txt").read_text()
     assert driver.returncode == 1, said[-5000:]
     assert "the evaluation actor is lost" in said
-    assert "0 of 2 trials have ended; nothing is lost, the same command runs the others" in said
+    assert "No result is lost: the same command resumes the sweep" in said
     found = rows(finish(start(tmp_path, referenced, "4", two), tmp_path))
     assert [row["status"] for row in found] == ["finished", "finished"]
 
