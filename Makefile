@@ -1,4 +1,4 @@
-.PHONY: setup quickstart real study site test test-slow soak bench check docs format lock clean
+.PHONY: setup quickstart real study results site test test-slow soak bench check docs format lock clean
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
@@ -24,6 +24,10 @@ models/toy-seed-1 models/toy-large: | setup ## Pretrain another toy, or one of t
 
 study: setup models/toy-seed-1 models/toy-large ## Run the study of docs/study.md, hours on two cores; it goes on where it was stopped
 	@$(PY) -m benchmarks.study run
+
+results: setup ## Write the tables of docs/study.md and docs/results.md from the committed rows
+	@$(PY) -m benchmarks.study tables
+	@$(PY) -m benchmarks.real_weights tables
 
 test: setup ## Run the tests
 	@$(PY) -m pytest

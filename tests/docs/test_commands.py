@@ -53,6 +53,7 @@ LISTED = {
     "python scripts/fetch_smollm2.py": "fetches 93 MB; the tests with real weights do it",
     "spo-ray run --config configs/smollm2/word_problems.yaml": "as make real",
     "make study": "hours of trainings; tests/test_study.py has its parts",
+    "make results": "rewrites pages; tests/test_study.py and tests/test_real_weights_study.py do it elsewhere",
     "make bench": "40 minutes of measurements",
     "make soak": "many hours of faults; tests/soak has its parts",
     "python scripts/compare_vllm.py": "asks a package index; tests/test_security.py makes a wheel for it",
