@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spo_ray.config.data import EngineConfig
@@ -171,7 +171,7 @@ def require_alive(actor: Any) -> None:
         ray.get(actor.__ray_ready__.remote(), timeout=READY_S)
     except GetTimeoutError:
         return
-    except RayActorError as error:
+    except ActorDiedError as error:
         raise EvaluatorLostError(f"the evaluation actor is lost: {first_line(error)}") from None
 
 
