@@ -25,6 +25,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks import common
+from spo_ray.config.methods import MethodConfig, Spo
 from spo_ray.evaluate.statistics import compare, holm, mean_interval
 from spo_ray.pipeline.finished import read_finished
 from spo_ray.report.headline import p_text
@@ -111,7 +112,8 @@ def searched() -> dict[str, dict[float, float]]:
     """
     found: dict[str, dict[float, float]] = {}
     lines = SEARCHED.read_text("utf-8").splitlines() if SEARCHED.exists() else []
-    for row in (row for row in csv.DictReader(lines) if row["accuracy_greedy"]):
+    scored = [row for row in csv.DictReader(lines) if row["accuracy_greedy"]]
+    for row in scored:
         score = (float(row["accuracy_greedy"]) + float(row["accuracy_sampled"])) / 2
         found.setdefault(row["methods.tried.type"], {})[float(row["methods.tried.lr"])] = score
     return found
@@ -208,10 +210,12 @@ def rows_of(task: str, folder: Path) -> Iterator[Row]:
         yield row
 
 
-def _kind(method: Any) -> str:
+def _kind(method: MethodConfig) -> str:
     """Return a method's type; of SPO also its base loss unless that is DPO, and its safe region."""
-    around = f" around {base}" if (base := getattr(getattr(method, "base", None), "type", "dpo")) != "dpo" else ""
-    return f"{method.type}{around}{', safe region' if getattr(method, 'safe_region', None) else ''}"
+    if not isinstance(method, Spo):
+        return method.type
+    around = "" if method.base.type == "dpo" else f" around {method.base.type}"
+    return f"spo{around}{', safe region' if method.safe_region else ''}"
 
 
 def tables(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from ray.exceptions import RayTaskError
 from ray.tune import Callback, ResultGrid
 from ray.tune.experiment import Trial
 from ruamel.yaml import YAML
@@ -106,10 +107,8 @@ class Progress(Callback):
 def _require_evaluator(trial: Trial) -> None:
     """Raise an EvaluatorLostError if a trial failed with one; Ray Tune then leaves it unfinished."""
     error = trial.get_pickled_error()
-    if isinstance(error, EvaluatorLostError):
-        raise EvaluatorLostError(
-            f"{getattr(error, 'cause', error)} No result is lost: the same command resumes the sweep."
-        )
+    if isinstance(error, RayTaskError) and isinstance(error.cause, EvaluatorLostError):
+        raise EvaluatorLostError(f"{error.cause} No result is lost: the same command resumes the sweep.")
 
 
 def describe(row: Row) -> str:
